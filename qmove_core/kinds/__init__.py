@@ -1,0 +1,40 @@
+"""Tensor kinds that need more than their bytes moved, one in a file. An unknown format needs no file: its bytes move."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Set
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import Kind
+from .bitsandbytes import BitsAndBytes
+from .wrappers import WrapperSubclasses
+
+if TYPE_CHECKING:
+    from ..inventory import Inventory
+
+__all__ = ["Kind", "obstacles", "process_wide_tensors", "settle"]
+
+_KINDS: tuple[Kind, ...] = (WrapperSubclasses(), BitsAndBytes())
+
+
+def process_wide_tensors() -> Set[int]:
+    """The ids of all tensors that packages share among models."""
+    return frozenset(id(tensor) for kind in _present() for tensor in kind.process_wide_tensors())
+
+
+def obstacles(inventory: Inventory, device: torch.device) -> list[tuple[str, str]]:
+    """(name, reason) of everything that would not run on `device`."""
+    return [obstacle for kind in _present() for obstacle in kind.obstacles(inventory, device)]
+
+
+def settle(inventory: Inventory) -> None:
+    """Lets each kind bring what depends on the place in line with where the bytes are now."""
+    for kind in _present():
+        kind.settle(inventory)
+
+
+def _present() -> list[Kind]:
+    return [kind for kind in _KINDS if not kind.module or kind.module in sys.modules]

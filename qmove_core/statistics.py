@@ -1,0 +1,50 @@
+"""What qmove has done in this process, and what it holds now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from . import arena, registry
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Attributes:
+    parked_models: models of which anything is parked now.
+    parked_bytes: bytes parked now, by the device they came from.
+    arena_bytes: host memory that qmove holds now; models moved to the CPU are in it too.
+    parks, restores, moves: how many there were since the process started.
+    copied_bytes: bytes copied by them.
+    """
+
+    parked_models: int
+    parked_bytes: dict[str, int]
+    arena_bytes: int
+    parks: int
+    restores: int
+    moves: int
+    copied_bytes: int
+
+
+_done: Counter[str] = Counter()
+
+
+def count(done: str, copied_bytes: int) -> None:
+    """Counts one move: `done` is "parked", "restored" or "moved"."""
+    _done[done] += 1
+    _done["copied_bytes"] += copied_bytes
+
+
+def stats() -> Stats:
+    """What qmove holds now, and what it has done since the process started."""
+    with registry.lock:
+        return Stats(
+            parked_models=len(registry.records()),
+            parked_bytes=registry.parked_bytes(),
+            arena_bytes=arena.bytes_in_use(),
+            parks=_done["parked"],
+            restores=_done["restored"],
+            moves=_done["moved"],
+            copied_bytes=_done["copied_bytes"],
+        )

@@ -1,0 +1,200 @@
+"""`model.to()` that works: the model's own methods do what `qmove.move` does, under whatever guard its library put there.
+
+The model gets a subclass of its own class with the same name, whose `to`, `cpu`, `cuda`, ... come first. Methods in the
+model's `__dict__` would have to refer to the model: strongly, and a deleted model stays in VRAM until the garbage collector
+comes by; weakly, and `load().to("cuda")` loses it on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import registry, wake
+from .errors import DtypeCastRefused, QMoveError
+from .inventory import inventory
+from .parking import is_parked, move, restore
+from .quantized import is_quantized, quantized_weights
+
+Model = TypeVar("Model")
+Original = Callable[..., Any]  # what the method would have done without qmove
+
+_BEFORE = "_qmove_methods_before"  # in the model's __dict__: instance attributes such as accelerate's `to`, to be put back
+
+
+def enable_to(model: Model) -> Model:
+    """Makes `model.to()`, `.cpu()` and `.cuda()` move the model as `qmove.move` does, also where its library forbids it.
+
+    Casts (`.half()`, `.to(dtype)`, ...) work as before, but are refused while the model holds quantized weights. No flag of
+    the model is edited. A copy of an enabled model is an ordinary one. Enabling twice does nothing.
+
+    Args:
+        model: an `nn.Module` or a pipeline; only its own methods change, not those of its submodules.
+
+    Returns:
+        The model.
+
+    Raises:
+        QMoveError: the class of this object allows no subclass.
+    """
+    if is_enabled(model):
+        return model
+    try:
+        wake.exchange_class(model, _enabled_class)
+    except TypeError as error:
+        raise QMoveError(
+            f"enable_to cannot give {type(model).__qualname__} other methods ({error}). Call qmove.move(model, device)."
+        ) from error
+    before = {name: model.__dict__.pop(name) for name in _METHODS if name in model.__dict__}
+    if before:
+        model.__dict__[_BEFORE] = before
+    return model
+
+
+def disable_to(model: Model) -> Model:
+    """Gives the model the methods back that it had before `enable_to`. It stays where it is; nothing of qmove's remains."""
+    if is_enabled(model):
+        wake.exchange_class(model, lambda cls: cls.__bases__[0])
+        for name, value in model.__dict__.pop(_BEFORE, {}).items():
+            model.__dict__.setdefault(name, value)  # what was set since then stays
+    return model
+
+
+def is_enabled(model: object) -> bool:
+    """Whether `enable_to` was called on exactly this object."""
+    return any(is_enabled_class(cls) for cls in type(model).__mro__)
+
+
+def is_enabled_class(cls: type) -> bool:
+    """Whether `enable_to` made this class."""
+    return "_qmove_enabled" in cls.__dict__
+
+
+# What the methods do --------------------------------------------------------------------------------------------------
+
+
+def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("silence_dtype_warnings", None)  # of diffusers' pipelines
+    device, dtype, _non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype is not None:
+        _refuse_cast(model, f"to({dtype})")
+    if dtype is None and memory_format is None:
+        return model if device is None else _moved(model, device)
+    # A parked model does not wake for a cast, and what replaces its weights would not know the way home.
+    if is_parked(model):
+        restore(model, device)
+    if dtype is not None:
+        original(dtype)
+    if memory_format is not None:
+        _set_memory_format(model, memory_format)
+    return model if device is None else _moved(model, device)
+
+
+def _cpu(model: Any, original: Original) -> Any:
+    return _moved(model, "cpu")
+
+
+def _accelerator(device_type: str) -> Callable[..., Any]:
+    def to_accelerator(model: Any, original: Original, device: Any = None) -> Any:
+        if device is None:
+            device = device_type
+        return _moved(model, f"{device_type}:{device}" if isinstance(device, int) else device)
+
+    return to_accelerator
+
+
+def _cast(name: str) -> Callable[..., Any]:
+    def cast(model: Any, original: Original, *args: Any) -> Any:
+        _refuse_cast(model, f"{name}({', '.join(map(str, args))})")
+        if is_parked(model):
+            restore(model)
+        original(*args)
+        return model
+
+    return cast
+
+
+_CASTS = ("half", "float", "double", "bfloat16", "type")
+
+# name -> (the method without `self`, whether classes get it that had none of that name)
+_METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "to": (_to, True),
+    "cpu": (_cpu, True),
+    "cuda": (_accelerator("cuda"), True),
+    "xpu": (_accelerator("xpu"), False),
+    **{name: (_cast(name), False) for name in _CASTS},
+}
+
+
+def _moved(model: Any, device: Any) -> Any:
+    move(model, device)
+    return model
+
+
+def _refuse_cast(model: Any, call: str) -> None:
+    names = quantized_weights(inventory(model))
+    if names:
+        raise DtypeCastRefused(
+            f"{type(model).__name__}.{call} was refused: {len(names)} weights are quantized, the first is {names[0]!r}. They "
+            "hold codes, not values, and a cast would destroy them. Nothing was changed. Move without a dtype; or get the "
+            "values with qmove.dequantize_and_move(model, device, dtype)."
+        )
+
+
+def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """As `nn.Module.to` does it, but quantized weights are left alone."""
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.dim() in (4, 5) and not is_quantized(tensor):
+                tensor.data = tensor.data.to(memory_format=memory_format)
+
+
+# How a model comes by them --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _enabled_class(cls: type) -> type:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        """Copies and pickles are made as of the model's own class, with what it had in its `__dict__`."""
+        function, arguments, *rest = cls.__reduce_ex__(self, protocol)
+        arguments = tuple(cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments)
+        if rest and isinstance(rest[0], dict) and _BEFORE in rest[0]:
+            rest[0] = {name: value for name, value in rest[0].items() if name != _BEFORE} | rest[0][_BEFORE]
+        return (function, arguments, *rest)
+
+    namespace: dict[str, Any] = {
+        "__reduce_ex__": reduce_ex,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_qmove_enabled": True,
+    }
+    for name, (function, always) in _METHODS.items():
+        if always or hasattr(cls, name):
+            namespace[name] = _method(name, function, cls)
+    enabled: type = type(cls)(cls.__name__, (cls,), namespace)
+    return enabled
+
+
+def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.__dict__.get(_BEFORE, {})
+        original = before[name] if name in before else functools.partial(getattr(cls, name, _missing(name)), self)
+        if not is_enabled(self):  # a wrapper made in the meantime, such as accelerate's, outlives disable_to
+            return original(*args, **kwargs)
+        with registry.lock:
+            return function(self, original, *args, **kwargs)
+
+    return functools.wraps(getattr(cls, name))(method) if hasattr(cls, name) else method
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def missing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    return missing

@@ -1,0 +1,94 @@
+"""The one place where tests get their device: a real GPU if there is one, else simulated ones."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import simcuda
+
+
+def _torch_is_a_cpu_build() -> bool:
+    """Looked up without importing torch: the simulator has to come first."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None, "torch is not installed: run `make test`, which sets it up"
+    return "cuda: Optional[str] = None" in (Path(spec.origin).parent / "version.py").read_text()
+
+
+if _torch_is_a_cpu_build():
+    # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes; uncompiled they do as well.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    simcuda.activate(devices=2, memory="4GiB")
+
+import torch  # noqa: E402
+
+SIMULATED = simcuda.is_active()
+if not SIMULATED and not torch.cuda.is_available():
+    pytest.exit(
+        "This torch is a CUDA build, but there is no GPU. Run `make test`: it sets up a CPU build, in which the simulated GPU runs.",
+        returncode=2,
+    )
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a test asks of the device; the same on a simulated and on a real one."""
+
+    device: torch.device
+
+    def allocated(self) -> int:
+        """Bytes of live tensors on the device."""
+        gc.collect()
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """The most bytes allocated since `reset_peak`."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+@pytest.fixture
+def gpu() -> GPU:
+    return GPU(torch.device("cuda:0"))
+
+
+@pytest.fixture
+def second_gpu() -> GPU:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return GPU(torch.device("cuda:1"))
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_anything_behind() -> Iterator[None]:
+    """Each test starts with empty devices of 4 GiB, fresh counters and no parked model."""
+    yield
+    gc.collect()
+    if SIMULATED:
+        for index in range(2):
+            simcuda.set_memory("4GiB", device=index)
+        simcuda.reset_counters()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "simulated: needs the simulated GPU (faults, exact counters)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SIMULATED:
+        return
+    for item in items:
+        if item.get_closest_marker("simulated") or "simcuda" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason="runs on the simulated GPU only; this machine has a real one"))
+
+
+def pytest_report_header() -> str:
+    where = "simulated GPUs (2 x 4 GiB)" if SIMULATED else torch.cuda.get_device_name()
+    return f"qmove: tests run on {where}, torch {torch.__version__}"
