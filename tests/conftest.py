@@ -20,7 +20,7 @@ def _torch_is_a_cpu_build() -> bool:
     return "cuda: Optional[str] = None" in (Path(spec.origin).parent / "version.py").read_text()
 
 
-if _torch_is_a_cpu_build():
+if _torch_is_a_cpu_build() and not simcuda.is_active():
     # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes; uncompiled they do as well.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     simcuda.activate(devices=2, memory="4GiB")

@@ -1,0 +1,56 @@
+"""Simulated CUDA devices on a CPU build of PyTorch.
+
+    import simcuda
+    simcuda.activate(devices=2, memory="4GiB")   # before the first `import torch`
+    import torch
+    x = torch.ones(4, device="cuda:1")
+
+or, for a program that knows nothing of it: ``python -m simcuda --devices 2 -m module arguments...``
+
+Sizes are counted to the byte and there is no caching allocator: ``torch.cuda.memory_reserved`` equals
+``memory_allocated``, and ``empty_cache`` has nothing to return. See README.md for what is modelled and what is not.
+"""
+
+from __future__ import annotations
+
+from simcuda import clock, link
+from simcuda.activation import activate, is_active
+from simcuda.build import SimulationError
+from simcuda.counters import (
+    Counters,
+    HostCounters,
+    counters,
+    host_counters,
+    last_error,
+    parse_size,
+    queued,
+    reset_counters,
+    set_memory,
+    set_pinned_limit,
+    strict_host_frees,
+)
+from simcuda.faults import CopyNotice, Fault, fail, flip_bit, on_copy
+
+__all__ = [
+    "CopyNotice",
+    "Counters",
+    "Fault",
+    "HostCounters",
+    "SimulationError",
+    "activate",
+    "clock",
+    "counters",
+    "fail",
+    "flip_bit",
+    "host_counters",
+    "is_active",
+    "last_error",
+    "link",
+    "on_copy",
+    "parse_size",
+    "queued",
+    "reset_counters",
+    "set_memory",
+    "set_pinned_limit",
+    "strict_host_frees",
+]

@@ -1,0 +1,136 @@
+"""What the simulated machine counted: memory, copies over the link, pinned memory."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simcuda.library import sim
+
+if TYPE_CHECKING:
+    import torch
+
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One device. Copies are those over the link only; a copy between two devices counts on both."""
+
+    allocated: int
+    """Bytes now, exact (not rounded)."""
+    peak: int
+    """Bytes at most since the last reset."""
+    allocations: int
+    """Allocations since the last reset."""
+    h2d_copies: int
+    h2d_bytes: int
+    d2h_copies: int
+    d2h_bytes: int
+    d2d_copies: int
+    d2d_bytes: int
+
+
+@dataclass(frozen=True)
+class HostCounters:
+    """Page-locked host memory: PyTorch's pinned tensors (rounded up to a power of two, as there) and registrations."""
+
+    pinned: int
+    """Bytes locked now, both kinds."""
+    pinned_peak: int
+    """Bytes locked at most since the last reset."""
+    pins: int
+    """Times that memory was locked since the last reset."""
+    registered: int
+    """Of ``pinned``: by cudaHostRegister."""
+
+    @property
+    def allocated(self) -> int:
+        """Of ``pinned``: by PyTorch's pinned allocator."""
+        return self.pinned - self.registered
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "4GiB", "512 MiB", "2G" (= GiB), "1.5GB" (decimal) or a plain number."""
+    if isinstance(size, int):
+        value = size
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", size.lower())
+        unit = None
+        if match:
+            name = match[2]
+            unit = _DECIMAL.get(name, _UNITS.get(name.removesuffix("ib") if name.endswith("ib") else name))
+        if not match or unit is None:
+            raise ValueError(f"not a size: {size!r} (examples: 4GiB, 512MiB, 1000000)")
+        value = int(float(match[1]) * unit)
+    if value < 0:
+        raise ValueError(f"a size cannot be negative: {size!r}")
+    return value
+
+
+def _index(device: int | str | torch.device) -> int:
+    """The device's index; a bare "cuda" is device 0, so that counts don't depend on what is current."""
+    import torch
+
+    index = device if isinstance(device, int) else (torch.device(device).index or 0)
+    if not 0 <= index < torch.cuda.device_count():
+        raise ValueError(f"no simulated device {device}: there are {torch.cuda.device_count()}")
+    return index
+
+
+def counters(device: int | str | torch.device = 0) -> Counters:
+    """What one device counted since the last ``reset_counters()``."""
+    values = (ctypes.c_uint64 * 9)()
+    sim().sim_counters(_index(device), values)
+    return Counters(*values)
+
+
+def host_counters() -> HostCounters:
+    """What was counted of page-locked host memory."""
+    values = (ctypes.c_uint64 * 4)()
+    sim().sim_host_counters(values)
+    return HostCounters(*values)
+
+
+def reset_counters() -> None:
+    """Peaks to what is allocated now; copies, bytes, allocations and pins to zero, on every device."""
+    sim().sim_reset_counters()
+
+
+def set_memory(size: int | str, device: int | str | torch.device = 0) -> None:
+    """Gives a device another capacity. What is allocated stays, even beyond it."""
+    sim().sim_set_capacity(_index(device), parse_size(size))
+
+
+def set_pinned_limit(size: int | str | None) -> None:
+    """How much host memory may be page-locked at once; None for no limit (as it starts)."""
+    sim().sim_set_pinned_limit((1 << 64) - 1 if size is None else parse_size(size))
+
+
+@contextmanager
+def strict_host_frees() -> Iterator[None]:
+    """Inside, freeing a pinned tensor under a queued copy is an error when the copy runs.
+
+    PyTorch's own allocator keeps such memory until the copy is done, and so does the simulator by default; memory
+    locked with cudaHostRegister has no such protection and is always checked.
+    """
+    before = sim().sim_set_strict_host_frees(1)
+    try:
+        yield
+    finally:
+        sim().sim_set_strict_host_frees(before)
+
+
+def last_error() -> int:
+    """The CUDA error number that a failed call of this thread left for the next operator to raise; 0 for none."""
+    return int(sim().sim_peek_last_error())
+
+
+def queued(stream: torch.Stream) -> int:
+    """How many jobs (late copies, waits, marks) a stream still has to run."""
+    return int(sim().sim_queued(stream.device_index, stream.stream_id))

@@ -1,0 +1,252 @@
+// Device memory: an allocator with a capacity, stream-ordered frees, and poison in what was freed.
+//
+// There is no caching: reserved equals allocated, and sizes are counted to the byte (the real allocator rounds to 512).
+// A free follows the rules of PyTorch's caching allocator: it is ordered behind the stream the memory was allocated on,
+// and put off for streams named with record_stream. Anything else that still uses the memory afterwards is caught.
+#include "sim.h"
+
+#include <c10/core/CachingDeviceAllocator.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace sim {
+
+namespace {
+
+constexpr size_t kQuarantine = size_t{32} << 20;  // bytes of freed memory kept poisoned before it is reused
+constexpr size_t kSpare = size_t{32} << 20;       // bytes kept for reuse after that
+constexpr size_t kAlignment = 512;
+
+std::string mib(size_t nbytes) {
+  char text[32];
+  if (nbytes >= size_t{1} << 30) snprintf(text, sizeof text, "%.2f GiB", nbytes / 1073741824.0);
+  else if (nbytes >= size_t{1} << 20) snprintf(text, sizeof text, "%.2f MiB", nbytes / 1048576.0);
+  else if (nbytes >= size_t{1} << 10) snprintf(text, sizeof text, "%.2f KiB", nbytes / 1024.0);
+  else snprintf(text, sizeof text, "%zu bytes", nbytes);
+  return text;
+}
+
+[[noreturn]] void throw_out_of_memory(int index, size_t nbytes) {
+  Device& device = machine().devices[index];
+  device.ooms++;
+  size_t free = device.capacity > device.allocated ? device.capacity - device.allocated : 0;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", mib(nbytes), ". GPU ", index,
+      " has a total capacity of ", mib(device.capacity), " of which ", mib(free), " is free. Of the allocated memory ",
+      mib(device.allocated), " is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. ",
+      "(simulated device)");
+  std::abort();  // TORCH_CHECK_WITH(false) has thrown
+}
+
+void delete_block(void* context) {
+  auto* holder = static_cast<BlockPtr*>(context);
+  if (holder == nullptr) return;
+  Lock lock(machine().mutex);
+  BlockPtr block = *holder;
+  delete holder;
+  Machine& m = machine();
+  m.blocks.erase(block->ptr);
+  Device& device = m.devices[block->device];
+  device.live--;
+  std::vector<MarkerPtr> markers;
+  for (int64_t id : block->recorded) {
+    StreamState& stream = stream_state(block->device, id);
+    if (id != block->stream && !stream.queue.empty()) markers.push_back(mark(stream));
+  }
+  if (!markers.empty()) {
+    m.deferred.emplace_back(block, std::move(markers));
+    return;
+  }
+  device.allocated -= block->nbytes;
+  retire(block);
+}
+
+// Counts the bytes in, or raises; the caller provides the memory.
+void take(int index, size_t nbytes) {
+  check_device(index);
+  Machine& m = machine();
+  Device& device = m.devices[index];
+  if (auto fault = next_fault(kFailAlloc)) {
+    if (fault->error_value) raise_fault(*fault, kMemoryAllocation, "injected");
+    throw_out_of_memory(index, nbytes);
+  }
+  release_deferred();
+  if (nbytes > device.capacity - std::min(device.capacity, device.allocated) && !m.deferred.empty()) {
+    // As the caching allocator does before it gives up: wait for the streams that hold back frees.
+    for (auto& [id, stream] : device.streams) run_all(stream);
+    release_deferred();
+  }
+  if (nbytes > device.capacity - std::min(device.capacity, device.allocated)) throw_out_of_memory(index, nbytes);
+  device.allocated += nbytes;
+  device.allocated_ever += nbytes;
+  device.allocations++;
+  device.live++;
+  device.peak = std::max(device.peak, device.allocated);
+}
+
+c10::DataPtr hand_out(BlockPtr block) {
+  machine().blocks[block->ptr] = block;
+  void* ptr = block->ptr;
+  auto device = c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(block->device));
+  return {ptr, new BlockPtr(std::move(block)), &delete_block, device};
+}
+
+// Memory that left the quarantine, or new. Asking the system anew each time costs more than the operators do.
+char* host_memory(size_t nbytes) {
+  Machine& m = machine();
+  auto spare = m.spare.find(nbytes);
+  if (spare != m.spare.end() && !spare->second.empty()) {
+    char* ptr = spare->second.back();
+    spare->second.pop_back();
+    m.spare_bytes -= nbytes;
+    return ptr;
+  }
+  void* ptr = nullptr;
+  TORCH_CHECK(posix_memalign(&ptr, kAlignment, nbytes) == 0, "simcuda: the host itself has no memory left for ", nbytes,
+              " bytes of simulated device memory");
+  return static_cast<char*>(ptr);
+}
+
+BlockPtr new_block(int device, size_t nbytes) {
+  auto block = std::make_shared<Block>();
+  block->nbytes = nbytes;
+  block->device = device;
+  block->stream = current_stream(device).id;
+  return block;
+}
+
+struct DeviceAllocator final : c10::DeviceAllocator {
+  c10::DataPtr allocate(size_t nbytes) override { return allocate_on(current_device(), nbytes); }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
+  bool initialized() override { return true; }
+  void emptyCache(c10::MempoolId_t) override { Lock lock(machine().mutex); release_deferred(); }
+  void recordStream(const c10::DataPtr& ptr, c10::Stream stream) override {
+    Lock lock(machine().mutex);
+    if (BlockPtr block = find_block(ptr.get())) block->recorded.insert(stream.id());
+  }
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex index) override {
+    check_device(index);
+    Lock lock(machine().mutex);
+    const Device& device = machine().devices[index];
+    c10::CachingDeviceAllocator::DeviceStats stats;
+    c10::CachingAllocator::Stat bytes, blocks;
+    bytes.current = device.allocated;
+    bytes.peak = device.peak;
+    bytes.allocated = device.allocated_ever;
+    bytes.freed = device.allocated_ever - device.allocated;
+    blocks.current = device.live;
+    blocks.peak = blocks.allocated = device.allocations;
+    blocks.freed = device.allocations > device.live ? device.allocations - device.live : 0;
+    stats.allocated_bytes[0] = stats.reserved_bytes[0] = stats.active_bytes[0] = stats.requested_bytes[0] = bytes;
+    stats.allocation[0] = stats.segment[0] = stats.active[0] = blocks;
+    stats.num_ooms = device.ooms;
+    return stats;
+  }
+  void resetAccumulatedStats(c10::DeviceIndex index) override {
+    check_device(index);
+    Lock lock(machine().mutex);
+    Device& device = machine().devices[index];
+    device.allocated_ever = device.allocated;
+    device.allocations = device.live;
+    device.ooms = 0;
+  }
+  void resetPeakStats(c10::DeviceIndex index) override {
+    check_device(index);
+    Lock lock(machine().mutex);
+    machine().devices[index].peak = machine().devices[index].allocated;
+  }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
+    check_device(index);
+    Lock lock(machine().mutex);
+    const Device& device = machine().devices[index];
+    return {device.capacity > device.allocated ? device.capacity - device.allocated : 0, device.capacity};
+  }
+};
+DeviceAllocator the_allocator;
+REGISTER_ALLOCATOR(c10::kCUDA, &the_allocator);
+
+}  // namespace
+
+Block::~Block() {
+  if (adopted || ptr == nullptr) return;
+  Machine& m = machine();
+  Lock lock(m.mutex);
+  if (m.spare_bytes + nbytes > kSpare) {
+    std::free(ptr);
+    return;
+  }
+  m.spare_bytes += nbytes;
+  m.spare[nbytes].push_back(ptr);
+}
+
+c10::Allocator* device_allocator() { return &the_allocator; }
+
+c10::DataPtr allocate_on(int device, size_t nbytes) {
+  Lock lock(machine().mutex);
+  check_device(device);
+  if (nbytes == 0) return {nullptr, nullptr, &delete_block, c10::Device(c10::kCUDA, device)};
+  take(device, nbytes);
+  BlockPtr block = new_block(device, nbytes);
+  block->ptr = host_memory(nbytes);
+  std::memset(block->ptr, kPoison, nbytes);  // a fresh page would read as zeros, which hides a copy that never came
+  return hand_out(std::move(block));
+}
+
+c10::DataPtr adopt_on(int device, c10::DataPtr memory, size_t nbytes) {
+  Lock lock(machine().mutex);
+  if (nbytes == 0 || memory.get() == nullptr) return allocate_on(device, 0);
+  take(device, nbytes);
+  BlockPtr block = new_block(device, nbytes);
+  block->ptr = static_cast<char*>(memory.get());
+  block->adopted = std::move(memory);
+  return hand_out(std::move(block));
+}
+
+BlockPtr find_block(const void* ptr) {
+  auto& blocks = machine().blocks;
+  auto after = blocks.upper_bound(static_cast<const char*>(ptr));
+  if (ptr == nullptr || after == blocks.begin()) return nullptr;
+  BlockPtr& block = std::prev(after)->second;
+  return static_cast<const char*>(ptr) < block->ptr + block->nbytes ? block : nullptr;
+}
+
+static void poison(const BlockPtr& block) {
+  Machine& m = machine();
+  std::memset(block->ptr, kPoison, block->nbytes);
+  block->poisoned = true;
+  m.quarantine.push_back(block);
+  m.quarantined += block->nbytes;
+  while (m.quarantined > kQuarantine) {
+    m.quarantined -= m.quarantine.front()->nbytes;
+    m.quarantine.pop_front();
+  }
+}
+
+void retire(const BlockPtr& block) {
+  StreamState& stream = stream_state(block->device, block->stream);
+  if (stream.queue.empty()) return poison(block);
+  Job job{Job::kRetire, {}, nullptr, block};
+  stream.queue.push_back(std::move(job));
+}
+
+void retire_now(const BlockPtr& block) { poison(block); }
+
+void release_deferred() {
+  Machine& m = machine();
+  for (auto it = m.deferred.begin(); it != m.deferred.end();) {
+    bool done = std::all_of(it->second.begin(), it->second.end(), [](const MarkerPtr& marker) { return marker->reached; });
+    if (!done) {
+      ++it;
+      continue;
+    }
+    BlockPtr block = it->first;
+    it = m.deferred.erase(it);
+    m.devices[block->device].allocated -= block->nbytes;
+    retire(block);
+  }
+}
+
+}  // namespace sim

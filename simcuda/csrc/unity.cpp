@@ -1,0 +1,12 @@
+// One translation unit: PyTorch's headers, which take most of the time to compile, are read once.
+#include "errors.cpp"
+#include "link.cpp"
+#include "memory.cpp"
+#include "pinned.cpp"
+#include "streams.cpp"
+#include "faults.cpp"
+#include "copies.cpp"
+#include "ops.cpp"
+#include "kernels.cpp"
+#include "hooks.cpp"
+#include "api.cpp"
