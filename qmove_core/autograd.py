@@ -30,7 +30,7 @@ def _held_in_cpp(inventory: Inventory) -> dict[int, str]:
         views = Counter(id(t._base) for t, _ in tensors if not t.is_inference() and t._base is not None)
         for tensor, holding in tensors:
             explained = 1 + views[id(tensor)] + (holding.kind == "gradient")
-            if tensor.grad_fn is not None or tensor._use_count() > explained:
+            if tensor.grad_fn is not None or tensor._use_count() > explained:  # type: ignore[attr-defined]
                 suspects[holding.storage._cdata] = holding.name
     return suspects
 

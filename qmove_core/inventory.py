@@ -177,17 +177,22 @@ def _from_walk(walked: Walk) -> Inventory:
             _sort_in(found, result, by_storage)
     result.holdings = list(by_storage.values())
     result.immovable += [
-        Immovable(name, None, f"a {type(obj).__name__} replays kernels with the raw addresses of the weights; delete it first")
+        Immovable(
+            name, None, f"a {type(obj).__name__} replays kernels with the raw addresses of the weights; delete it first"
+        )
         for name, obj in walked.fixed
     ]
     result.foreign = [name for name, _module in walked.foreign]
-    result.modules = dict(walked.modules.values())
+    for name, module in walked.modules.values():
+        while name in result.modules:  # reached in two ways that read the same
+            name += "'"
+        result.modules[name] = module
     return result
 
 
 def _sort_in(found: FoundTensor, result: Inventory, by_storage: dict[int, Holding]) -> None:
     tensor, name = found.tensor, found.names[0]
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
         return  # a lazy module before its first forward: no bytes yet
     if hasattr(type(tensor), "__tensor_flatten__"):
         result.wrappers.append((name, tensor))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from . import autograd, devices, kinds, registry, statistics, wake
-from .errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, UnknownDevice, readable_bytes
+from . import autograd, devices, diffusers_offload, dispatch, kinds, registry, statistics, wake
+from .errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, readable_bytes
 from .inventory import Holding, Inventory, inventory
 from .registry import Origin, Record
 from .relocation import Step, relocate
@@ -90,7 +91,7 @@ def park(
         if not away:
             return Parked(0, 0, time.perf_counter() - started, {}, [], model)
         action = f"Parking {_title(model)}"
-        _refuse_meta(action, held)
+        dispatch.refuse_lost(action, held)
         _refuse_immovable(action, held, devices.CPU)
         if not allow_live_graph:
             _refuse_live_graph(action, held)
@@ -108,9 +109,7 @@ def park(
     return result
 
 
-def restore(
-    model: object, device: Device | DeviceMap | None = None, *, progress: Progress | None = None
-) -> Restored:
+def restore(model: object, device: Device | DeviceMap | None = None, *, progress: Progress | None = None) -> Restored:
     """Brings a parked model back: every storage to the device it came from, or to where `device` says.
 
     Restoring a resident model does nothing.
@@ -180,12 +179,14 @@ def parked(model: object, **options: Any) -> Iterator[Parked]:
 @contextmanager
 def resident(model: object) -> Iterator[Restored]:
     """Keeps `model` home inside the body; if it was parked before, it is parked again after it."""
-    was_parked = is_parked(model)
+    with registry.lock:
+        was_parked, record = is_parked(model), registry.record_of(model)
+        extra = record.extra if record else []
     try:
         yield restore(model)
     finally:
         if was_parked:
-            park(model)
+            park(model, extra=extra)
 
 
 def is_parked(model: object) -> bool:
@@ -195,10 +196,9 @@ def is_parked(model: object) -> bool:
 
 
 def parked_models() -> list[Any]:
-    """The models that are parked now, the longest parked first. A dict or list appears as the list of what it held."""
+    """The models that are parked now, the longest parked first. A dict or list appears as a copy of it."""
     with registry.lock:
-        models = {id(model): model for record in registry.records() if (model := record.model) is not None}
-    return list(models.values())
+        return registry.parked_models()
 
 
 def _bring(
@@ -208,7 +208,7 @@ def _bring(
     steps, staying = [], []
     for holding, target in goals:
         origin = registry.origin_of(holding.storage)
-        strangers = [t for ref in origin.strangers if (t := ref()) is not None] if origin else []
+        strangers = origin.strangers_on(holding.storage) if origin else []
         if holding.device != target:
             to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
             steps.append(Step(holding, target, to_host, strangers))
@@ -226,10 +226,12 @@ def _bring(
 
 
 def _fall_asleep(record: Record, held: Inventory) -> None:
-    def waker() -> None:
-        with registry.lock:
-            if record.model is not None:
-                restore(record.model)
+    def waker(module: nn.Module) -> None:
+        model = record.model
+        if model is not None:
+            restore(model)
+        if wake.is_asleep(module):  # it outlived the pipeline it was parked with, or was taken out of it
+            restore(module)
 
     wake.put_to_sleep(held.modules.values(), waker)
 
@@ -237,16 +239,22 @@ def _fall_asleep(record: Record, held: Inventory) -> None:
 def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     held = inventory(model, extra=extra)
     if not held.holdings and not held.meta:
-        hint = f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those." if held.foreign else ""
+        hint = (
+            f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."
+            if held.foreign
+            else ""
+        )
         raise NoTensors(f"{_title(model)} holds no tensor that qmove could find. Pass the model itself.{hint}")
     return held
 
 
 def _refuse_meta(action: str, held: Inventory) -> None:
+    diffusers_offload.refuse_absent(action, held.modules.values())
     if held.meta:
+        dispatch.refuse_lost(action, held)
         raise MetaTensorsPresent(
-            f"{action}: {len(held.meta)} tensors are on the meta device and have no data here, the first is "
-            f"{held.meta[0].name!r}. Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
+            f"{action}: a dispatch keeps the data of {len(held.meta)} tensors elsewhere, the first is {held.meta[0].name!r}. "
+            "Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
         )
 
 
@@ -320,10 +328,23 @@ def _report(done: str, model: object, figures: Moved) -> None:
     rate = figures.copied_bytes / figures.seconds / 1e9
     log.info(
         "%s %s: %s, %s copied in %.2f s (%.1f GB/s)",
-        *(done, _title(model), readable_bytes(figures.nbytes), readable_bytes(figures.copied_bytes), figures.seconds, rate),
+        *(
+            done,
+            _title(model),
+            readable_bytes(figures.nbytes),
+            readable_bytes(figures.copied_bytes),
+            figures.seconds,
+            rate,
+        ),
     )
     for straggler in figures.stragglers:
         log.warning(
             "%s of %s stays on %s (%s), held by %s",
-            *(straggler.name, _title(model), straggler.device, readable_bytes(straggler.nbytes), "; ".join(straggler.holders)),
+            *(
+                straggler.name,
+                _title(model),
+                straggler.device,
+                readable_bytes(straggler.nbytes),
+                "; ".join(straggler.holders),
+            ),
         )

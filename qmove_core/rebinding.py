@@ -15,22 +15,28 @@ def rebind(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> No
     """Makes every one of `tensors`, which share one storage, look into `storage` at the same offset, shape and stride."""
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         for tensor in tensors:
-            # Outside inference mode an inference tensor refuses new data, and inside it the others would become inference tensors.
-            with torch.inference_mode(tensor.is_inference()):
-                view = torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(
-                    storage, tensor.storage_offset(), tensor.size(), tensor.stride()
-                )
-                if tensor.is_conj():
-                    view = view.conj()
-                if tensor.is_neg():
-                    view = torch._neg_view(view)
-                tensor.data = view
+            if tensor.is_inference() == torch.is_inference_mode_enabled():
+                _look_into(tensor, storage)
+            else:
+                # Outside inference mode an inference tensor refuses new data; inside it a normal one would become one.
+                with torch.inference_mode(tensor.is_inference()):
+                    _look_into(tensor, storage)
+
+
+def _look_into(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
+    view = torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(
+        storage, tensor.storage_offset(), tensor.size(), tensor.stride()
+    )
+    if tensor.is_conj():
+        view = view.conj()
+    if tensor.is_neg():
+        view = torch._neg_view(view)
+    tensor.data = view
 
 
 def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    """The whole storage as a flat uint8 tensor that shares its memory."""
-    with torch.inference_mode(False):
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    """The whole storage as a flat uint8 tensor that shares its memory. Ask for it outside inference mode."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def tensor_over(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

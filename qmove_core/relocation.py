@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from . import arena, budget, devices, kinds, registry
+from . import arena, budget, devices, hosting, kinds, registry
 from .errors import NotEnoughMemory
 from .interrupts import interrupts_deferred
 from .inventory import Holding, Inventory
@@ -58,7 +58,7 @@ def relocate(
     targets = _allocate(action, steps)
     try:
         copied = copy_storages(list(zip(sources, targets, strict=True)), progress)
-        with interrupts_deferred():
+        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             _commit(inventory, steps, sources, targets, on_commit)
             watched = [StorageWeakRef(source) for source in sources]
             sources.clear()
@@ -71,6 +71,8 @@ def relocate(
         sources.clear()
         targets.clear()
     devices.release_cached({step.holding.device for step in steps})
+    if steps:
+        hosting.tell_moved()
     return copied, stragglers
 
 
@@ -94,7 +96,9 @@ def _allocate(action: str, steps: Sequence[Step]) -> list[torch.UntypedStorage]:
             if step.target.type == "cpu":
                 targets.append(next(on_host))
             else:
-                targets.append(torch.empty(step.holding.nbytes, dtype=torch.uint8, device=step.target).untyped_storage())
+                targets.append(
+                    torch.empty(step.holding.nbytes, dtype=torch.uint8, device=step.target).untyped_storage()
+                )
     except torch.OutOfMemoryError as error:
         targets.clear()
         needed = sum(s.holding.nbytes for s in steps if s.target == step.target)

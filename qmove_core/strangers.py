@@ -46,30 +46,22 @@ def tensors_on(storages: Collection[int]) -> dict[int, list[torch.Tensor]]:
 
 def holders_of(storage_cdata: int) -> tuple[str, ...]:
     """Describes who holds a storage that no tensor object looks into any more."""
-    for obj in gc.get_objects():
-        if issubclass(type(obj), torch.UntypedStorage) and obj._cdata == storage_cdata:
-            return _describe_holders(obj)
-    return _IN_CPP
+    storages = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.UntypedStorage)]
+    storage = next((storage for storage in storages if storage._cdata == storage_cdata), None)
+    del storages  # it would be a holder itself
+    described: set[str] = set()
+    for referrer in gc.get_referrers(storage) if storage is not None else ():
+        if not _is_our_own_frame(referrer):
+            described.add(f"{_describe(referrer, storage)} (as an UntypedStorage)")
+    return tuple(sorted(described)) or _IN_CPP
 
 
 _IN_CPP = ("PyTorch itself, in C++ (an autograd graph, a CUDA graph, or a view whose tensor is gone)",)
 
 
-def _describe_holders(storage: torch.UntypedStorage) -> tuple[str, ...]:
-    described: set[str] = set()
-    for referrer in gc.get_referrers(storage):
-        if not _is_our_own(referrer):
-            described.add(f"{_describe(referrer, storage)} (as an UntypedStorage)")
-    return tuple(sorted(described)) or _IN_CPP
-
-
-def _is_our_own(referrer: object) -> bool:
-    if isinstance(referrer, types.FrameType):
-        return str(referrer.f_globals.get("__name__", "")).startswith(__name__.partition(".")[0])
-    return isinstance(referrer, list) and len(referrer) > _MORE_THAN_A_PERSON_KEEPS  # gc.get_objects() itself
-
-
-_MORE_THAN_A_PERSON_KEEPS = 20_000
+def _is_our_own_frame(referrer: object) -> bool:
+    package = __name__.partition(".")[0]
+    return isinstance(referrer, types.FrameType) and str(referrer.f_globals.get("__name__", "")).startswith(package)
 
 
 def _describe(referrer: object, held: object) -> str:

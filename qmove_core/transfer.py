@@ -9,7 +9,9 @@ import torch
 from . import devices
 from .rebinding import as_bytes
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all; whatever it raises stops the move, which is then rolled back
+Progress = Callable[
+    [int, int], None
+]  # bytes done, bytes in all; whatever it raises stops the move, which is then rolled back
 
 CHUNK = 256 << 20  # bytes copied between two calls of a progress callback: often enough to show and to interrupt
 
@@ -27,10 +29,10 @@ def copy_storages(
     total, done = sum(source.nbytes() for source, _target in pairs), 0
     with torch.no_grad(), torch.inference_mode(False):
         for source, target in pairs:
-            for piece, place in zip(as_bytes(source).split(CHUNK), as_bytes(target).split(CHUNK), strict=True):
-                if piece.numel():
-                    place.copy_(piece)
-                    done += piece.numel()
+            from_, to = as_bytes(source), as_bytes(target)
+            for start in range(0, source.nbytes(), CHUNK):
+                copied = to[start : start + CHUNK].copy_(from_[start : start + CHUNK]).numel()
+                done += copied
                 if progress is not None:
                     progress(done, total)
     devices.synchronize(involved)

@@ -8,9 +8,12 @@ made as of its own class: they are ordinary models.
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 import logging
+import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,14 +21,14 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .registry import parked_home
+from .registry import lock, parked_home
 
 log = logging.getLogger("qmove")
 
 _wakers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # sleeping module -> what wakes the model it belongs to
 
 
-def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[], None]) -> None:
+def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None]) -> None:
     """Makes each module call `waker` before it is used. A module that sleeps already keeps the waker it has."""
     asleep = []
     try:
@@ -38,10 +41,10 @@ def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[], None]) -> Non
         raise
 
 
-def _put_one_to_sleep(module: nn.Module, waker: Callable[[], None]) -> None:
+def _put_one_to_sleep(module: nn.Module, waker: Callable[[nn.Module], None]) -> None:
     try:
-        module.__class__ = _sleeping_class(type(module))
-    except TypeError as error:  # a class that allows no subclass, or no exchange: TorchScript, some metaclasses
+        _give_class(module, _sleeping_class(type(module)))
+    except TypeError as error:  # a class that allows no subclass, or no exchange
         log.warning("%s will not wake by itself (%s); call qmove.restore", type(module).__qualname__, error)
     else:
         _wakers[module] = waker
@@ -52,8 +55,13 @@ def wake_up(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         cls = type(module)
         if _is_sleeping(cls):
-            module.__class__ = cls.__bases__[0]
+            _give_class(module, cls.__bases__[-1])
         _wakers.pop(module, None)
+
+
+def own_class(obj: object) -> type:
+    """The class of an object without what qmove has put before it (here, and in `to_method`)."""
+    return next(cls for cls in type(obj).__mro__ if not {"_qmove_sleeping", "_qmove_enabled"} & cls.__dict__.keys())
 
 
 def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
@@ -63,44 +71,118 @@ def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
         TypeError: the class allows no subclass, or no exchange.
     """
     cls = type(obj)
-    obj.__class__ = _sleeping_class(exchange(cls.__bases__[0])) if _is_sleeping(cls) else exchange(cls)
+    _give_class(obj, _sleeping_class(exchange(cls.__bases__[-1])) if _is_sleeping(cls) else exchange(cls))
+
+
+def is_asleep(module: nn.Module) -> bool:
+    """Whether the module would wake if it were used."""
+    return _is_sleeping(type(module))
 
 
 def _is_sleeping(cls: type) -> bool:
     return "_qmove_sleeping" in cls.__dict__
 
 
+def _give_class(obj: object, cls: type) -> None:
+    object.__dict__["__class__"].__set__(obj, cls)  # whatever the object's class makes of setting an attribute
+
+
 def _rouse(module: nn.Module) -> None:
-    waker = _wakers.get(module)
-    if waker is not None:
-        waker()
-    wake_up([module])  # also a copy of a sleeping module, made behind our back, which nobody else would wake
+    if "torch._dynamo" in sys.modules:  # without it nothing is being compiled, and importing it takes seconds
+        torch.compiler.disable(_wake_model_of)(module)
+    else:
+        _wake_model_of(module)
 
 
-@functools.cache
+def _wake_model_of(module: nn.Module) -> None:
+    with lock:
+        waker = _wakers.get(module)
+        if waker is not None:
+            waker(module)
+        wake_up([module])  # also a copy of a sleeping module, made behind our back, which nobody else would wake
+
+
+class _Unannounced(nn.Module):
+    """Comes first among the bases of a sleeping class: libraries that register or change their subclasses must not see it."""
+
+    _qmove_sleeping = True
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+class _RousingForward:
+    """`forward` of a sleeping class. A data descriptor, so that it comes before a `forward` that hooks put on the module."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self._cls = cls
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any]:
+        if module is None:
+            return self._cls.forward
+        forward = module.__dict__.get("forward") or _forward_of_class(module)
+
+        @functools.wraps(forward)  # transformers reads the signature before the first forward
+        def rousing_forward(*args: Any, **kwargs: Any) -> Any:
+            _rouse(module)
+            return forward(*args, **kwargs)
+
+        return rousing_forward
+
+    def __set__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.__dict__["forward"] = forward
+
+    def __delete__(self, module: nn.Module) -> None:
+        del module.__dict__["forward"]
+
+
+def _forward_of_class(module: nn.Module) -> Callable[..., Any]:
+    try:
+        return super(_Unannounced, module).forward  # type: ignore[misc]
+    except AttributeError:  # TorchScript keeps it in C++
+        return module.__getattr__("forward")  # type: ignore[return-value]
+
+
 def _sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
+    sleeping = _sleeping_classes.get(cls)
+    if sleeping is None:
+        _sleeping_classes[cls] = sleeping = _make_sleeping_class(cls)
+    return sleeping
+
+
+# Weak, since some classes are made for one module only (GraphModule, parametrizations) and must be able to go with it.
+_sleeping_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def _make_sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _rouse(self)
-        return self(*args, **kwargs)
-
-    @functools.wraps(cls.forward)  # transformers reads the signature before the first forward
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _rouse(self)
-        return self.forward(*args, **kwargs)
+        return cls.__call__(self, *args, **kwargs)
 
     def device(self: nn.Module) -> torch.device:
-        tensors = itertools.chain(self.parameters(), self.buffers())
-        homes = (parked_home(tensor) for tensor in tensors)
-        home = next((home for home in homes if home is not None), None)
-        return cls.device.__get__(self) if home is None else home  # type: ignore[attr-defined]
+        answer = cls.device.__get__(self)  # type: ignore[attr-defined]
+        first = next(itertools.chain(self.parameters(), self.buffers()), None)
+        home = parked_home(first) if first is not None and answer == first.device else None
+        return answer if home is None else home
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        function, arguments, *rest = cls.__reduce_ex__(self, protocol)
-        return (function, tuple(cls if argument is sleeping else argument for argument in arguments), *rest)
+        function, arguments, *rest = cls.__reduce_ex__(self, protocol)  # type: ignore[str-unpack]
+        return (function, tuple(own_class(self) if argument is sleeping else argument for argument in arguments), *rest)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
+        with lock:
+            _give_class(self, cls)  # a class that copies itself may do anything with type(self)
+            try:
+                return cls.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+            finally:
+                _give_class(self, sleeping)
 
     namespace: dict[str, Any] = {
+        "__slots__": (),
+        # What programs ask for the class, pickle among them. Whoever sets another one gets it, and the module sleeps on.
+        "__class__": property(own_class, lambda self, other: _give_class(self, _sleeping_class(other))),
         "__call__": call,
-        "forward": forward,
+        "forward": _RousingForward(cls),
         "__reduce_ex__": reduce_ex,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -109,5 +191,9 @@ def _sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
     }
     if isinstance(getattr(cls, "device", None), property):
         namespace["device"] = property(device)
-    sleeping: type[nn.Module] = type(cls)(cls.__name__, (cls,), namespace)
+    if hasattr(cls, "__deepcopy__"):
+        namespace["__deepcopy__"] = deepcopy
+    # Past what a metaclass of the model's author does with new classes; ABCMeta's part is needed for isinstance to work.
+    maker = abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
+    sleeping = maker.__new__(type(cls), cls.__name__, (_Unannounced, cls), namespace)
     return sleeping

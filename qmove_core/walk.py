@@ -18,6 +18,7 @@ import functools
 import gc
 import inspect
 import io
+import itertools
 import logging
 import types
 import weakref
@@ -92,6 +93,9 @@ class _Walker:
         self.result = Walk()
         self._leave_out = leave_out
         self._queue: deque[_Item] = deque()
+        # For this walk only: a cache that outlives it would keep classes alive that were made for one model.
+        self._visitor_of = functools.cache(_visitor_of)
+        self._slots_of = functools.cache(slots_of)
         self._seen: dict[int, object] = {}  # keeps what was seen alive, so that no id is used twice during the walk
 
     def run(self, roots: Iterable[tuple[str, object]]) -> None:
@@ -101,12 +105,12 @@ class _Walker:
             self._push(root, name, Reach.ROOT, _TENSOR)
         while self._queue:
             item = self._queue.popleft()
-            _visitor_of(type(item[0]))(self, *item)
+            self._visitor_of(type(item[0]))(self, *item)  # type: ignore[arg-type]
         result = self.result
         result.foreign = [(name, module) for name, module in result.foreign if id(module) not in result.modules]
 
     def _push(self, obj: object, name: str, reach: Reach, kind: str) -> None:
-        if _visitor_of(type(obj)) is _Walker._skip:
+        if self._visitor_of(type(obj)) is _Walker._skip:  # type: ignore[arg-type]
             return
         if id(obj) in self._seen:
             found = self.result.tensors.get(id(obj))
@@ -163,17 +167,17 @@ class _Walker:
 
     def _module(self, module: nn.Module, name: str, reach: Reach, kind: str) -> None:
         prefix = f"{name}." if name else ""
-        state = module.__dict__
-        for child_name, child in state["_modules"].items():
+        for child_name, child in module._modules.items():
             if child is not None:
                 self._push(child, prefix + child_name, Reach.OWN, _STATE)
-        for parameter_name, parameter in state["_parameters"].items():
+        for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
                 self._push(parameter, prefix + parameter_name, Reach.OWN, _PARAMETER)
-        for buffer_name, buffer in state["_buffers"].items():
+        for buffer_name, buffer in module._buffers.items():
             if buffer is not None:
                 self._push(buffer, prefix + buffer_name, Reach.OWN, _BUFFER)
-        for attribute, value in state.items():
+        slots = ((slot, getattr(module, slot, None)) for slot in self._slots_of(type(module)))  # type: ignore[arg-type]
+        for attribute, value in itertools.chain(module.__dict__.items(), slots):
             if attribute in _REGISTERED or not _may_hold(value):
                 continue
             is_hook = "hook" in attribute
@@ -227,7 +231,7 @@ class _Walker:
         for attribute, value in getattr(obj, "__dict__", {}).items():
             if _may_hold(value):
                 self._push(value, prefix + attribute, reach, kind)
-        for slot in _slots(type(obj)):
+        for slot in self._slots_of(type(obj)):  # type: ignore[arg-type]
             value = getattr(obj, slot, None)
             if _may_hold(value):
                 self._push(value, prefix + slot, reach, kind)
@@ -244,7 +248,6 @@ _SKIPPED: tuple[type, ...] = (
 )
 
 
-@functools.cache
 def _visitor_of(cls: type) -> Callable[..., None]:
     if issubclass(cls, nn.Module):
         return _Walker._module
@@ -252,7 +255,9 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._fixed
     if issubclass(cls, _SKIPPED) or cls.__module__ in ("numpy", "threading", "_thread", "enum"):
         return _Walker._skip
-    if issubclass(cls, dict):  # another mapping may load what it is asked for (accelerate's offloaded weights): see its attributes
+    if issubclass(
+        cls, dict
+    ):  # another mapping may load what it is asked for (accelerate's offloaded weights): see its attributes
         return _Walker._mapping
     if issubclass(cls, (list, tuple, set, frozenset, deque)):
         return _Walker._sequence
@@ -262,7 +267,7 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._method
     if issubclass(cls, functools.partial):
         return _Walker._partial
-    if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or _slots(cls)):
+    if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or slots_of(cls)):  # type: ignore[arg-type]
         return _Walker._object
     return _Walker._opaque
 
@@ -289,10 +294,12 @@ def _is_empty(cell: types.CellType) -> bool:
     return False
 
 
-@functools.cache
-def _slots(cls: type) -> tuple[str, ...]:
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The names of all `__slots__` of a class and its bases that hold a value of an instance."""
     names: list[str] = []
     for base in cls.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        names.extend([slots] if isinstance(slots, str) else slots)
+        for name in [slots] if isinstance(slots, str) else slots:
+            is_private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if is_private else name)
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

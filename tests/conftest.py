@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 import simcuda
 
 
@@ -30,25 +32,30 @@ import torch  # noqa: E402
 SIMULATED = simcuda.is_active()
 if not SIMULATED and not torch.cuda.is_available():
     pytest.exit(
-        "This torch is a CUDA build, but there is no GPU. Run `make test`: it sets up a CPU build, in which the simulated GPU runs.",
+        "This torch is a CUDA build, but there is no GPU. Run `make test`: it sets up a CPU build, for the simulated GPU.",
         returncode=2,
     )
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What a test asks of the device; the same on a simulated and on a real one."""
+    """What a test asks of the device; the same on a simulated and on a real one.
+
+    Attributes:
+        before: bytes that lay there before the test, such as tables that bitsandbytes keeps for the whole process.
+    """
 
     device: torch.device
+    before: int
 
     def allocated(self) -> int:
-        """Bytes of live tensors on the device."""
+        """Bytes of live tensors that the test has on the device."""
         gc.collect()
-        return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.memory_allocated(self.device) - self.before
 
     def peak(self) -> int:
-        """The most bytes allocated since `reset_peak`."""
-        return torch.cuda.max_memory_allocated(self.device)
+        """The most bytes the test had there since `reset_peak`."""
+        return torch.cuda.max_memory_allocated(self.device) - self.before
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -56,19 +63,37 @@ class GPU:
 
 @pytest.fixture
 def gpu() -> GPU:
-    return GPU(torch.device("cuda:0"))
+    return _gpu(0)
 
 
 @pytest.fixture
 def second_gpu() -> GPU:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    return GPU(torch.device("cuda:1"))
+    return _gpu(1)
+
+
+def _gpu(index: int) -> GPU:
+    gc.collect()
+    return GPU(torch.device("cuda", index), torch.cuda.memory_allocated(index))
+
+
+_modules_set_aside = 0
+
+
+def _set_imports_aside() -> None:
+    """Imported libraries are a million objects that are never garbage: frozen, they cost `gc.collect` no second each time."""
+    global _modules_set_aside
+    if len(sys.modules) != _modules_set_aside:
+        gc.collect()
+        gc.freeze()
+        _modules_set_aside = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_anything_behind() -> Iterator[None]:
     """Each test starts with empty devices of 4 GiB, fresh counters and no parked model."""
+    _set_imports_aside()
     yield
     gc.collect()
     if SIMULATED:

@@ -33,7 +33,10 @@ def tiny_llama(precision: str, folder: Any, device: Any = "cuda:0", **options: A
     )  # fmt: skip
     LlamaForCausalLM(config).half().save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float16, device_map={"": device}, quantization_config=quantization_config(precision, **options)
+        folder,
+        dtype=torch.float16,
+        device_map={"": device},
+        quantization_config=quantization_config(precision, **options),
     ).eval()
 
 
@@ -42,7 +45,9 @@ def llama_inputs(device: Any = "cuda:0") -> torch.Tensor:
     return torch.arange(3, 19, device=device).reshape(2, 8)
 
 
-def layers(count: int = 4, width: int = 64, device: Any = "cuda:0", dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def layers(
+    count: int = 4, width: int = 64, device: Any = "cuda:0", dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
     """A plain stack of `count` linear layers of `width` x `width`."""
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Linear(width, width, dtype=dtype) for _ in range(count)]).to(device).requires_grad_(False)
@@ -78,6 +83,53 @@ def quanto_layers(kind: str) -> nn.Sequential:
     return model.requires_grad_(False)
 
 
+def tiny_diffusion(device: Any = "cuda:0") -> Any:
+    """An unconditional image pipeline of diffusers: a U-Net and a scheduler."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipe = DDPMPipeline(unet.eval(), DDPMScheduler(num_train_timesteps=10)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_stable_diffusion(device: Any = "cuda:0") -> Any:
+    """A text-to-image pipeline of diffusers, with text encoder, U-Net, VAE and a tokenizer of four words."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", model_max_length=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=8, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        sample_size=16, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae.eval(), text_encoder.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
+    ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def snapshot(model: object) -> dict[str, tuple[Any, ...]]:
     """Everything a round trip must preserve, by name of each holding: device, bytes, shapes, aliases, identities, attributes.
 
@@ -92,7 +144,12 @@ def snapshot(model: object) -> dict[str, tuple[Any, ...]]:
             holding.storage, 0, (holding.nbytes,), (1,)
         )
         tensors = tuple(_outside(tensor) for tensor in holding.tensors)
-        result[holding.name] = (str(holding.device), bytes(content.cpu().numpy().tobytes()), tensors, tuple(holding.names))
+        result[holding.name] = (
+            str(holding.device),
+            bytes(content.cpu().numpy().tobytes()),
+            tensors,
+            tuple(holding.names),
+        )
     for name, wrapper in held.wrappers:
         result[f"{name} as a whole"] = (str(wrapper.device), _outside(wrapper))
     return result
@@ -102,6 +159,8 @@ def _outside(t: torch.Tensor) -> tuple[Any, ...]:
     """What a tensor object is apart from its bytes and its device."""
     with torch._C.DisableTorchFunctionSubclass():
         # PyTorch sets the ones left out anew each time a jagged tensor is built or asked for its size.
-        attributes = {name: id(value) for name, value in t.__dict__.items() if not name.startswith(("_sym_", "_dynamo_"))}
+        attributes = {
+            name: id(value) for name, value in t.__dict__.items() if not name.startswith(("_sym_", "_dynamo_"))
+        }
         geometry = (t.dtype, t.shape, t.stride(), t.storage_offset(), t.layout)
         return (id(t), type(t), geometry, t.requires_grad, t.is_leaf, t.is_inference(), attributes)

@@ -6,12 +6,12 @@ from typing import Any
 
 import psutil
 import pytest
-import simcuda
 import torch
-from conftest import GPU
-from models import layers, snapshot
 
 import qmove_core as qmove
+import simcuda
+from conftest import GPU
+from models import layers, snapshot
 from qmove_core import arena, budget
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GPU, SIMULATED
-from models import layers, snapshot
 from torch import nn
 
 import qmove_core as qmove
+from conftest import GPU, SIMULATED
+from models import layers, snapshot
 
 ACTIONS = [qmove.park, qmove.restore, lambda model: qmove.move(model, "cpu")]
 
 
-@pytest.mark.parametrize("nothing", [object(), {}, [], nn.ReLU(), "a path", 7, None], ids=repr)
+@pytest.mark.parametrize(
+    "nothing", [object(), {}, [], nn.ReLU(), "a path", 7, None], ids=lambda thing: type(thing).__name__
+)
 @pytest.mark.parametrize("act", ACTIONS, ids=["park", "restore", "move"])
 def test_an_object_without_tensors(gpu: GPU, act, nothing: object) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(qmove.NoTensors, match=f"{type(nothing).__name__} holds no tensor"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GPU
-from models import layers, snapshot
 from torch import nn
 
 import qmove_core as qmove
+from conftest import GPU
+from models import layers, snapshot
 
 EVERY_DTYPE = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import simcuda
 import torch
-from conftest import GPU
-from models import layers, snapshot
 
 import qmove_core as qmove
+import simcuda
+from conftest import GPU
+from models import layers, snapshot
 
 pytestmark = pytest.mark.simulated
 

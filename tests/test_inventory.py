@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPU
-from models import layers
 from torch import nn
 
 import qmove_core as qmove
+from conftest import GPU
+from models import layers
 from qmove_core import walk
 
 
@@ -85,7 +85,9 @@ def test_a_tensor_is_found_in(gpu: GPU, place: str) -> None:
     assert any(t is hidden for t in found)
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
 def test_a_tensor_is_found_in_the_closure_of_a_hook(gpu: GPU, register: str) -> None:
     model, hidden = layers(1), tensor()
     getattr(model[0], register)(closure_over(hidden))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GPU
-from models import layers
 
 import qmove_core as qmove
+from conftest import GPU
+from models import layers
 
 
 def inputs(**options: bool) -> torch.Tensor:

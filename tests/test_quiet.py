@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import GPU
-from models import layers
 from torch import nn
 
 import qmove_core as qmove
+from conftest import GPU
+from models import layers
 
 
 def traces(model: nn.Module) -> list[tuple[Any, ...]]:

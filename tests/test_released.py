@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from conftest import GPU
-from models import layers
 from torch import nn
 
 import qmove_core as qmove
+from conftest import GPU
+from models import layers
 
 
 def test_after_park_the_device_holds_nothing_of_the_model(gpu: GPU) -> None:
@@ -132,3 +132,15 @@ def test_extra_roots_leave_and_come_home_with_the_model(gpu: GPU) -> None:
     moments = [t for s in optimizer.state.values() for t in s.values()]
     assert any(t.device == gpu.device for t in moments)
     assert all(torch.equal(t.cpu(), state[id(t)]) for t in moments)
+
+
+def test_an_alias_that_was_given_other_data_meanwhile_is_left_alone(gpu: GPU) -> None:
+    model = layers(1)
+    alias = model[0].weight.data
+    parked = qmove.park(model)
+    alias.data = torch.ones(3)
+
+    parked.restore()
+
+    assert alias.device.type == "cpu"
+    assert model[0].weight.device == gpu.device

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPU
-from models import quanto_layers, snapshot, torchao_layers
 from torch import nn
 from torch.nested._internal.nested_tensor import NestedTensor
 
 import qmove_core as qmove
+from conftest import GPU
+from models import quanto_layers, snapshot, torchao_layers
 
 FORMATS: dict[str, Callable[[], nn.Module]] = {
     **{f"torchao {kind}": lambda kind=kind: torchao_layers(kind) for kind in ("int8", "int4", "float8", "nf4")},
@@ -284,7 +284,9 @@ def test_int4_packed_for_cuda_kernels_is_parked_exactly_and_not_moved_to_run_on_
     model = nn.ModuleList([holder(tile_packed())])
     before = snapshot(model)
 
-    with pytest.raises(qmove.CannotMove, match=r"0\.weight: Int4TilePackedTo4dTensor is packed for the kernels of cuda"):
+    with pytest.raises(
+        qmove.CannotMove, match=r"0\.weight: Int4TilePackedTo4dTensor is packed for the kernels of cuda"
+    ):
         qmove.move(model, "cpu")
     assert snapshot(model) == before
 
@@ -321,7 +323,7 @@ def test_a_wrapper_that_fails_on_the_way_leaves_all_where_they_were(gpu: GPU, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(NestedTensor, "__tensor_unflatten__", broken)
-        with pytest.raises(qmove.CannotMove, match="NestedTensor.*ValueError: no such layout") as caught:
+        with pytest.raises(qmove.CannotMove, match=r"NestedTensor.*ValueError: no such layout") as caught:
             qmove.park(model)
     assert isinstance(caught.value.__cause__, ValueError)
     assert snapshot(model) == before

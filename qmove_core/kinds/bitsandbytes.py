@@ -1,4 +1,4 @@
-"""bitsandbytes: tables it shares among models, weights it has not quantized yet, and weights it would repack on a CPU."""
+"""bitsandbytes: tables it shares among models, weights it has not quantized yet, weights it would repack on a CPU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NOT_QUANTIZED = (
     "(after qmove.disable_to(model) if it is enabled); from then on qmove moves it"
 )
 PACKED = (
-    "a forward on this CPU has packed it for AVX512-BF16 and rounded its scales to bfloat16 for good; a GPU would read it "
-    "wrongly. Load the model again. What qmove.move(model, 'cpu') brings to the CPU is never packed"
+    "a forward on this CPU has packed it for AVX512-BF16 and rounded its scales to bfloat16 for good; a GPU would read "
+    "it wrongly. Load the model again. What qmove.move(model, 'cpu') brings to the CPU is never packed"
 )
 
 
 class BitsAndBytes(Kind):
-    """`Linear8bitLt`, `Linear4bit` and the embeddings: their tensors move as they are; see the file's first line for the rest."""
+    """`Linear8bitLt`, `Linear4bit` and the embeddings. Their tensors move as they are; the first line has the rest."""
 
     module = "bitsandbytes"
 
@@ -90,8 +90,8 @@ class BitsAndBytes(Kind):
     def _choose_packing(self, module: nn.Module, was_on: torch.device) -> None:
         """Keeps `Linear4bit` from packing a weight that came from a GPU in a forward on the CPU.
 
-        The packing rounds `absmax` to bf16 and is not undone on the way to a GPU (bitsandbytes #2078): the weights would
-        be wrong for good.
+        The packing rounds `absmax` to bf16 and is not undone on the way to a GPU (bitsandbytes #2078): the weights
+        would be wrong for good.
         """
         weight: Any = module.weight
         state: Any = module
@@ -112,7 +112,7 @@ def awaits_quantization(weight: Any) -> bool:
 
 def is_packed_for_cpu(weight: Any) -> bool:
     """Whether bitsandbytes (since 0.49) has brought a `Params4bit` into the layout of its AVX512-BF16 kernels."""
-    return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _quant_states(inventory: Inventory) -> Iterator[tuple[Any, torch.device]]:

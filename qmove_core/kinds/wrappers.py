@@ -30,7 +30,13 @@ _PACKED_FOR_KERNELS = frozenset(
         # optimum-quanto
         *("AWQPackedTensor", "MarlinF8PackedTensor", "MarlinInt4PackedTensor", "TinyGemmPackedTensor"),
         # torchao
-        *("Int4OpaqueTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor", "Int4Tensor", "Int4TilePackedTo4dTensor"),
+        *(
+            "Int4OpaqueTensor",
+            "Int4PlainInt32Tensor",
+            "Int4PreshuffledTensor",
+            "Int4Tensor",
+            "Int4TilePackedTo4dTensor",
+        ),
         *("Float8OpaqueTensor", "IntxOpaqueTensor"),
     }
 )
