@@ -1,14 +1,16 @@
-"""`model.to()` that works: the model's own methods do what `qmove.move` does, under whatever guard its library put there.
+"""`model.to()` that works: the model's own methods do what `qmove.move` does, under any guard of its library.
 
 The model gets a subclass of its own class with the same name, whose `to`, `cpu`, `cuda`, ... come first. Methods in the
-model's `__dict__` would have to refer to the model: strongly, and a deleted model stays in VRAM until the garbage collector
-comes by; weakly, and `load().to("cuda")` loses it on the way.
+model's `__dict__` would have to refer to the model: strongly, and a deleted model stays in VRAM until the garbage
+collector comes by; weakly, and `load().to("cuda")` loses it on the way.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,20 +20,23 @@ from torch import nn
 from . import registry, wake
 from .errors import DtypeCastRefused, QMoveError
 from .inventory import inventory
+from .materialize import materialize, materialize_meta_tensors, roll_back
 from .parking import is_parked, move, restore
+from .put_back import materialized
 from .quantized import is_quantized, quantized_weights
 
 Model = TypeVar("Model")
 Original = Callable[..., Any]  # what the method would have done without qmove
 
-_BEFORE = "_qmove_methods_before"  # in the model's __dict__: instance attributes such as accelerate's `to`, to be put back
+_BEFORE = "_qmove_methods_before"  # in the model's __dict__: what it had there, such as accelerate's `to`
 
 
 def enable_to(model: Model) -> Model:
-    """Makes `model.to()`, `.cpu()` and `.cuda()` move the model as `qmove.move` does, also where its library forbids it.
+    """Makes `model.to()`, `.cpu()` and `.cuda()` do what `qmove.move` does, also where the model's library forbids it.
 
-    Casts (`.half()`, `.to(dtype)`, ...) work as before, but are refused while the model holds quantized weights. No flag of
-    the model is edited. A copy of an enabled model is an ordinary one. Enabling twice does nothing.
+    Casts (`.half()`, `.to(dtype)`, ...) work as before, but raise DtypeCastRefused while the model holds quantized
+    weights; a parked model comes home for one. No flag of the model is edited. A copy of an enabled model is an
+    ordinary one. Enabling twice does nothing.
 
     Args:
         model: an `nn.Module` or a pipeline; only its own methods change, not those of its submodules.
@@ -57,9 +62,9 @@ def enable_to(model: Model) -> Model:
 
 
 def disable_to(model: Model) -> Model:
-    """Gives the model the methods back that it had before `enable_to`. It stays where it is; nothing of qmove's remains."""
+    """Gives the model back the methods that it had before `enable_to`. It stays where it is; no trace remains."""
     if is_enabled(model):
-        wake.exchange_class(model, lambda cls: cls.__bases__[0])
+        wake.exchange_class(model, lambda cls: cls.__bases__[-1])
         for name, value in model.__dict__.pop(_BEFORE, {}).items():
             model.__dict__.setdefault(name, value)  # what was set since then stays
     return model
@@ -119,6 +124,21 @@ def _cast(name: str) -> Callable[..., Any]:
     return cast
 
 
+def _materialize(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+    """See `qmove.materialize_meta_tensors`."""
+    return materialize_meta_tensors(model, device, progress=progress)
+
+
+def _materialize_all(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+    """Gives every meta tensor its data and moves the whole model to `device`, ready to run there."""
+    return _moved(materialize_meta_tensors(model, progress=progress), device)
+
+
+def _materialized(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+    """See `qmove.materialized`."""
+    return materialized(model, device, progress=progress)
+
+
 _CASTS = ("half", "float", "double", "bfloat16", "type")
 
 # name -> (the method without `self`, whether classes get it that had none of that name)
@@ -128,11 +148,19 @@ _METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
     "cuda": (_accelerator("cuda"), True),
     "xpu": (_accelerator("xpu"), False),
     **{name: (_cast(name), False) for name in _CASTS},
+    "materialize": (_materialize, True),
+    "materialize_all": (_materialize_all, True),
+    "materialized": (_materialized, True),
 }
 
 
 def _moved(model: Any, device: Any) -> Any:
-    move(model, device)
+    done = materialize(model, "cpu")  # what accelerate dispatched
+    try:
+        move(model, device)
+    except BaseException:
+        roll_back(done)
+        raise
     return model
 
 
@@ -140,9 +168,9 @@ def _refuse_cast(model: Any, call: str) -> None:
     names = quantized_weights(inventory(model))
     if names:
         raise DtypeCastRefused(
-            f"{type(model).__name__}.{call} was refused: {len(names)} weights are quantized, the first is {names[0]!r}. They "
-            "hold codes, not values, and a cast would destroy them. Nothing was changed. Move without a dtype; or get the "
-            "values with qmove.dequantize_and_move(model, device, dtype)."
+            f"{type(model).__name__}.{call} was refused: {len(names)} weights are quantized, first {names[0]!r}. "
+            "They hold codes, not values, and a cast would destroy them. Nothing was changed. Move without a dtype; or "
+            "get the values with qmove.dequantize_and_move(model, device, dtype)."
         )
 
 
@@ -157,17 +185,38 @@ def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
 # How a model comes by them --------------------------------------------------------------------------------------------
 
 
-@functools.cache
+class _Unannounced(nn.Module):
+    """Comes first among the bases: libraries that register or change their subclasses must not see an enabled class."""
+
+    _qmove_enabled = True
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 def _enabled_class(cls: type) -> type:
+    if cls not in _enabled_classes:
+        _enabled_classes[cls] = enabled = _make_enabled_class(cls)
+        return enabled
+    return _enabled_classes[cls]
+
+
+_enabled_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def _make_enabled_class(cls: type) -> type:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """Copies and pickles are made as of the model's own class, with what it had in its `__dict__`."""
-        function, arguments, *rest = cls.__reduce_ex__(self, protocol)
+        reduced: Any = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        function, arguments, *rest = reduced
         arguments = tuple(cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments)
         if rest and isinstance(rest[0], dict) and _BEFORE in rest[0]:
             rest[0] = {name: value for name, value in rest[0].items() if name != _BEFORE} | rest[0][_BEFORE]
         return (function, arguments, *rest)
 
     namespace: dict[str, Any] = {
+        "__slots__": (),
+        "__class__": property(wake.own_class),  # what programs ask for the class, pickle among them
         "__reduce_ex__": reduce_ex,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -177,7 +226,11 @@ def _enabled_class(cls: type) -> type:
     for name, (function, always) in _METHODS.items():
         if always or hasattr(cls, name):
             namespace[name] = _method(name, function, cls)
-    enabled: type = type(cls)(cls.__name__, (cls,), namespace)
+    maker = (
+        abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
+    )  # past what other metaclasses do with new classes
+    bases = (_Unannounced, cls) if issubclass(cls, nn.Module) else (cls,)
+    enabled: type = maker.__new__(type(cls), cls.__name__, bases, namespace)
     return enabled
 
 
