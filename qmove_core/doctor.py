@@ -146,11 +146,15 @@ def _findings(host: Host, build: str, found: list[Device], versions: Mapping[str
 
 def _about_devices(host: Host, build: str, found: list[Device]) -> list[str]:
     if host.simulated:
-        return ["The devices are simulated: bytes and equality mean what they say, seconds say nothing about a real link."]
+        return [
+            "The devices are simulated: bytes and equality mean what they say, seconds say nothing about a real link."
+        ]
     if found:
         return []
     if build == "CPU build":
-        why = "This torch is a CPU build; with a GPU in this machine, install the build for it (pytorch.org says which)."
+        why = (
+            "This torch is a CPU build; with a GPU in this machine, install the build for it (pytorch.org says which)."
+        )
     else:
         why = f"This torch is built for {build}, but its driver shows it no device (`nvidia-smi` or `rocminfo` may say why)."
     return [f"No accelerator: there is no VRAM to park models out of. {why}"]
@@ -183,4 +187,6 @@ def _about_pinning(host: Host) -> list[str]:
     if sys.platform == "win32":
         limits.append("Windows allows about 40 % of RAM, and counts it against the GPU")
     listed = "; ".join(limits) or "no limit on it was found"
-    return [f"This version copies through pageable memory, so limits on page-locked memory do not matter yet: {listed}."]
+    return [
+        f"This version copies through pageable memory, so limits on page-locked memory do not matter yet: {listed}."
+    ]

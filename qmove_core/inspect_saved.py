@@ -114,7 +114,9 @@ def _inspect_package(name: str) -> SavedModel:
         files = _weight_files(folder)
         if files:
             return _inspect_files(folder, folder, files)
-    raise CannotInspect(f"The installed package {name!r} ships no weights: no file in it ends in {', '.join(SUFFIXES)}.")
+    raise CannotInspect(
+        f"The installed package {name!r} ships no weights: no file in it ends in {', '.join(SUFFIXES)}."
+    )
 
 
 def _package_folders(name: str) -> list[Path]:
@@ -143,7 +145,9 @@ def _inspect_files(source: Path, root: Path, files: Sequence[Path]) -> SavedMode
     model = SavedModel(str(source), [], notes=notes)
     for path in kept:
         label = path.relative_to(root).as_posix()
-        model.tensors += _read_safetensors(path, label) if path.suffix == ".safetensors" else _read_torch(path, label, notes)
+        model.tensors += (
+            _read_safetensors(path, label) if path.suffix == ".safetensors" else _read_torch(path, label, notes)
+        )
     for folder in dict.fromkeys(path.parent for path in kept):
         inside = {path.relative_to(root).as_posix() for path in kept if path.parent == folder}
         found = _quantization_of(folder, [tensor for tensor in model.tensors if tensor.file in inside])
@@ -169,7 +173,9 @@ def _read_safetensors(path: Path, label: str) -> list[SavedTensor]:
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise CannotInspect(f"{path} is no whole safetensors file: {error}. Download or save it again.") from error
     return [
-        SavedTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], label)
+        SavedTensor(
+            name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], label
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     ]
@@ -184,6 +190,8 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
+    if path.suffix not in SUFFIXES and not zipfile.is_zipfile(path):
+        raise CannotInspect(f"{path} is of no kind that is read here; these are: {', '.join(SUFFIXES)}.")
     if not zipfile.is_zipfile(path):
         raise CannotInspect(
             f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then it cannot be read without "
@@ -248,11 +256,19 @@ def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
     if any_ends(".comfy_quant"):
         return "ComfyUI (comfy-kitchen)"
     if any_ends(".qweight"):
-        return "GPTQ" if any_ends(".g_idx") else "AWQ" if any_ends(".qzeros") else "packed weights (.qweight), format unknown"
+        return (
+            "GPTQ"
+            if any_ends(".g_idx")
+            else "AWQ"
+            if any_ends(".qzeros")
+            else "packed weights (.qweight), format unknown"
+        )
     if any_ends(".weight_scale_inv"):
         return "fp8, scaled in blocks"
     if any(dtype.upper().startswith(("F8", "FLOAT8")) for dtype in dtypes):
-        return "fp8, scaled" if any_ends("scaled_fp8", ".scale_weight", ".weight_scale") else "fp8 weights, without scales"
+        return (
+            "fp8, scaled" if any_ends("scaled_fp8", ".scale_weight", ".weight_scale") else "fp8 weights, without scales"
+        )
     return ""
 
 

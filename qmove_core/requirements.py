@@ -16,5 +16,5 @@ except ModuleNotFoundError as error:
         raise
     raise MissingDependency(f"PyTorch is not installed. {_ADVICE}") from None
 
-if torch.__version__ < (2, 6):
+if torch.__version__ < "2.6":
     raise MissingDependency(f"PyTorch {torch.__version__} is installed. {_ADVICE}")
