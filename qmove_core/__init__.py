@@ -1,24 +1,33 @@
 """qmove: big quantized models leave the GPU for CPU RAM and come back bit for bit."""
 
+from . import requirements as _requirements  # noqa: F401  (first: it says so where PyTorch is missing or too old)
+from .dispatching import dispatch_model, redispatch
 from .errors import (
     CannotMove,
+    ChangesNotKept,
     DtypeCastRefused,
     LiveAutogradGraph,
     MetaTensorsPresent,
     MissingDependency,
     NotEnoughMemory,
     NoTensors,
+    OffloadedDataError,
     QMoveError,
     UnknownDevice,
 )
 from .inventory import Holding, Inventory, MetaTensor, inventory
+from .materialize import materialize_meta_tensors
 from .parking import Moved, Parked, Restored, is_parked, move, park, parked, parked_models, resident, restore
+from .put_back import materialized
+from .requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
 from .statistics import Stats, stats
 from .strangers import Straggler
+from .to_method import disable_to, enable_to
 
 __all__ = [
     "CannotMove",
+    "ChangesNotKept",
     "DtypeCastRefused",
     "Holding",
     "Inventory",
@@ -29,6 +38,7 @@ __all__ = [
     "Moved",
     "NoTensors",
     "NotEnoughMemory",
+    "OffloadedDataError",
     "Parked",
     "QMoveError",
     "Restored",
@@ -36,12 +46,20 @@ __all__ = [
     "Straggler",
     "UnknownDevice",
     "configure",
+    "dequantize_and_move",
+    "disable_to",
+    "dispatch_model",
+    "enable_to",
     "inventory",
     "is_parked",
+    "materialize_meta_tensors",
+    "materialized",
     "move",
+    "move_and_requantize",
     "park",
     "parked",
     "parked_models",
+    "redispatch",
     "resident",
     "restore",
     "stats",

@@ -71,7 +71,9 @@ class ChangesNotKept(QMoveError):
 
     def __init__(self, action: str, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
-        super().__init__(f"{action}: the model stays as it is, in memory and without its dispatch, because of\n{_listed(self.reasons)}")
+        super().__init__(
+            f"{action}: the model stays as it is, in memory and without its dispatch, because of\n{_listed(self.reasons)}"
+        )
 
 
 class LiveAutogradGraph(QMoveError):

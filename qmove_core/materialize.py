@@ -6,32 +6,30 @@ model has changed. A meta Parameter stays the same object: it exchanges its impl
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import arena, budget, devices, kinds, registry
+from . import arena, devices, diffusers_offload, kinds, parking, registry
 from .digest import digest_of
-from .dispatch import Dispatch, Slot, is_dispatched, slots, take_off
-from .errors import MetaTensorsPresent, NotEnoughMemory, OffloadedDataError, readable_bytes
+from .dispatch import Dispatch, Slot, is_dispatched, take_off, take_off_pipelines
+from .dispatch_options import remember
+from .errors import NotEnoughMemory, readable_bytes
 from .interrupts import interrupts_deferred
-from .inventory import Inventory, inventory
-from .offloaded import Source, Sources, Unusable
+from .inventory import Holding, Inventory, inventory
+from .kinds import bitsandbytes_offloaded
+from .materialize_plan import DEVICE_ADVICE, Device, DeviceMap, Piece, check_budget, placement, plan
+from .offloaded import Source
 from .reading import Read, read
 from .rebinding import exchange, stand_in, tensor_over
-from .settings import settings
-from .ties import find_ties
 from .transfer import Progress
 
 log = logging.getLogger("qmove")
-
-Device = str | int | torch.device
-DeviceMap = Mapping[str, Device]
 
 
 def materialize_meta_tensors(
@@ -60,58 +58,25 @@ def materialize_meta_tensors(
 
 
 @dataclass
-class Piece:
-    """One tensor to materialize.
-
-    Attributes:
-        slots: every place in the model that it takes; tied weights have several.
-        tensor: the object that stands in all of them afterwards. A meta tensor, or a real one that others are tied to.
-        source: where its data lies.
-        device: where it goes.
-        dtype, shape: of the tensor, which may change them later.
-        opened: the source's own tensor.
-        joins_real: the tensor was real before, and needs no data.
-        real: what the tensor gets to look into.
-        digest: of the bytes it has at first, where asked for.
-    """
-
-    slots: list[Slot]
-    tensor: torch.Tensor
-    source: Source
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-    opened: torch.Tensor
-    joins_real: bool
-    real: torch.Tensor | None = None
-    digest: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.slots[0].full_name
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the model is to look into the source's own memory."""
-        return self.source.is_shared_as(self.tensor.dtype, self.device)
-
-
-@dataclass
 class Materialized:
     """What was done, and all that is needed to undo it.
 
     Attributes:
         pieces: the tensors that were materialized.
         dispatch: the hooks that were taken off.
-        homes: the device of everything that was real before, by name.
+        homes: the device of everything that was real before, by name; for what was parked, its home.
+        was_parked: anything was.
         buffers: (registered, name, tensor) of the real buffers: `nn.Module.to` exchanges buffers for new objects.
+        groups: those of diffusers' group offload.
         undo: steps that bring the objects back, to be run from the last to the first.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     dispatch: Dispatch = field(default_factory=Dispatch)
     homes: dict[str, torch.device] = field(default_factory=dict)
+    was_parked: bool = False
     buffers: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = field(default_factory=list)
+    groups: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -122,16 +87,20 @@ def materialize(
     started = time.perf_counter()
     with registry.lock:
         action = f"Materializing {type(model).__name__}"
-        place = _placement(target_device)
+        place = placement(target_device)
         held = inventory(model)
-        if not held.meta and not is_dispatched(held.modules.values()):
+        modules = list(held.modules.values())
+        groups, pipelines = diffusers_offload.groups_of(modules), diffusers_offload.pipelines_in(model)
+        if not held.meta and not groups and not is_dispatched(modules):
             return Materialized()
-        pieces = _plan(action, held, place)
-        _check_budget(action, pieces)
+        pieces = plan(action, held, place)
+        check_budget(action, pieces)
         _read(action, pieces, progress, wants_digests)
         done = Materialized(
             pieces,
-            homes={name: holding.device for holding in held.holdings for name in holding.names},
+            homes={name: _home(holding) for holding in held.holdings for name in holding.names},
+            was_parked=parking.is_parked(model),
+            groups=groups,
             buffers=[
                 (module._buffers, name, buffer)
                 for module in held.modules.values()
@@ -140,81 +109,28 @@ def materialize(
             ],
         )
         with interrupts_deferred():
-            _commit(model, held, done)
+            _commit(model, held, done, pipelines)
     _report(model, done, time.perf_counter() - started)
     return done
-
-
-def _plan(action: str, held: Inventory, place: Callable[[str], torch.device]) -> list[Piece]:
-    """A piece for every tensor to be, with its data found and checked."""
-    offloaded = slots(held.modules)
-    _refuse_without_data(action, held, offloaded)
-    sources, problems = Sources(), []
-    found: list[tuple[Slot, Source]] = []
-    for slot in offloaded:
-        try:
-            source = sources.find(slot.hook.weights_map, slot.key)
-            mismatch = source.mismatch(slot.tensor)
-            found.append((slot, source))
-        except KeyError:
-            mismatch = "the map that the dispatch keeps its weights in has no such entry"
-        except Unusable as error:
-            mismatch = str(error)
-        if mismatch:
-            problems.append((slot.full_name, mismatch))
-    if problems:
-        advice = "Mend the offload folder or its index, or load the model again. The dispatched model would fail there as well."
-        raise OffloadedDataError(action, problems, advice)
-    return [
-        Piece(
-            tied.slots, tied.tensor, tied.source, place(tied.slots[0].full_name), tied.tensor.dtype, tied.tensor.shape,
-            tied.source.open(), joins_real=tied.tensor.device.type != "meta",
-        )
-        for tied in find_ties(held, found)
-    ]  # fmt: skip
-
-
-def _refuse_without_data(action: str, held: Inventory, offloaded: Iterable[Slot]) -> None:
-    kept = {id(slot.tensor) for slot in offloaded}
-    missing = [meta for meta in held.meta if id(meta.tensor) not in kept]
-    if missing:
-        raise MetaTensorsPresent(
-            f"{action}: {len(missing)} tensors are on the meta device and no hook of a dispatch knows where their data is, the "
-            f"first is {missing[0].name!r}. Nothing was changed. Their data is lost if hooks were removed after a dispatch, or was "
-            "never loaded (init_empty_weights): load the checkpoint again."
-        )
-
-
-def _check_budget(action: str, pieces: Iterable[Piece]) -> None:
-    """What is mapped from files counts too: it is of use only in RAM."""
-    needed: dict[torch.device, int] = defaultdict(int)
-    for piece in pieces:
-        if not piece.joins_real and not (piece.is_shared and piece.source.file is None):
-            needed[piece.device] += piece.tensor.nbytes
-    for device, nbytes in needed.items():
-        if device.type == "cpu":
-            budget.require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use(), _HOST_ADVICE)
-        else:
-            budget.require_device(action, nbytes, device, _DEVICE_ADVICE)
-
-
-_HOST_ADVICE = (
-    "Delete or restore another parked model, park one to disk, or raise the limit named. Or leave the model dispatched, with a "
-    "smaller device_map: one that puts less on cpu and disk."
-)
-_DEVICE_ADVICE = "Park another model first, materialize to the CPU (target_device='cpu'), or give a device_map that puts less there."
 
 
 def _read(action: str, pieces: Sequence[Piece], progress: Progress | None, wants_digests: bool) -> None:
     """Brings the bytes of all pieces in. The model has not changed yet."""
     missing = [piece for piece in pieces if not piece.joins_real]
     _allocate(action, missing)
-    reads = {id(piece): Read(piece.source, piece.opened, piece.real, wants_digests) for piece in missing}
+    reads = {
+        id(piece): Read(piece.source, piece.opened, piece.real, wants_digests)
+        for piece in missing
+        if piece.source.file is not None or not piece.is_shared  # what the model shares with the map needs no reading
+    }
     read(list(reads.values()), progress)
     devices.synchronize({piece.device for piece in missing})
     if wants_digests:
         for piece in pieces:
-            piece.digest = digest_of(piece.tensor) if piece.joins_real else reads[id(piece)].digest
+            if piece.joins_real:
+                piece.digest = digest_of(piece.tensor)
+            elif id(piece) in reads:
+                piece.digest = reads[id(piece)].digest
 
 
 def _allocate(action: str, pieces: Sequence[Piece]) -> None:
@@ -224,10 +140,8 @@ def _allocate(action: str, pieces: Sequence[Piece]) -> None:
         arena.allocate([piece.tensor.nbytes for piece in needy if piece.device.type == "cpu"], registry.forget)
     )
     for piece in needy:
-        if piece.device.type == "cpu":
-            storage = next(on_host)
-        else:
-            storage = _allocate_on(action, piece.tensor.nbytes, piece.device)
+        on_cpu = piece.device.type == "cpu"
+        storage = next(on_host) if on_cpu else _allocate_on(action, piece.tensor.nbytes, piece.device)
         piece.real = tensor_over(storage, piece.tensor.dtype, piece.tensor.shape)
 
 
@@ -236,19 +150,22 @@ def _allocate_on(action: str, nbytes: int, device: torch.device) -> torch.Untype
         return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
     except torch.OutOfMemoryError as error:
         free = devices.free_memory(device) or 0
-        raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM, in pieces", _DEVICE_ADVICE) from error
+        raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM, in pieces", DEVICE_ADVICE) from error
 
 
-def _commit(model: object, held: Inventory, done: Materialized) -> None:
+def _commit(model: object, held: Inventory, done: Materialized, pipelines: Sequence[Any]) -> None:
     """Puts the data into the model and takes the hooks off; all of it, or none."""
     try:
+        remember(held.modules.values())
         done.dispatch = take_off(held.modules.values())
         done.undo.append(done.dispatch.put_on)
+        take_off_pipelines(pipelines, done.dispatch)
+        done.undo.append(diffusers_offload.take_off(held.modules.values()))
         for piece in done.pieces:
             _settle_in(piece, done.undo)
         kinds.settle(inventory(model))
     except BaseException:
-        _roll_back(done.undo)
+        roll_back(done)
         raise
 
 
@@ -257,29 +174,36 @@ def _settle_in(piece: Piece, undo: list[Callable[[], None]]) -> None:
         twin = stand_in(piece.tensor, piece.opened if piece.real is None else piece.real)
         exchange(piece.tensor, twin)
         undo.append(lambda: exchange(piece.tensor, twin))
+        if piece.parts:
+            parts = {name: _part(source, piece.device) for name, source in piece.parts.items()}
+            undo.append(bitsandbytes_offloaded.attach(piece.tensor, piece.slots[0].module, parts))
+            piece.part_digests = part_digests(piece.tensor, piece.slots[0])
     for slot in piece.slots:
         if slot.tensor is not piece.tensor:
             slot.put(piece.tensor)
-            undo.append(lambda slot=slot: slot.put(slot.tensor))
+            undo.append(functools.partial(slot.put, slot.tensor))
 
 
-def _roll_back(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()
+def _part(source: Source, device: torch.device) -> torch.Tensor:
+    """A tensor object of its own; for one in a file also memory of its own."""
+    part = source.open().detach()
+    return part.to(device) if source.file is None else part.to(device, copy=True)
 
 
-def _placement(target: Device | DeviceMap) -> Callable[[str], torch.device]:
-    """Where the meta tensor of a given name is to go."""
-    if not isinstance(target, Mapping):
-        device = devices.resolve(target)
-        return lambda name: device
-    places = {prefix: devices.resolve(value) for prefix, value in target.items()}
+def part_digests(tensor: torch.Tensor, slot: Slot) -> dict[str, int]:
+    """The digests of what hangs on a quantized weight now."""
+    parts = bitsandbytes_offloaded.current_parts(tensor, slot.module)
+    return {name: digest_of(part) for name, part in parts.items()}
 
-    def by_longest_prefix(name: str) -> torch.device:
-        fitting = [prefix for prefix in places if not prefix or f"{name}.".startswith(f"{prefix}.")]
-        return places[max(fitting, key=len)] if fitting else devices.CPU
 
-    return by_longest_prefix
+def roll_back(done: Materialized) -> None:
+    """Undoes `materialize` right after it. What was changed since then would be lost: see `put_back`."""
+    while done.undo:
+        done.undo.pop()()
+
+
+def _home(holding: Holding) -> torch.device:
+    return registry.parked_home(holding.tensors[0]) or holding.device
 
 
 def _report(model: object, done: Materialized, seconds: float) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from .rebinding import tensor_over
 
+
 class Unusable(Exception):
     """What stands in the way of using an entry of a weights map."""
 
@@ -80,8 +81,8 @@ class Source:
         if self._reader is not None:
             tensor: torch.Tensor = self._reader.get_tensor(self._weight_name)
             return tensor
-        storage = torch.UntypedStorage.from_file(str(self.file), False, self.nbytes)
-        return tensor_over(storage, self.dtype, self.shape)
+        mapped: Any = torch.UntypedStorage.from_file(str(self.file), False, self.nbytes)
+        return tensor_over(mapped, self.dtype, self.shape)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the weights map itself would hand out for `tensor`, which `open` returned."""
@@ -103,17 +104,26 @@ class Sources:
         """
         while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):  # accelerate's PrefixedDataset
             name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
-        if not (hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")):  # a plain dict, or somebody's own map
+        if not (
+            hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")
+        ):  # a plain dict, or somebody's own map
             return _in_ram(weights_map[name])
         loader: Any = weights_map  # accelerate's OffloadedWeightsLoader, where the state dict goes before the index
         if name in loader.state_dict:
             return _in_ram(loader.state_dict[name])
         entry = loader.index[name]
         if entry.get("safetensors_file") is not None:
-            return self._in_safetensors(Path(entry["safetensors_file"]), entry.get("weight_name", name), entry.get("dtype"))
+            return self.in_safetensors(
+                Path(entry["safetensors_file"]), entry.get("weight_name", name), entry.get("dtype")
+            )
         return _in_dat(Path(loader.save_folder) / f"{name}.dat", name, entry)
 
-    def _in_safetensors(self, file: Path, weight_name: str, through: str | None) -> Source:
+    def in_safetensors(self, file: Path, weight_name: str, through: str | None = None) -> Source:
+        """A tensor of a safetensors file, which the map casts to the dtype `through`.
+
+        Raises:
+            Unusable: as `find`.
+        """
         reader, ranks = self._open(file)
         if weight_name not in ranks:
             raise Unusable(f"the file {file} has no tensor {weight_name!r}")
@@ -141,6 +151,15 @@ class Sources:
             names = reader.offset_keys() if hasattr(reader, "offset_keys") else reader.keys()
             self._readers[key] = reader, {name: rank for rank, name in enumerate(names)}
         return self._readers[key]
+
+
+def has_entry(weights_map: Mapping[str, Any], name: str) -> bool:
+    """Whether a weights map has `name`; asking the map itself would load the tensor."""
+    while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):
+        name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
+    if hasattr(weights_map, "state_dict") and hasattr(weights_map, "index"):
+        return name in weights_map.state_dict or name in weights_map.index
+    return name in weights_map
 
 
 def keep_instead(weights_map: Mapping[str, Any], name: str, tensor: torch.Tensor) -> bool:

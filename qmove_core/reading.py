@@ -63,7 +63,9 @@ def read(reads: Sequence[Read], progress: Progress | None = None) -> None:
         pending: set[Future[None]] = {pool.submit(_read_stretch, part, counter) for part in _stretches(on_host)}
         try:
             # Copies to a device go through one thread: its link is the bottleneck, and the order of streams stays simple.
-            for part in _stretches([item for item in ordered if item.into is not None and item.into.device.type != "cpu"]):
+            for part in _stretches(
+                [item for item in ordered if item.into is not None and item.into.device.type != "cpu"]
+            ):
                 _read_stretch(part, counter, counter.report)
             while pending:
                 done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)

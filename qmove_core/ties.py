@@ -49,7 +49,9 @@ def _by_object_and_entry(found: Iterable[tuple[Slot, Source]]) -> list[Tied]:
     known: dict[Hashable, Tied] = {}
     for slot, source in found:
         tensor = slot.tensor
-        keys: list[Hashable] = [id(tensor), (source.key, tensor.dtype, isinstance(tensor, nn.Parameter))]
+        keys: list[Hashable] = [id(tensor)]
+        if tensor.device.type == "meta":  # a real one may have changed since
+            keys.append((source.key, tensor.dtype, isinstance(tensor, nn.Parameter)))
         group = next((known[key] for key in keys if key in known), None)
         if group is None:
             group = Tied([], tensor, source)
@@ -86,8 +88,8 @@ def _hinted(
             ties = getattr(slot.hook, "tied_params_map", None) or {}
             if slot.key not in getattr(slot.hook, "tied_params_names", ()) and group.source.address not in ties:
                 continue
-            # In RAM the address says which tie it was; on the disk it could be any.
-            addresses = [group.source.address] if group.source.address in ties else list(ties)
+            # An address with a tensor on a device says which tie it was. On the disk, or changed since, it could be any.
+            addresses = [group.source.address] if ties.get(group.source.address) else list(ties)
             for address in addresses:
                 members = candidates[id(ties), address]
                 for tensor in ties[address].values():
@@ -113,7 +115,7 @@ def _join_equal(members: Sequence[Tied | torch.Tensor], groups: list[Tied]) -> N
         if not isinstance(member, Tied) or member not in groups:
             continue
         for other in members[:index]:
-            if isinstance(other, Tied) and other not in groups or not _are_equal(other, member):
+            if (isinstance(other, Tied) and other not in groups) or not _are_equal(other, member):
                 continue
             if isinstance(other, Tied):
                 other.slots += member.slots
@@ -134,4 +136,3 @@ def _content(member: Tied | torch.Tensor) -> int:
     if isinstance(member, torch.Tensor):
         return digest_of(member)
     return digest_of(member.source.cast(member.source.open()).to(member.tensor.dtype))
-

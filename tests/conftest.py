@@ -22,6 +22,9 @@ def _torch_is_a_cpu_build() -> bool:
     return "cuda: Optional[str] = None" in (Path(spec.origin).parent / "version.py").read_text()
 
 
+# Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if _torch_is_a_cpu_build() and not simcuda.is_active():
     # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes; uncompiled they do as well.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

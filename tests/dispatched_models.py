@@ -6,8 +6,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import pytest
 import torch
+from packaging.version import Version
 from torch import nn
+
+
+def needs_accelerate(release: str, because: str) -> pytest.MarkDecorator:
+    """Skips a test on older releases of accelerate, which `test_oldest_accelerate` runs others with."""
+    too_old = Version(accelerate.__version__) < Version(release)
+    return pytest.mark.skipif(too_old, reason=f"needs accelerate {release}: {because}")
+
+
+RELOADED_TIES = needs_accelerate("1.7", "its own forward raises KeyError for tied weights that are both offloaded")
 
 
 class Block(nn.Module):
@@ -57,7 +69,14 @@ def tokens(device: Any = "cuda:0") -> torch.Tensor:
 SPREAD = {
     "embedding": "cuda:0", "blocks.0": "cuda:0", "blocks.1": "cuda:1", "blocks.2": "cpu", "blocks.3": "disk", "head": "disk"
 }  # fmt: skip
-IN_RAM = {"embedding": "cpu", "blocks.0": "cuda:0", "blocks.1": "cpu", "blocks.2": "cpu", "blocks.3": "cpu", "head": "cpu"}
+IN_RAM = {
+    "embedding": "cpu",
+    "blocks.0": "cuda:0",
+    "blocks.1": "cpu",
+    "blocks.2": "cpu",
+    "blocks.3": "cpu",
+    "head": "cpu",
+}
 ON_DISK = {name: "disk" if place == "cpu" else place for name, place in IN_RAM.items()}
 
 
@@ -88,7 +107,7 @@ def safetensors_index(model: nn.Module, folder: Path) -> dict[str, dict[str, str
     files: list[dict[str, torch.Tensor]] = [{}, {}]
     first_name: dict[int, str] = {}
     index = {}
-    for position, (name, tensor) in enumerate(model.state_dict(keep_vars=True).items()):
+    for name, tensor in model.state_dict(keep_vars=True).items():
         stored = first_name.setdefault(id(tensor), name)
         number = list(model.state_dict()).index(stored) % 2
         if stored == name:
@@ -103,3 +122,27 @@ def safetensors_index(model: nn.Module, folder: Path) -> dict[str, dict[str, str
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all tensors, on the CPU."""
     return {name: copy.deepcopy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
+
+
+def spread_llama(folder: Path, place: str) -> Any:
+    """A Llama with tied embeddings that `from_pretrained` puts half on a GPU, half on `place` ("cpu" or "disk")."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    if not (folder / "llama").exists():
+        LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    device_map = {
+        "model.embed_tokens": place, "model.layers.0": "cuda:0", "model.layers.1": place, "model.norm": place,
+        "model.rotary_emb": "cuda:0", "lm_head": place,
+    }  # fmt: skip
+    return (
+        LlamaForCausalLM.from_pretrained(
+            folder / "llama", device_map=device_map, offload_folder=str(folder / "offload")
+        )
+        .eval()
+        .requires_grad_(False)
+    )

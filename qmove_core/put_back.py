@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import arena, budget, parking, registry
+from . import arena, budget, diffusers_offload, parking, registry
 from .digest import digest_of
 from .dispatch import Slot
 from .errors import ChangesNotKept
-from .inventory import inventory
-from .materialize import Device, DeviceMap, Materialized, Piece, materialize
+from .inventory import Inventory, inventory
+from .materialize import Materialized, materialize, part_digests
+from .materialize_plan import Device, DeviceMap, Piece
 from .offloaded import keep_instead
 from .rebinding import exchange, stand_in
 from .relocation import Step, relocate
@@ -46,7 +47,7 @@ def materialized(
     try:
         yield model
     finally:
-        if done.pieces or done.dispatch.taken:
+        if done.undo:
             put_back(model, done)
 
 
@@ -54,20 +55,23 @@ def put_back(model: object, done: Materialized) -> None:
     """Undoes `materialize`, and keeps changes; see `materialized`."""
     action = f"Dispatching {type(model).__name__} again"
     with registry.lock:
-        if parking.is_parked(model):
+        if parking.is_parked(model) and not done.was_parked:
             parking.restore(model)
-        changes = _changes(action, done)
-        _check_budget(action, changes)
         held = inventory(model)
+        changes = _changes(action, done, held)
+        _check_budget(action, changes)
+        groups = {id(change.piece.group): change.piece.group for change in changes if change.piece.group is not None}
+        use_new_files = [diffusers_offload.write_again(group) for group in groups.values()]
         away = [
             (holding, home)
             for holding in held.holdings
             if (home := next((done.homes[name] for name in holding.names if name in done.homes), None)) is not None
             and holding.device != home
+            and registry.parked_home(holding.tensors[0]) is None  # parked before, and still so
         ]
         # Nothing is remembered of where the bytes come from: the dispatch says where things belong.
         steps = [Step(holding, home) for holding, home in away]
-        relocate(action, held, steps, on_commit=lambda: _commit(done, changes))
+        relocate(action, held, steps, on_commit=lambda: _commit(done, changes, use_new_files))
     log.info("dispatched %s again: %d weights had changed", type(model).__name__, len(changes))
 
 
@@ -78,7 +82,7 @@ class _Change:
     value: torch.Tensor  # what the model has now
 
 
-def _changes(action: str, done: Materialized) -> list[_Change]:
+def _changes(action: str, done: Materialized, held: Inventory) -> list[_Change]:
     """What must be written to where the dispatch keeps its weights."""
     changes, problems = [], []
     for piece in done.pieces:
@@ -89,6 +93,8 @@ def _changes(action: str, done: Materialized) -> list[_Change]:
                 problems.append((slot.full_name, problem))
             elif value is not None and _is_changed(piece, value):
                 changes.append(_Change(piece, slot, value))
+    names = {id(tensor): holding.name for holding in held.holdings for tensor in holding.tensors}
+    problems += [(names.get(id(tensor), "?"), why) for tensor, why in diffusers_offload.mismatches(done.groups)]
     if problems:
         raise ChangesNotKept(action, problems)
     return changes
@@ -104,6 +110,8 @@ def _obstacle(piece: Piece, value: torch.Tensor | None) -> str:
         return f"it is {_described(value.dtype, value.shape)} now and was {_described(piece.dtype, piece.shape)}"
     if value is not piece.slots[0].get():
         return f"it is no longer tied to {piece.name}"
+    if piece.parts and part_digests(value, piece.slots[0]) != piece.part_digests:
+        return "what its quantized values are to be multiplied with has changed"
     return ""
 
 
@@ -127,11 +135,13 @@ def _check_budget(action: str, changes: list[_Change]) -> None:
         budget.require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use())
 
 
-def _commit(done: Materialized, changes: list[_Change]) -> None:
+def _commit(done: Materialized, changes: list[_Change], use_new_files: list[Callable[[], None]]) -> None:
     kept: dict[int, torch.Tensor] = {}
     refused = []
     for change in changes:
         piece, value = change.piece, change.value
+        if piece.group is not None:
+            continue
         if piece.source.file is None and piece.source.dtype == value.dtype:
             with torch.no_grad(), torch.inference_mode(piece.opened.is_inference()):
                 piece.opened.copy_(value)
@@ -142,6 +152,9 @@ def _commit(done: Materialized, changes: list[_Change]) -> None:
             refused.append((change.slot.full_name, "its weights map takes no new entries"))
     if refused:
         raise ChangesNotKept("Dispatching again", refused)
+    for use in use_new_files:
+        use()
+    diffusers_offload.update_pinned_copies(done.groups)
     while done.undo:
         done.undo.pop()()
     for piece in done.pieces:
