@@ -67,7 +67,7 @@ class OffloadedDataError(QMoveError):
 
 
 class ChangesNotKept(QMoveError):
-    """Weights were changed in a way that their place in the dispatch cannot hold; the model stays materialized, with the changes."""
+    """Weights were changed in a way that the dispatch cannot hold; the model stays materialized, with the changes."""
 
     def __init__(self, action: str, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)

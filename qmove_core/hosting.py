@@ -14,7 +14,10 @@ _moved: list[Moved] = []
 
 
 def on_shortage(ask_for_room: AskForRoom) -> None:
-    """Calls `ask_for_room` when a move needs more than is free on a device. It may park others; if too little is free then, the move fails."""
+    """Calls `ask_for_room` when a move needs more than is free on a device. It may park others.
+
+    If too little is free after that, the move fails.
+    """
     if ask_for_room not in _ask_for_room:
         _ask_for_room.append(ask_for_room)
 
