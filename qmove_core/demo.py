@@ -25,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import arena, demo_picture, devices
+from .demo_materialize import materialize_dispatched
 from .demo_picture import Timeline
 from .doctor import is_simulated
 from .errors import MissingDependency, QMoveError, readable_bytes
@@ -171,7 +172,8 @@ def _on_the_simulated_gpu(picture: Path) -> int:
     # bitsandbytes compiles its portable kernels anew in each call there, which takes far longer than to run them; and
     # threads that spin while they wait slow everything down where other programs run too.
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "simcuda", "-m", "qmove_core.cli", "demo", "--picture", str(picture)]
+    simulated = ["-m", "simcuda", "--devices", "2"]
+    command = [sys.executable, *simulated, "-m", "qmove_core.cli", "demo", "--picture", str(picture)]
     return subprocess.call(command, env=environment)
 
 
@@ -202,8 +204,8 @@ def park_and_restore(setting: Setting) -> bool:
     return all(trip.is_perfect for trip in trips if trip.way == "qmove")
 
 
-# Each act returns whether qmove kept its promises. A second one will materialize a model that accelerate has dispatched.
-ACTS: tuple[Callable[[Setting], bool], ...] = (park_and_restore,)
+# Each act returns whether qmove kept its promises.
+ACTS: tuple[Callable[[Setting], bool], ...] = (park_and_restore, materialize_dispatched)
 
 
 def _by_to(bench: Bench, precision: str) -> Trip:

