@@ -96,7 +96,7 @@ def test_demo_without_gpu_starts_over_on_the_simulated_one(
     result = qmove("demo", "--picture", str(picture))
     assert result.exit_code == 3  # that of the process it started
     assert started == [
-        [sys.executable, *"-m simcuda --devices 2 -m qmove_core.cli demo --picture".split(), str(picture)],
+        [sys.executable, "-m", "simcuda", "--devices", "2", "-m", "qmove_core.cli", "demo", "--picture", str(picture)],
     ]
 
 
