@@ -186,4 +186,5 @@ class TestBeforeTheFirstByte:
 
     def test_a_backend_that_cannot_say_is_not_guessed_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(devices, "free_memory", lambda device: None)
-        budget.require_device("Restoring", 1 << 60, torch.device("cuda:0"))
+        assert budget.host_limits(None, 0)  # the host can say, and what follows is about the device alone
+        budget.require_device("Restoring", 1 << 60, torch.device("cuda:0"))  # raises NotEnoughMemory if it guesses

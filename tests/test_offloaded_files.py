@@ -19,7 +19,7 @@ from qmove_core.errors import OffloadedDataError
 NAME = "blocks.2.linear.weight"
 
 
-def refused(model: Any, gpu: GPU, *said: str) -> None:
+def assert_refused(model: Any, gpu: GPU, *said: str) -> None:
     """Materializing names what is wrong, and changes nothing."""
     missing = meta_names(model)
     objects = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
@@ -42,7 +42,7 @@ def test_a_missing_dat_file(tmp_path: Path, gpu: GPU) -> None:
     file = tmp_path / "offload" / f"{NAME}.dat"
     file.rename(tmp_path / "elsewhere")
 
-    refused(model, gpu, str(file), "is missing")
+    assert_refused(model, gpu, str(file), "is missing")
 
     (tmp_path / "elsewhere").rename(file)
     assert torch.equal(model(tokens()).cpu(), expected), "the dispatch no longer works"
@@ -54,7 +54,7 @@ def test_a_truncated_dat_file(tmp_path: Path, gpu: GPU) -> None:
     model = dispatched(tmp_path, ON_DISK)
     file = tmp_path / "offload" / f"{NAME}.dat"
     file.write_bytes(file.read_bytes()[:-1])
-    refused(model, gpu, str(file), "has 4095 bytes", "4096 bytes for [32, 32] of float32")
+    assert_refused(model, gpu, str(file), "has 4095 bytes", "4096 bytes for [32, 32] of float32")
 
 
 @pytest.mark.parametrize("cut", [1, 100_000], ids=["by one byte", "in the header"])
@@ -63,14 +63,14 @@ def test_a_truncated_safetensors_file(tmp_path: Path, gpu: GPU, cut: int) -> Non
     file = Path(model.blocks[2].linear._hf_hook.weights_map.dataset.index[NAME]["safetensors_file"])
     content = file.read_bytes()
     file.write_bytes(content[: max(20, len(content) - cut)])
-    refused(model, gpu, str(file), "truncated")
+    assert_refused(model, gpu, str(file), "truncated")
 
 
 def test_a_missing_safetensors_file(tmp_path: Path, gpu: GPU) -> None:
     model = dispatched(tmp_path, ON_DISK, "safetensors")
     entry = model.blocks[2].linear._hf_hook.weights_map.dataset.index[NAME]
     Path(entry["safetensors_file"]).unlink()
-    refused(model, gpu, entry["safetensors_file"], "is missing")
+    assert_refused(model, gpu, entry["safetensors_file"], "is missing")
 
 
 Entry = dict[str, Any]
@@ -103,7 +103,7 @@ Entry = dict[str, Any]
 def test_a_wrong_index(tmp_path: Path, gpu: GPU, source: str, spoil: Callable[[Entry], None], said: str) -> None:
     model = dispatched(tmp_path, ON_DISK, source)
     spoil(model.blocks[2].linear._hf_hook.weights_map.dataset.index)
-    refused(model, gpu, said)
+    assert_refused(model, gpu, said)
 
 
 def test_integers_in_a_safetensors_file_where_the_model_has_floats(tmp_path: Path, gpu: GPU) -> None:
@@ -114,13 +114,13 @@ def test_integers_in_a_safetensors_file_where_the_model_has_floats(tmp_path: Pat
     save_file({"weight": torch.zeros(32, 32, dtype=torch.int32)}, file)
     entry = {"safetensors_file": str(file), "weight_name": "weight"}
     model.blocks[2].linear._hf_hook.weights_map.dataset.index[NAME] = entry
-    refused(model, gpu, str(file), "dtype is int32", "float32 in the model")
+    assert_refused(model, gpu, str(file), "dtype is int32", "float32 in the model")
 
 
 def test_a_state_dict_without_data(tmp_path: Path, gpu: GPU) -> None:
     model = dispatched(tmp_path, ON_DISK)
     model.blocks[2].linear._hf_hook.weights_map.dataset.state_dict[NAME] = torch.empty(32, 32, device="meta")
-    refused(model, gpu, "no data either")
+    assert_refused(model, gpu, "no data either")
 
 
 def test_all_problems_are_named_at_once(tmp_path: Path, gpu: GPU) -> None:
@@ -128,7 +128,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path, gpu: GPU) -> None:
     index = model.blocks[2].linear._hf_hook.weights_map.dataset.index
     del index["blocks.3.norm.bias"]
     (tmp_path / "offload" / f"{NAME}.dat").unlink()
-    refused(model, gpu, "blocks.3.norm.bias")
+    assert_refused(model, gpu, "blocks.3.norm.bias")
 
 
 def test_the_index_of_an_older_folder_is_read_as_accelerate_wrote_it(tmp_path: Path, gpu: GPU) -> None:
