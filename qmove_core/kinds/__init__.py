@@ -37,4 +37,4 @@ def settle(inventory: Inventory) -> None:
 
 
 def _present() -> list[Kind]:
-    return [kind for kind in _KINDS if not kind.module or kind.module in sys.modules]
+    return [kind for kind in _KINDS if not kind.module or sys.modules.get(kind.module) is not None]
