@@ -1,0 +1,30 @@
+"""qmove's nodes for ComfyUI, one a file. Importing this hooks qmove into the ComfyUI that does it."""
+
+from .one_core import load_core
+
+load_core()
+
+from . import host  # noqa: E402
+from .free_vram import QMoveFreeVRAM  # noqa: E402
+from .materialize import QMoveMaterialize  # noqa: E402
+from .park import QMovePark  # noqa: E402
+from .report import QMoveReport  # noqa: E402
+from .restore import QMoveRestore  # noqa: E402
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "QMovePark": QMovePark,
+    "QMoveRestore": QMoveRestore,
+    "QMoveMaterialize": QMoveMaterialize,
+    "QMoveReport": QMoveReport,
+    "QMoveFreeVRAM": QMoveFreeVRAM,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "QMovePark": "Park Model",
+    "QMoveRestore": "Restore Model",
+    "QMoveMaterialize": "Materialize Model",
+    "QMoveReport": "Memory Report",
+    "QMoveFreeVRAM": "Free VRAM",
+}
+WEB_DIRECTORY = "./web"
+
+host.start()

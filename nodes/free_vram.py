@@ -1,0 +1,39 @@
+"""The node Free VRAM."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .any_type import ANY
+from .host import moves
+from .shown import shown
+
+
+class QMoveFreeVRAM:
+    """Parks the least useful models until so much VRAM is free: first what no remaining node uses, then what is used last."""
+
+    CATEGORY = "qmove"
+    DESCRIPTION = __doc__
+    FUNCTION = "free"
+    OUTPUT_NODE = True
+    RETURN_TYPES = (ANY, "STRING")
+    RETURN_NAMES = ("after", "report")
+    SEARCH_ALIASES: ClassVar[list[str]] = ["unload models", "purge vram", "clean vram"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        gib = {
+            "default": 8.0,
+            "min": 0.1,
+            "max": 1024.0,
+            "step": 0.1,
+            "tooltip": "GiB that are to be free on each GPU.",
+        }
+        return {
+            "required": {"gib": ("FLOAT", gib)},
+            "optional": {"after": (ANY, {"tooltip": "What is to come before. It is passed through."})},
+        }
+
+    def free(self, gib: float, after: Any = None) -> dict[str, Any]:
+        report = moves.free_vram(int(gib * 2**30))
+        return shown(report, (after, report))

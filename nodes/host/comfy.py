@@ -1,0 +1,58 @@
+"""ComfyUI's own modules, as far as this process has them. Nothing is imported here: the host has loaded them, or is not there."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any, cast
+
+from .contract import GetExecutingContext, ModelManagement, NodeClasses, PromptServer
+
+
+def module(name: str) -> ModuleType | None:
+    """The host's module of this name, None outside of ComfyUI."""
+    return sys.modules.get(name)
+
+
+def model_management() -> ModelManagement | None:
+    return cast("ModelManagement | None", module("comfy.model_management"))
+
+
+def model_patcher_class() -> type | None:
+    """ComfyUI's `ModelPatcher`, the base of all that its own loaders give."""
+    return getattr(module("comfy.model_patcher"), "ModelPatcher", None)
+
+
+def server() -> PromptServer | None:
+    prompt_server = getattr(module("server"), "PromptServer", None)
+    return getattr(prompt_server, "instance", None)
+
+
+def node_classes() -> NodeClasses:
+    """All nodes the host knows, by name."""
+    return getattr(module("nodes"), "NODE_CLASS_MAPPINGS", {})
+
+
+def execution_list_class() -> type | None:
+    return getattr(module("comfy_execution.graph"), "ExecutionList", None)
+
+
+def prompt_executor_class() -> type | None:
+    return getattr(module("execution"), "PromptExecutor", None)
+
+
+def progress_bar_class() -> type | None:
+    return getattr(module("comfy.utils"), "ProgressBar", None)
+
+
+def running_node() -> str | None:
+    """The node whose code runs now in this thread, None between nodes and outside of a prompt."""
+    get_context: GetExecutingContext | None = getattr(module("comfy_execution.utils"), "get_executing_context", None)
+    context = get_context() if get_context is not None else None
+    return context.node_id if context is not None else None
+
+
+def user_directory() -> str | None:
+    """The folder with a folder for each of ComfyUI's users."""
+    get: Any = getattr(module("folder_paths"), "get_user_directory", None)
+    return get() if get is not None else None

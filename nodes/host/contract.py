@@ -1,0 +1,115 @@
+"""What qmove uses of ComfyUI, as types: nothing else of the host is touched.
+
+ComfyUI gives no stable interface for this. The shapes below hold in 0.3.64 and everything since; where versions differ, the
+member says so. A fake host that has them is enough to test everything under `nodes/host`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class HostEntry(Protocol):
+    """What ComfyUI's model management calls on an object that it has loaded; an adapter need not be a `ModelPatcher`."""
+
+    load_device: torch.device
+    offload_device: torch.device
+
+    @property
+    def parent(self) -> Any: ...
+    @property
+    def model(self) -> Any: ...
+    def model_patches_models(self) -> list[Any]: ...
+    def model_size(self) -> int: ...
+    def loaded_size(self) -> int: ...
+    def current_loaded_device(self) -> torch.device: ...
+    def model_patches_to(self, device_or_dtype: Any) -> None: ...
+    def model_dtype(self) -> torch.dtype | None: ...
+    def partially_load(self, device: torch.device, extra: float, force_patch_weights: bool = False) -> int: ...
+    def partially_unload(self, offload_device: torch.device, memory_to_free: float) -> int: ...
+    def detach(self, unpatch_all: bool = True) -> None: ...
+    def is_clone(self, other: Any) -> bool: ...
+    def lowvram_patch_counter(self) -> int: ...
+    def is_dynamic(self) -> bool: ...  # asked from 0.18.2
+
+
+class LoadedModel(Protocol):
+    """One line of ComfyUI's list of loaded models. `model` is None once its entry has died."""
+
+    @property
+    def model(self) -> HostEntry | None: ...
+
+    device: torch.device
+
+
+class ModelManagement(Protocol):
+    """`comfy.model_management`."""
+
+    current_loaded_models: list[LoadedModel]
+    InterruptProcessingException: type[BaseException]  # an Exception up to 0.18.2
+
+    def load_models_gpu(self, models: Sequence[HostEntry], *, force_full_load: bool = False) -> None: ...
+    def free_memory(
+        self, memory_required: float, device: torch.device, keep_loaded: Sequence[LoadedModel] = ()
+    ) -> Any: ...
+    def get_free_memory(self, dev: torch.device) -> int: ...
+    def get_torch_device(self) -> torch.device: ...
+    def minimum_inference_memory(self) -> float: ...
+    def soft_empty_cache(self) -> None: ...
+    def processing_interrupted(self) -> bool: ...
+    def interrupt_current_processing(self, value: bool = True) -> None: ...
+    def throw_exception_if_processing_interrupted(self) -> None: ...
+
+
+class DynamicPrompt(Protocol):
+    """The graph of the prompt that runs, with the nodes that expanded into it."""
+
+    def get_node(self, node_id: str) -> Mapping[str, Any]: ...  # {"class_type": ..., "inputs": ...}
+
+
+class ExecutionList(Protocol):
+    """`comfy_execution.graph.ExecutionList`: which nodes remain, and what they will be given."""
+
+    dynprompt: DynamicPrompt
+    pendingNodes: Mapping[str, Any]
+    blocking: Mapping[str, Mapping[str, Any]]  # node -> the nodes that wait for it
+    output_cache: (
+        Any  # in 0.3.64: .get(node) -> outputs; from 0.3.75 .get or .get_local(node) -> an entry with .outputs
+    )
+
+    def is_cached(self, node_id: str) -> bool: ...
+    def get_input_info(self, unique_id: str, input_name: str) -> tuple[Any, Any, Any]: ...
+
+    # from 0.3.75: def get_cache(self, from_node_id, to_node_id) -> an entry with .outputs, or None
+
+
+class PromptQueue(Protocol):
+    currently_running: Mapping[Any, Any]
+
+
+class PromptServer(Protocol):
+    """`server.PromptServer.instance`."""
+
+    client_id: str | None
+    prompt_queue: PromptQueue
+    routes: Any  # aiohttp's RouteTableDef
+
+    def send_sync(self, event: str, data: Any, sid: str | None = None) -> None: ...
+    def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None: ...
+
+
+class ProgressBar(Protocol):
+    """`comfy.utils.ProgressBar`. Its hook raises when the user has interrupted."""
+
+    def update_absolute(self, value: int, total: int | None = None) -> None: ...
+
+
+class ExecutingContext(Protocol):
+    node_id: str
+
+
+NodeClasses = MutableMapping[str, type]
+GetExecutingContext = Callable[[], ExecutingContext | None]

@@ -1,0 +1,83 @@
+"""Draws who holds what: a bar for each device and for the host's memory, with the models on it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qmove_core.errors import readable_bytes
+
+WIDTH, BAR, GAP = 900, 34, 22  # pixels
+BACKGROUND, TEXT, OTHER, FREE = "#1e1f22", "#e6e6e6", "#6b7280", "#33363c"
+COLORS = ("#4c9f70", "#d08c3c", "#5b8def", "#b86bb5", "#c75c5c", "#3fa7a5")
+
+Part = tuple[str, int, str]  # name, bytes, color
+
+
+def write_text(snapshot: dict[str, Any]) -> str:
+    """The snapshot of `state.snapshot`, to read."""
+    lines = []
+    for title, total, parts in _bars(snapshot):
+        lines.append(f"{title}: {readable_bytes(total)} in all")
+        lines += [f"  {name}: {readable_bytes(nbytes)}" for name, nbytes, _color in parts if nbytes]
+    done = snapshot["done"]
+    lines.append(
+        f"Since the start: {done['parks']} parks, {done['restores']} restores, {readable_bytes(done['copied_bytes'])} copied."
+    )
+    return "\n".join(lines)
+
+
+def draw_picture(snapshot: dict[str, Any]) -> torch.Tensor:
+    """The snapshot as an IMAGE: float32 of shape (1, height, width, 3), from 0 to 1."""
+    from PIL import Image, ImageDraw, ImageFont  # ComfyUI has it; whoever only imports the nodes need not
+
+    bars = list(_bars(snapshot))
+    rows = sum(2 + sum(1 for part in parts if part[1]) for _title, _total, parts in bars)
+    image = Image.new("RGB", (WIDTH, rows * 20 + len(bars) * (BAR + GAP) + GAP), BACKGROUND)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default()
+    y = GAP
+    for title, total, parts in bars:
+        draw.text((20, y), f"{title}: {readable_bytes(total)}", TEXT, font)
+        y += 20
+        x = 20.0
+        for _name, nbytes, color in parts:
+            width = (WIDTH - 40) * nbytes / max(total, 1)
+            draw.rectangle((x, y, x + width, y + BAR), color)
+            x += width
+        y += BAR + 6
+        for name, nbytes, color in parts:
+            if nbytes:
+                draw.rectangle((20, y + 2, 30, y + 12), color)
+                draw.text((38, y), f"{name}: {readable_bytes(nbytes)}", TEXT, font)
+                y += 20
+        y += GAP
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(1, image.height, image.width, 3).float() / 255
+
+
+def _bars(snapshot: dict[str, Any]) -> Iterator[tuple[str, int, list[Part]]]:
+    """For each memory its title, its size and its parts, which add up to the size."""
+    for device in snapshot["devices"]:
+        if device["total"] is not None:
+            yield device["name"], device["total"], _parts(snapshot, device)
+    ram = snapshot["ram"]
+    parked = [
+        (f"{model['name']} (parked from {home})", nbytes, COLORS[index % len(COLORS)])
+        for index, model in enumerate(snapshot["models"])
+        for home, nbytes in model["parked"].items()
+    ]
+    other = ram["total"] - ram["free"] - sum(nbytes for _name, nbytes, _color in parked)
+    yield "RAM", ram["total"], [*parked, ("other use", max(0, other), OTHER), ("free", ram["free"], FREE)]
+
+
+def _parts(snapshot: dict[str, Any], device: dict[str, Any]) -> list[Part]:
+    parts: list[Part] = []
+    for index, model in enumerate([*snapshot["models"], *snapshot["comfyui_models"]]):
+        nbytes = model["resident"].get(device["name"], 0)
+        if nbytes:
+            parts.append((model["name"], nbytes, COLORS[index % len(COLORS)]))
+    free = device["free"] or 0
+    other = device["total"] - free - sum(nbytes for _name, nbytes, _color in parts)
+    return [*parts, ("other use", max(0, other), OTHER), ("free", free, FREE)]

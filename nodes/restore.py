@@ -1,0 +1,36 @@
+"""The node Restore Model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from qmove_core import devices
+
+from .any_type import ANY
+from .host import moves
+from .shown import shown
+
+
+class QMoveRestore:
+    """Brings a parked model back to the device it came from, or to another one. Nodes that use it do this by themselves."""
+
+    CATEGORY = "qmove"
+    DESCRIPTION = __doc__
+    FUNCTION = "restore"
+    RETURN_TYPES = (ANY, "STRING")
+    RETURN_NAMES = ("model", "report")
+    SEARCH_ALIASES: ClassVar[list[str]] = ["load", "unpark", "move to gpu"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        places = [moves.HOME, *devices.known()]
+        return {
+            "required": {
+                "model": (ANY, {"tooltip": "Any model, parked or not."}),
+                "device": (places, {"default": moves.HOME, "tooltip": "home: where it came from."}),
+            }
+        }
+
+    def restore(self, model: Any, device: str) -> dict[str, Any]:
+        report = moves.restore_value(model, device)
+        return shown(report, (model, report))

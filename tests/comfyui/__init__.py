@@ -1,0 +1,1 @@
+"""The ComfyUI pack: on a fake host, and on a real ComfyUI where COMFYUI_DIR names a checkout."""
