@@ -175,8 +175,8 @@ def check_budget(action: str, pieces: Iterable[Piece]) -> None:
 
 
 HOST_ADVICE = (
-    "Delete or restore another parked model, or raise the limit named. Or leave part of the model on the disk: "
-    "dispatch it with a device_map that puts less on the CPU and the disk."
+    "Delete or restore another parked model, or raise the limit named. Or leave the model dispatched, with a smaller "
+    "device_map: one that puts less on cpu and disk."
 )
 DEVICE_ADVICE = (
     "Park another model, materialize to the CPU (target_device='cpu'), or give a device_map that puts less there."
