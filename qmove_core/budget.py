@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from . import devices, hosting
+from . import arena, devices, hosting
 from .errors import NotEnoughMemory
+from .settings import settings
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ def host_limits(ram_limit: int | None, arena_bytes: int) -> list[Limit]:
     return sorted(limits, key=lambda limit: limit.free)
 
 
+def require(action: str, needed: Mapping[torch.device, int], host_advice: str = "", device_advice: str = "") -> None:
+    """Raises NotEnoughMemory if the bytes needed on some device do not fit there; on the host qmove's own limit counts too."""
+    for device, nbytes in needed.items():
+        if device.type == "cpu":
+            require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use(), host_advice)
+        else:
+            require_device(action, nbytes, device, device_advice)
+
+
 def require_host(action: str, nbytes: int, ram_limit: int | None, arena_bytes: int, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` more of host memory would pass a limit."""
     tightest = host_limits(ram_limit, arena_bytes)[0]
@@ -54,6 +65,12 @@ def require_device(action: str, nbytes: int, device: torch.device, advice: str =
     if free is not None and nbytes > free:
         advice = advice or "Park another model first, or choose another device: qmove.restore(model, device=...)."
         raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)
+
+
+def out_of_memory(action: str, device: torch.device, needed: int, advice: str) -> NotEnoughMemory:
+    """The error for an allocation that failed although the figures said that it fits: what is free lies in pieces."""
+    free = devices.free_memory(device) or 0
+    return NotEnoughMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
 
 
 def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:

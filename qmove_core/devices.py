@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from .errors import UnknownDevice
 
 CPU = torch.device("cpu")
+
+Device = str | int | torch.device
+DeviceMap = Mapping[str, Device]
 
 
 def resolve(device: str | int | torch.device) -> torch.device:
@@ -30,6 +33,26 @@ def resolve(device: str | int | torch.device) -> torch.device:
     if str(parsed) not in known():
         raise UnknownDevice(f"There is no {parsed} on this machine. It has: {', '.join(known())}.")
     return parsed
+
+
+def placement(target: Device | DeviceMap) -> Callable[[str], torch.device | None]:
+    """Where what has a given name is to go: to the one device, or where the longest fitting prefix of a device_map says.
+
+    The prefix "" fits every name. None where nothing fits.
+
+    Raises:
+        UnknownDevice: as `resolve`.
+    """
+    if not isinstance(target, Mapping):
+        device = resolve(target)
+        return lambda name: device
+    places = {prefix: resolve(value) for prefix, value in target.items()}
+
+    def by_longest_prefix(name: str) -> torch.device | None:
+        fitting = [prefix for prefix in places if not prefix or f"{name}.".startswith(f"{prefix}.")]
+        return places[max(fitting, key=len)] if fitting else None
+
+    return by_longest_prefix
 
 
 def known() -> list[str]:

@@ -173,11 +173,11 @@ def _take_guards(module: nn.Module, dispatch: Dispatch) -> None:
         guards.append("hf_device_map")
     if guards:
         _set_aside(module, guards, dispatch)
-    kept_by_enable_to = module.__dict__.get("_qmove_methods_before", {})
+    kept_by_enable_to = module.__dict__.get(METHODS_BEFORE, {})
     others = {name: method for name, method in kept_by_enable_to.items() if not _is_guard(method)}
     if len(others) < len(kept_by_enable_to):
-        _set_aside(module, ["_qmove_methods_before"], dispatch)
-        module.__dict__["_qmove_methods_before"] = others
+        _set_aside(module, [METHODS_BEFORE], dispatch)
+        module.__dict__[METHODS_BEFORE] = others
 
 
 def _is_guard(method: Any) -> bool:
@@ -192,6 +192,8 @@ def _set_aside(module: Any, names: Iterable[str], dispatch: Dispatch) -> None:
     for name in attributes:
         module.__dict__.pop(name, None)
 
+
+METHODS_BEFORE = "_qmove_methods_before"  # where `enable_to` keeps the methods that a model's `__dict__` had, in it
 
 _ABSENT: Any = object()
 _GUARDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
-from . import arena, devices, diffusers_offload, kinds, parking, registry
+from . import devices, diffusers_offload, kinds, registry
+from .allocation import allocate
+from .devices import Device, DeviceMap
 from .digest import digest_of
 from .dispatch import Dispatch, Slot, is_dispatched, take_off, take_off_pipelines
 from .dispatch_options import remember
-from .errors import NotEnoughMemory, readable_bytes
+from .errors import readable_bytes
 from .interrupts import interrupts_deferred
 from .inventory import Holding, Inventory, inventory
 from .kinds import bitsandbytes_offloaded
-from .materialize_plan import DEVICE_ADVICE, Device, DeviceMap, Piece, check_budget, placement, plan
+from .materialize_plan import DEVICE_ADVICE, Piece, check_budget, placement, plan
 from .offloaded import Source
 from .reading import Read, read
 from .rebinding import exchange, stand_in, tensor_over
@@ -99,7 +101,7 @@ def materialize(
         done = Materialized(
             pieces,
             homes={name: _home(holding) for holding in held.holdings for name in holding.names},
-            was_parked=parking.is_parked(model),
+            was_parked=any(registry.parked_home(holding.tensors[0]) for holding in held.holdings),
             groups=groups,
             buffers=[
                 (module._buffers, name, buffer)
@@ -136,21 +138,9 @@ def _read(action: str, pieces: Sequence[Piece], progress: Progress | None, wants
 def _allocate(action: str, pieces: Sequence[Piece]) -> None:
     """Memory for every piece that cannot look into its source."""
     needy = [piece for piece in pieces if not piece.is_shared]
-    on_host = iter(
-        arena.allocate([piece.tensor.nbytes for piece in needy if piece.device.type == "cpu"], registry.forget)
-    )
-    for piece in needy:
-        on_cpu = piece.device.type == "cpu"
-        storage = next(on_host) if on_cpu else _allocate_on(action, piece.tensor.nbytes, piece.device)
+    storages = allocate(action, [(piece.tensor.nbytes, piece.device) for piece in needy], DEVICE_ADVICE)
+    for piece, storage in zip(needy, storages, strict=True):
         piece.real = tensor_over(storage, piece.tensor.dtype, piece.tensor.shape)
-
-
-def _allocate_on(action: str, nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
-    except torch.OutOfMemoryError as error:
-        free = devices.free_memory(device) or 0
-        raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM, in pieces", DEVICE_ADVICE) from error
 
 
 def _commit(model: object, held: Inventory, done: Materialized, pipelines: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arena, budget, devices, diffusers_offload
+from . import budget, devices, diffusers_offload
+from .devices import Device, DeviceMap
 from .dispatch import Slot, part_keys, refuse_lost, slots
 from .errors import OffloadedDataError
 from .inventory import Inventory
 from .offloaded import Source, Sources, Unusable
-from .settings import settings
 from .ties import find_ties
-
-Device = str | int | torch.device
-DeviceMap = Mapping[str, Device]
 
 
 @dataclass
@@ -167,11 +164,7 @@ def check_budget(action: str, pieces: Iterable[Piece]) -> None:
         for source in piece.parts.values():
             if not (source.file is None and piece.device.type == "cpu"):
                 needed[piece.device] += source.nbytes
-    for device, nbytes in needed.items():
-        if device.type == "cpu":
-            budget.require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use(), HOST_ADVICE)
-        else:
-            budget.require_device(action, nbytes, device, DEVICE_ADVICE)
+    budget.require(action, needed, HOST_ADVICE, DEVICE_ADVICE)
 
 
 HOST_ADVICE = (
@@ -184,14 +177,6 @@ DEVICE_ADVICE = (
 
 
 def placement(target: Device | DeviceMap) -> Callable[[str], torch.device]:
-    """Where the meta tensor of a given name is to go."""
-    if not isinstance(target, Mapping):
-        device = devices.resolve(target)
-        return lambda name: device
-    places = {prefix: devices.resolve(value) for prefix, value in target.items()}
-
-    def by_longest_prefix(name: str) -> torch.device:
-        fitting = [prefix for prefix in places if not prefix or f"{name}.".startswith(f"{prefix}.")]
-        return places[max(fitting, key=len)] if fitting else devices.CPU
-
-    return by_longest_prefix
+    """Where the meta tensor of a given name is to go: the CPU, if a device_map does not say."""
+    place = devices.placement(target)
+    return lambda name: place(name) or devices.CPU

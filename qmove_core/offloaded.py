@@ -102,13 +102,9 @@ class Sources:
             KeyError: the map has no such entry.
             Unusable: the entry points to a file that is missing, too short, or without that tensor.
         """
-        while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):  # accelerate's PrefixedDataset
-            name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
-        if not (
-            hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")
-        ):  # a plain dict, or somebody's own map
-            return _in_ram(weights_map[name])
-        loader: Any = weights_map  # accelerate's OffloadedWeightsLoader, where the state dict goes before the index
+        name, loader = _without_prefix(weights_map, name)
+        if not _is_loader(loader):  # a plain dict, or somebody's own map
+            return _in_ram(loader[name])
         if name in loader.state_dict:
             return _in_ram(loader.state_dict[name])
         entry = loader.index[name]
@@ -155,11 +151,8 @@ class Sources:
 
 def has_entry(weights_map: Mapping[str, Any], name: str) -> bool:
     """Whether a weights map has `name`; asking the map itself would load the tensor."""
-    while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):
-        name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
-    if hasattr(weights_map, "state_dict") and hasattr(weights_map, "index"):
-        return name in weights_map.state_dict or name in weights_map.index
-    return name in weights_map
+    name, entries = _without_prefix(weights_map, name)
+    return name in entries.state_dict or name in entries.index if _is_loader(entries) else name in entries
 
 
 def keep_instead(weights_map: Mapping[str, Any], name: str, tensor: torch.Tensor) -> bool:
@@ -167,13 +160,24 @@ def keep_instead(weights_map: Mapping[str, Any], name: str, tensor: torch.Tensor
 
     A file that has another value stays as it is: the state dict in RAM goes before the index.
     """
-    while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):
-        name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
-    entries = getattr(weights_map, "state_dict", weights_map)
+    name, entries = _without_prefix(weights_map, name)
+    entries = getattr(entries, "state_dict", entries)
     if not isinstance(entries, MutableMapping):
         return False
     entries[name] = tensor
     return True
+
+
+def _without_prefix(weights_map: Any, name: str) -> tuple[str, Any]:
+    """The map inside accelerate's `PrefixedDataset`s, and what `name` is called there."""
+    while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):
+        name, weights_map = f"{weights_map.prefix}{name}", weights_map.dataset
+    return name, weights_map
+
+
+def _is_loader(weights_map: Any) -> bool:
+    """Whether it is accelerate's `OffloadedWeightsLoader`, where the state dict goes before the index."""
+    return hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")
 
 
 def _in_ram(tensor: Any) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import autograd, devices, diffusers_offload, dispatch, kinds, registry, statistics, wake
+from .devices import Device, DeviceMap
 from .errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, readable_bytes
 from .inventory import Holding, Inventory, inventory
 from .registry import Origin, Record
@@ -21,9 +22,6 @@ from .strangers import Straggler
 from .transfer import Progress
 
 log = logging.getLogger("qmove")
-
-Device = str | int | torch.device
-DeviceMap = Mapping[str, Device]
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def move(model: object, device: Device, *, allow_live_graph: bool = False, progr
         record = registry.record_of(model)
         held = _inventory_of(model, record.extra if record else ())
         action = f"Moving {_title(model)} to {target}"
-        _refuse_meta(action, held)
+        refuse_meta(action, held)
         _refuse_immovable(action, held, target, kinds.obstacles(held, target))
         goals = [(holding, target) for holding in held.holdings if target.type == "cpu" or _goes_along(holding)]
         if not allow_live_graph and any(holding.device != target for holding, _target in goals):
@@ -192,7 +190,7 @@ def resident(model: object) -> Iterator[Restored]:
 def is_parked(model: object) -> bool:
     """Whether anything of `model` is parked."""
     with registry.lock:
-        return any(_is_asleep(holding) for holding in inventory(model).holdings)
+        return any(registry.parked_home(holding.tensors[0]) for holding in inventory(model).holdings)
 
 
 def parked_models() -> list[Any]:
@@ -248,7 +246,8 @@ def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     return held
 
 
-def _refuse_meta(action: str, held: Inventory) -> None:
+def refuse_meta(action: str, held: Inventory) -> None:
+    """Raises MetaTensorsPresent if some of the model's data is not in memory."""
     diffusers_offload.refuse_absent(action, held.modules.values())
     if held.meta:
         dispatch.refuse_lost(action, held)
@@ -280,16 +279,8 @@ def _destination(device: Device | DeviceMap | None) -> Callable[[Holding, torch.
     """What `restore(device=...)` means for a holding with a given home."""
     if device is None:
         return lambda holding, home: home
-    if not isinstance(device, Mapping):
-        target = devices.resolve(device)
-        return lambda holding, home: target
-    targets = {prefix: devices.resolve(value) for prefix, value in device.items()}
-
-    def by_longest_prefix(holding: Holding, home: torch.device) -> torch.device:
-        fitting = [prefix for prefix in targets if f"{holding.name}.".startswith(f"{prefix}." if prefix else "")]
-        return targets[max(fitting, key=len)] if fitting else home
-
-    return by_longest_prefix
+    place = devices.placement(device)
+    return lambda holding, home: place(holding.name) or home
 
 
 def _home(holding: Holding, record: Record | None) -> torch.device | None:
@@ -302,11 +293,6 @@ def _home(holding: Holding, record: Record | None) -> torch.device | None:
     # A tensor that was replaced while the model was parked goes to the home of its name.
     homes = (record.homes.get(name) for name in holding.names) if record is not None else ()
     return next((home for home in homes if home is not None), None)
-
-
-def _is_asleep(holding: Holding) -> bool:
-    origin = registry.origin_of(holding.storage)
-    return origin is not None and origin.record is not None
 
 
 def _goes_along(holding: Holding) -> bool:

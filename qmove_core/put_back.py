@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from . import arena, budget, diffusers_offload, parking, registry
+from . import budget, devices, diffusers_offload, parking, registry
+from .devices import Device, DeviceMap
 from .digest import digest_of
 from .dispatch import Slot
 from .errors import ChangesNotKept
 from .inventory import Inventory, inventory
 from .materialize import Materialized, materialize, part_digests
-from .materialize_plan import Device, DeviceMap, Piece
+from .materialize_plan import Piece
 from .offloaded import keep_instead
 from .rebinding import exchange, stand_in
 from .relocation import Step, relocate
-from .settings import settings
 from .transfer import Progress
 
 log = logging.getLogger("qmove")
@@ -131,8 +131,7 @@ def _check_budget(action: str, changes: list[_Change]) -> None:
     """Changed weights that lie on a device need room on the host; those on the host stay where they are."""
     arriving = {id(change.value): change.value for change in changes if change.value.device.type != "cpu"}
     nbytes = sum(value.nbytes for value in arriving.values())
-    if nbytes:
-        budget.require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use())
+    budget.require(action, {devices.CPU: nbytes})
 
 
 def _commit(done: Materialized, changes: list[_Change], use_new_files: list[Callable[[], None]]) -> None:

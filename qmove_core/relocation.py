@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +11,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from . import arena, budget, devices, hosting, kinds, registry
-from .errors import NotEnoughMemory
+from . import budget, devices, hosting, kinds, registry
+from .allocation import allocate, bytes_by_device
 from .interrupts import interrupts_deferred
 from .inventory import Holding, Inventory
 from .rebinding import rebind
-from .settings import settings
 from .strangers import Straggler, holders_of, tensors_on
 from .transfer import Progress, copy_storages
 
@@ -53,9 +51,10 @@ def relocate(
     Returns:
         The bytes copied, and what did not leave its old device.
     """
-    _check_budget(action, steps)
+    wanted = [(step.holding.nbytes, step.target) for step in steps]
+    budget.require(action, bytes_by_device(wanted))
     sources = [step.holding.storage for step in steps]
-    targets = _allocate(action, steps)
+    targets = allocate(action, wanted, "Free memory there first, for example qmove.park() another model.")
     try:
         copied = copy_storages(list(zip(sources, targets, strict=True)), progress)
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
@@ -74,38 +73,6 @@ def relocate(
     if steps:
         hosting.tell_moved()
     return copied, stragglers
-
-
-def _check_budget(action: str, steps: Sequence[Step]) -> None:
-    needed: dict[torch.device, int] = defaultdict(int)
-    for step in steps:
-        needed[step.target] += step.holding.nbytes
-    for device, nbytes in needed.items():
-        if device.type == "cpu":
-            budget.require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use())
-        else:
-            budget.require_device(action, nbytes, device)
-
-
-def _allocate(action: str, steps: Sequence[Step]) -> list[torch.UntypedStorage]:
-    """A storage for each step, in order."""
-    on_host = iter(arena.allocate([s.holding.nbytes for s in steps if s.target.type == "cpu"], registry.forget))
-    targets: list[torch.UntypedStorage] = []
-    try:
-        for step in steps:
-            if step.target.type == "cpu":
-                targets.append(next(on_host))
-            else:
-                targets.append(
-                    torch.empty(step.holding.nbytes, dtype=torch.uint8, device=step.target).untyped_storage()
-                )
-    except torch.OutOfMemoryError as error:
-        targets.clear()
-        needed = sum(s.holding.nbytes for s in steps if s.target == step.target)
-        free = devices.free_memory(step.target) or 0
-        advice = "Free memory there first, for example qmove.park() another model."
-        raise NotEnoughMemory(action, str(step.target), needed, free, "free VRAM, in pieces", advice) from error
-    return targets
 
 
 def _commit(

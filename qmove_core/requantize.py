@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from . import budget, devices, registry
-from .errors import CannotMove, MetaTensorsPresent, NotEnoughMemory, readable_bytes
+from .devices import Device
+from .errors import CannotMove, readable_bytes
 from .interrupts import interrupts_deferred
 from .inventory import Inventory, inventory
 from .layer_changes import Before, Change, carry_out, undo
 from .layer_formats import Recipe, format_of
-from .parking import Device, move
+from .parking import move, refuse_meta
 from .quantized import quantized_weights
 from .walk import walk
 
@@ -131,7 +132,7 @@ Make = Callable[[_Work, dict[int, nn.Parameter]], Change]
 
 def _dequantize(model: object, target: torch.device, dtype: torch.dtype | None) -> set[torch.device]:
     held, action = inventory(model), f"Dequantizing {type(model).__name__} to {target}"
-    _refuse_meta(action, held)
+    refuse_meta(action, held)
     work = []
     for name, module, working_dtype in _modules(held):
         layer_format = format_of(module)
@@ -162,7 +163,7 @@ def _dequantize(model: object, target: torch.device, dtype: torch.dtype | None) 
 
 def _requantize(model: object, target: torch.device) -> set[torch.device]:
     held, action = inventory(model), f"Requantizing {type(model).__name__} on {target}"
-    _refuse_meta(action, held)
+    refuse_meta(action, held)
     work = []
     for name, module, _working_dtype in _modules(held):
         if module in _recipes and format_of(module) is None:
@@ -211,8 +212,8 @@ def _transform(
             changes = [_made(item, action, make, made) for item in work]
             new_data = [(cast.tensor, cast.tensor.data.to(target, cast.dtype)) for cast in casts]
     except torch.OutOfMemoryError as error:
-        free, advice = devices.free_memory(target) or 0, "Park another model first, or choose another device."
-        raise NotEnoughMemory(action, str(target), needed, free, "free VRAM, in pieces", advice) from error
+        advice = "Park another model first, or choose another device."
+        raise budget.out_of_memory(action, target, needed, advice) from error
     befores = [Before.of(item.module) for item in work]
     old_data = [(cast.tensor, cast.tensor.data) for cast in casts]
     with interrupts_deferred():
@@ -305,11 +306,3 @@ def _assign(data: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def _refuse(action: str, reasons: Sequence[tuple[str, str]]) -> None:
     if reasons:
         raise CannotMove(action.lower(), reasons)
-
-
-def _refuse_meta(action: str, held: Inventory) -> None:
-    if held.meta:
-        raise MetaTensorsPresent(
-            f"{action}: {len(held.meta)} tensors are on the meta device and have no data here, the first is "
-            f"{held.meta[0].name!r}. Call qmove.materialize_meta_tensors(model) first. Nothing was changed."
-        )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import registry, wake
+from .dispatch import METHODS_BEFORE
 from .errors import DtypeCastRefused, QMoveError
 from .inventory import inventory
 from .materialize import materialize, materialize_meta_tensors, roll_back
@@ -27,8 +28,6 @@ from .quantized import is_quantized, quantized_weights
 
 Model = TypeVar("Model")
 Original = Callable[..., Any]  # what the method would have done without qmove
-
-_BEFORE = "_qmove_methods_before"  # in the model's __dict__: what it had there, such as accelerate's `to`
 
 
 def enable_to(model: Model) -> Model:
@@ -57,7 +56,7 @@ def enable_to(model: Model) -> Model:
         ) from error
     before = {name: model.__dict__.pop(name) for name in _METHODS if name in model.__dict__}
     if before:
-        model.__dict__[_BEFORE] = before
+        model.__dict__[METHODS_BEFORE] = before
     return model
 
 
@@ -65,7 +64,7 @@ def disable_to(model: Model) -> Model:
     """Gives the model back the methods that it had before `enable_to`. It stays where it is; no trace remains."""
     if is_enabled(model):
         wake.exchange_class(model, lambda cls: cls.__bases__[-1])
-        for name, value in model.__dict__.pop(_BEFORE, {}).items():
+        for name, value in model.__dict__.pop(METHODS_BEFORE, {}).items():
             model.__dict__.setdefault(name, value)  # what was set since then stays
     return model
 
@@ -210,8 +209,10 @@ def _make_enabled_class(cls: type) -> type:
         reduced: Any = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         function, arguments, *rest = reduced
         arguments = tuple(cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments)
-        if rest and isinstance(rest[0], dict) and _BEFORE in rest[0]:
-            rest[0] = {name: value for name, value in rest[0].items() if name != _BEFORE} | rest[0][_BEFORE]
+        if rest and isinstance(rest[0], dict) and METHODS_BEFORE in rest[0]:
+            rest[0] = {name: value for name, value in rest[0].items() if name != METHODS_BEFORE} | rest[0][
+                METHODS_BEFORE
+            ]
         return (function, arguments, *rest)
 
     namespace: dict[str, Any] = {
@@ -236,7 +237,7 @@ def _make_enabled_class(cls: type) -> type:
 
 def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get(_BEFORE, {})
+        before = self.__dict__.get(METHODS_BEFORE, {})
         original = before[name] if name in before else functools.partial(getattr(cls, name, _missing(name)), self)
         if not is_enabled(self):  # a wrapper made in the meantime, such as accelerate's, outlives disable_to
             return original(*args, **kwargs)

@@ -717,6 +717,15 @@ def test_a_part_that_was_parked_on_its_own_wakes_alone(gpu: GPU) -> None:
 # Context managers -------------------------------------------------------------------------------------------------------
 
 
+def run(body: Callable[[], None], fails: bool) -> None:
+    """Runs `body`, which raises a KeyError if it is to fail."""
+    if fails:
+        with pytest.raises(KeyError, match="from the body"):
+            body()
+    else:
+        body()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_parked_keeps_a_model_out_of_vram_for_a_while(gpu: GPU, fails: bool) -> None:
     empty = gpu.allocated()
@@ -730,11 +739,7 @@ def test_parked_keeps_a_model_out_of_vram_for_a_while(gpu: GPU, fails: bool) -> 
             if fails:
                 raise KeyError("from the body")
 
-    if fails:
-        with pytest.raises(KeyError, match="from the body"):
-            body()
-    else:
-        body()
+    run(body, fails)
     assert snapshot(model) == before
 
 
@@ -751,11 +756,7 @@ def test_resident_keeps_a_parked_model_awake_for_a_while(gpu: GPU, fails: bool) 
             if fails:
                 raise KeyError("from the body")
 
-    if fails:
-        with pytest.raises(KeyError, match="from the body"):
-            body()
-    else:
-        body()
+    run(body, fails)
     assert qmove.is_parked(model)
     assert gpu.allocated() == empty
     model(inputs())

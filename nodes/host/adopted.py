@@ -130,10 +130,8 @@ class Adopted:
                 if storage.device.type != "cpu":
                     if not parked:
                         totals[storage.device] += storage.nbytes()
-                elif parked:
-                    origin = registry.origin_of(storage)
-                    if origin is not None and origin.record is not None:
-                        totals[origin.home] += storage.nbytes()
+                elif parked and (home := registry.parked_home(tensor)) is not None:
+                    totals[home] += storage.nbytes()
         return dict(totals)
 
 
