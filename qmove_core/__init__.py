@@ -5,6 +5,7 @@ from .dispatching import dispatch_model, redispatch
 from .errors import (
     CannotMove,
     ChangesNotKept,
+    CorruptedCopy,
     DtypeCastRefused,
     LiveAutogradGraph,
     MetaTensorsPresent,
@@ -15,9 +16,10 @@ from .errors import (
     QMoveError,
     UnknownDevice,
 )
+from .giving_back import trim
 from .inventory import Holding, Inventory, MetaTensor, inventory
 from .materialize import materialize_meta_tensors
-from .parking import Moved, Parked, Restored, is_parked, move, park, parked, parked_models, resident, restore
+from .parking import Moved, Parked, Restored, is_parked, move, park, parked, parked_models, prefetch, resident, restore
 from .put_back import materialized
 from .requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
@@ -28,6 +30,7 @@ from .to_method import disable_to, enable_to
 __all__ = [
     "CannotMove",
     "ChangesNotKept",
+    "CorruptedCopy",
     "DtypeCastRefused",
     "Holding",
     "Inventory",
@@ -59,8 +62,10 @@ __all__ = [
     "park",
     "parked",
     "parked_models",
+    "prefetch",
     "redispatch",
     "resident",
     "restore",
     "stats",
+    "trim",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from . import arena, devices, hosting
+from . import arena, devices, giving_back, hosting
 from .errors import NotEnoughMemory
 from .settings import settings
 
@@ -43,17 +42,26 @@ def require(action: str, needed: Mapping[torch.device, int], host_advice: str = 
     """Raises NotEnoughMemory if the bytes needed on some device do not fit there; on the host qmove's own limit counts too."""
     for device, nbytes in needed.items():
         if device.type == "cpu":
-            require_host(action, nbytes, settings.ram_limit, arena.bytes_in_use(), host_advice)
+            require_host(action, 0 if arena.spare_for(nbytes) else nbytes, settings.ram_limit, host_advice)
         else:
             require_device(action, nbytes, device, device_advice)
 
 
-def require_host(action: str, nbytes: int, ram_limit: int | None, arena_bytes: int, advice: str = "") -> None:
-    """Raises NotEnoughMemory if `nbytes` more of host memory would pass a limit."""
-    tightest = host_limits(ram_limit, arena_bytes)[0]
+def require_host(action: str, nbytes: int, ram_limit: int | None, advice: str = "") -> None:
+    """Raises NotEnoughMemory if `nbytes` more of host memory would pass a limit.
+
+    What qmove holds there only to be faster next time is given back first, as far as it is needed.
+    """
+    tightest = host_limits(ram_limit, _held_on_host())[0]
+    if nbytes > tightest.free and giving_back.trim(nbytes - tightest.free):
+        tightest = host_limits(ram_limit, _held_on_host())[0]
     if nbytes > tightest.free:
         advice = advice or "Restore or delete another parked model, close other programs, or raise the limit named."
         raise NotEnoughMemory(action, "cpu", nbytes, tightest.free, tightest.name, advice)
+
+
+def _held_on_host() -> int:
+    return arena.bytes_in_use() + arena.spare_bytes()
 
 
 def require_device(action: str, nbytes: int, device: torch.device, advice: str = "") -> None:
@@ -65,6 +73,11 @@ def require_device(action: str, nbytes: int, device: torch.device, advice: str =
     if free is not None and nbytes > free:
         advice = advice or "Park another model first, or choose another device: qmove.restore(model, device=...)."
         raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)
+
+
+def has_room(needed: Mapping[torch.device, int]) -> bool:
+    """Whether the bytes needed on each accelerator are free there now."""
+    return all((free := devices.free_memory(device)) is None or nbytes <= free for device, nbytes in needed.items())
 
 
 def out_of_memory(action: str, device: torch.device, needed: int, advice: str) -> NotEnoughMemory:
@@ -111,13 +124,3 @@ def _free_in(folder: Path, limit_file: str, usage_file: str, reclaimable: str) -
         return None
     cached = next((int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == reclaimable), 0)
     return max(0, int(limit) - usage + cached)
-
-
-def memlock_limit() -> int | None:
-    """Bytes this process may lock in RAM (what page-locked memory counts against); None for no limit or no such notion."""
-    if os.name != "posix":
-        return None
-    import resource  # Unix only
-
-    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY else soft

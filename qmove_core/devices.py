@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -94,6 +97,49 @@ def synchronize(devices: Iterable[torch.device]) -> None:
     for device in devices:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
+
+
+class _Unstreamed:
+    """Stands for a stream on backends that have none: what is queued runs in order, and one can only wait for all of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize(self._device)
+
+    def record_event(self) -> _Unstreamed:
+        return self
+
+    def wait_event(self, _event: _Unstreamed) -> None:
+        pass
+
+
+@functools.cache
+def own_stream(device: torch.device, purpose: str) -> Any:
+    """qmove's own stream for one purpose ("in", "out", "digest"): they overlap with each other and with the model."""
+    module = torch.get_device_module(device)
+    return module.Stream(device=device) if has_streams(device) else _Unstreamed(device)
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies to and from `device` can run beside what the model computes."""
+    return hasattr(torch.get_device_module(device), "Stream")
+
+
+def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, this thread queues its work for `device` on `stream`."""
+    return nullcontext() if isinstance(stream, _Unstreamed) else torch.get_device_module(device).stream(stream)
+
+
+def wait_for_work(stream: Any, device: torch.device) -> None:
+    """Puts `stream` behind what this thread and the device's default stream have queued until now. The host does not wait."""
+    if isinstance(stream, _Unstreamed):
+        return
+    module = torch.get_device_module(device)
+    stream.wait_stream(module.current_stream(device))
+    if hasattr(module, "default_stream"):
+        stream.wait_stream(module.default_stream(device))
 
 
 def release_cached(devices: Iterable[torch.device]) -> None:

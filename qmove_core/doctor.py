@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from . import arena, budget, devices
+from . import arena, budget, devices, pinning
 from .errors import readable_bytes
 from .settings import settings
 
@@ -92,7 +92,7 @@ def is_simulated() -> bool:
 
 
 def _host() -> Host:
-    tightest = budget.host_limits(settings.ram_limit, arena.bytes_in_use())[0]
+    tightest = budget.host_limits(settings.ram_limit, arena.bytes_in_use() + arena.spare_bytes())[0]
     memory = psutil.virtual_memory()
     return Host(
         system=platform.platform(),
@@ -102,8 +102,8 @@ def _host() -> Host:
         usable=tightest.free,
         usable_limit=tightest.name,
         cgroup_free=budget.cgroup_free(),
-        memlock=budget.memlock_limit(),
-        wsl="microsoft" in platform.release().lower(),
+        memlock=pinning.memlock_limit(),
+        wsl=pinning.is_wsl(),
         simulated=is_simulated(),
     )
 
@@ -178,15 +178,12 @@ def _about_memory(host: Host, found: list[Device]) -> list[str]:
 
 
 def _about_pinning(host: Host) -> list[str]:
-    """Limits on page-locked memory. This version of qmove copies through pageable memory, which is slower."""
-    limits = []
+    """What of the parked bytes can be page-locked, and what that limit is called."""
+    limit = pinning.pin_limit(windows=host.system.startswith("Windows"), wsl=host.wsl, ram=host.ram_total)
+    said = (
+        f"Up to {readable_bytes(limit.nbytes)} of parked bytes are page-locked ({limit.name}); what is beyond that, or what the "
+        "driver refuses, lies in pageable memory, and copying it takes several times as long."
+    )
     if host.memlock is not None:
-        limits.append(f"memlock allows {readable_bytes(host.memlock)} (`ulimit -l`), where the driver counts it")
-    if host.wsl:
-        limits.append("WSL allows about 1 GiB")
-    if sys.platform == "win32":
-        limits.append("Windows allows about 40 % of RAM, and counts it against the GPU")
-    listed = "; ".join(limits) or "no limit on it was found"
-    return [
-        f"This version copies through pageable memory, so limits on page-locked memory do not matter yet: {listed}."
-    ]
+        said += f" memlock (`ulimit -l`) is {readable_bytes(host.memlock)}; the drivers known do not count it."
+    return [said]

@@ -38,6 +38,22 @@ class NotEnoughMemory(QMoveError):
         )
 
 
+class CorruptedCopy(QMoveError):
+    """What arrived is not what was sent, for the tensors named in `names`. The model stays where it was."""
+
+    def __init__(self, action: str, names: Sequence[str]) -> None:
+        self.names = list(names)
+        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
+        super().__init__(
+            f"{action}: the digest of what arrived differs from what was sent, for {shown}. The model stays where it was and "
+            "keeps its bytes. Try again; if it happens again, suspect the hardware (memory, riser, overclocking) and reload."
+        )
+
+
+class DigestUnavailable(QMoveError):
+    """This device computes no exact digests. Compare the bytes themselves, or copy them."""
+
+
 class UnknownDevice(QMoveError, ValueError):
     """A device that this machine does not have, or that is none at all."""
 

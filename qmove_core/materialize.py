@@ -17,8 +17,8 @@ import torch
 
 from . import devices, diffusers_offload, kinds, registry
 from .allocation import allocate
+from .checksum import checksum_of
 from .devices import Device, DeviceMap
-from .digest import digest_of
 from .dispatch import Dispatch, Slot, is_dispatched, take_off, take_off_pipelines
 from .dispatch_options import remember
 from .errors import readable_bytes
@@ -130,7 +130,7 @@ def _read(action: str, pieces: Sequence[Piece], progress: Progress | None, wants
     if wants_digests:
         for piece in pieces:
             if piece.joins_real:
-                piece.digest = digest_of(piece.tensor)
+                piece.digest = checksum_of(piece.tensor)
             elif id(piece) in reads:
                 piece.digest = reads[id(piece)].digest
 
@@ -183,7 +183,7 @@ def _part(source: Source, device: torch.device) -> torch.Tensor:
 def part_digests(tensor: torch.Tensor, slot: Slot) -> dict[str, int]:
     """The digests of what hangs on a quantized weight now."""
     parts = bitsandbytes_offloaded.current_parts(tensor, slot.module)
-    return {name: digest_of(part) for name, part in parts.items()}
+    return {name: checksum_of(part) for name, part in parts.items()}
 
 
 def roll_back(done: Materialized) -> None:

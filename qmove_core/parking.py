@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import autograd, devices, diffusers_offload, dispatch, kinds, registry, statistics, wake
+from . import arrival, autograd, budget, devices, diffusers_offload, dispatch, kinds, registry, statistics, units, wake
+from .allocation import bytes_by_device
 from .devices import Device, DeviceMap
 from .errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, readable_bytes
 from .inventory import Holding, Inventory, inventory
 from .registry import Origin, Record
 from .relocation import Step, relocate
+from .settings import settings
 from .strangers import Straggler
 from .transfer import Progress
 
@@ -34,6 +36,7 @@ class Moved:
         seconds: wall time.
         home: for each storage that changed places, by its name, its home: where a park took it from, a restore brought it to.
         stragglers: storages that did not leave their device, and who holds them.
+        verified: whether digests proved that every byte arrived as it was (`qmove.configure(verify=True)`).
     """
 
     nbytes: int
@@ -41,6 +44,7 @@ class Moved:
     seconds: float
     home: dict[str, torch.device] = field(repr=False)
     stragglers: list[Straggler]
+    verified: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,9 @@ def park(
     with registry.lock:
         before = registry.record_of(model)
         held = _inventory_of(model, extra)
-        away = [holding for holding in held.holdings if holding.device.type != "cpu"]
+        away = [holding for holding in units.holdings_in_order(held) if holding.device.type != "cpu"]
         if not away:
-            return Parked(0, 0, time.perf_counter() - started, {}, [], model)
+            return Parked(0, 0, time.perf_counter() - started, {}, [], settings.verify, model)
         action = f"Parking {_title(model)}"
         dispatch.refuse_lost(action, held)
         _refuse_immovable(action, held, devices.CPU)
@@ -98,16 +102,21 @@ def park(
             homes, extra = before.homes | homes, (*before.extra, *extra)
         record = Record(model, extra, homes)
         steps = [Step(holding, devices.CPU, Origin(holding.device, holding.nbytes, record)) for holding in away]
-        copied, stragglers = relocate(
-            action, held, steps, on_commit=lambda: _fall_asleep(record, held), progress=progress
-        )
+        done = relocate(action, held, steps, on_commit=lambda: _fall_asleep(record, held), progress=progress)
     home = {step.holding.name: step.origin.home for step in steps if step.origin}
-    result = Parked(_bytes(steps), copied, time.perf_counter() - started, home, stragglers, model)
+    seconds = time.perf_counter() - started
+    result = Parked(_bytes(steps), done.copied_bytes, seconds, home, done.stragglers, done.verified, model)
     _report("parked", model, result)
     return result
 
 
-def restore(model: object, device: Device | DeviceMap | None = None, *, progress: Progress | None = None) -> Restored:
+def restore(
+    model: object,
+    device: Device | DeviceMap | None = None,
+    *,
+    stream: bool = False,
+    progress: Progress | None = None,
+) -> Restored:
     """Brings a parked model back: every storage to the device it came from, or to where `device` says.
 
     Restoring a resident model does nothing.
@@ -115,6 +124,9 @@ def restore(model: object, device: Device | DeviceMap | None = None, *, progress
     Args:
         model: the object that was parked, or a part of it.
         device: None for home; one device; or a device_map from name prefixes ("" for the rest) to devices.
+        stream: return as soon as the copies are queued. The model can be used at once: each of its layers waits only for
+            its own bytes, which arrive in the order in which the layers were last used. Where that is not possible (compiled
+            modules, wrapper subclasses such as torchao's, `verify`, a `progress`) it waits for all of them.
         progress: as for `park`; what it raises stops the restore with the model still parked.
 
     Raises:
@@ -126,11 +138,31 @@ def restore(model: object, device: Device | DeviceMap | None = None, *, progress
         choose = _destination(device)
         record = registry.record_of(model)
         held = _inventory_of(model, record.extra if record else ())
-        goals = [(holding, choose(holding, home)) for holding in held.holdings if (home := _home(holding, record))]
-        figures = _bring(f"Restoring {_title(model)}", held, goals, progress)
+        goals = [
+            (holding, choose(holding, home))
+            for holding in units.holdings_in_order(held)
+            if (home := _home(holding, record))
+        ]
+        figures = _bring(f"Restoring {_title(model)}", held, goals, progress, stream)
     restored = Restored(seconds=time.perf_counter() - started, **figures)
     _report("restored", model, restored)
     return restored
+
+
+def prefetch(model: object) -> Restored | None:
+    """Begins to bring a parked model home, if there is room for it, and returns at once; see `restore(stream=True)`.
+
+    Nothing is parked for it and nobody is asked to make room: it is for a model that will be needed next, while another
+    one still computes.
+
+    Returns:
+        What was begun; None if some device has too little free memory: then the model stays parked.
+    """
+    with registry.lock:
+        record = registry.record_of(model)
+        held = _inventory_of(model, record.extra if record else ())
+        homes = [(holding.nbytes, home) for holding in held.holdings if (home := _home(holding, record))]
+        return restore(model, stream=True) if budget.has_room(bytes_by_device(homes)) else None
 
 
 def move(model: object, device: Device, *, allow_live_graph: bool = False, progress: Progress | None = None) -> Moved:
@@ -155,7 +187,11 @@ def move(model: object, device: Device, *, allow_live_graph: bool = False, progr
         action = f"Moving {_title(model)} to {target}"
         refuse_meta(action, held)
         _refuse_immovable(action, held, target, kinds.obstacles(held, target))
-        goals = [(holding, target) for holding in held.holdings if target.type == "cpu" or _goes_along(holding)]
+        goals = [
+            (holding, target)
+            for holding in units.holdings_in_order(held)
+            if target.type == "cpu" or _goes_along(holding)
+        ]
         if not allow_live_graph and any(holding.device != target for holding, _target in goals):
             _refuse_live_graph(action, held)
         figures = _bring(action, held, goals, progress)
@@ -200,7 +236,11 @@ def parked_models() -> list[Any]:
 
 
 def _bring(
-    action: str, held: Inventory, goals: Sequence[tuple[Holding, torch.device]], progress: Progress | None
+    action: str,
+    held: Inventory,
+    goals: Sequence[tuple[Holding, torch.device]],
+    progress: Progress | None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Takes holdings to where they are to run, and wakes the model. Returns the figures of a `Moved` but its time."""
     steps, staying = [], []
@@ -218,24 +258,46 @@ def _bring(
             origin.record = None
         wake.wake_up(held.modules.values())
 
-    copied, stragglers = relocate(action, held, steps, on_commit=settle_in, progress=progress)
-    home = {step.holding.name: step.target for step in steps}
-    return {"nbytes": _bytes(steps), "copied_bytes": copied, "home": home, "stragglers": stragglers}
+    figures: dict[str, Any] = {"nbytes": _bytes(steps), "home": {step.holding.name: step.target for step in steps}}
+    if stream and progress is None and arrival.can_stream(held, steps):
+        arrival.bring(action, held, steps, on_commit=settle_in, on_failure=_sleep_again(held, steps))
+        return figures | {"copied_bytes": figures["nbytes"], "stragglers": []}
+    done = relocate(action, held, steps, on_commit=settle_in, progress=progress)
+    return figures | {"copied_bytes": done.copied_bytes, "stragglers": done.stragglers, "verified": done.verified}
+
+
+def _sleep_again(held: Inventory, steps: Sequence[Step]) -> Callable[[], None]:
+    """What parks a model again whose streaming restore fails. It keeps nothing of the model alive."""
+    origins = (registry.origin_of(step.holding.storage) for step in steps)
+    records = {
+        id(origin.record): origin.record for origin in origins if origin is not None and origin.record is not None
+    }
+
+    def sleep_again() -> None:
+        for record in records.values():
+            model = record.model
+            if model is not None:
+                again = inventory(model, extra=record.extra)
+                kinds.settle(again)
+                _fall_asleep(record, again)
+
+    return sleep_again
 
 
 def _fall_asleep(record: Record, held: Inventory) -> None:
     def waker(module: nn.Module) -> None:
         model = record.model
         if model is not None:
-            restore(model)
-        if wake.is_asleep(module):  # it outlived the pipeline it was parked with, or was taken out of it
-            restore(module)
+            restore(model, stream=True)
+        if wake.sleeps_by(module, waker):  # it outlived the pipeline it was parked with, or was taken out of it
+            restore(module, stream=True)
 
     wake.put_to_sleep(held.modules.values(), waker)
 
 
 def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     held = inventory(model, extra=extra)
+    arrival.settle(tensor for holding in held.holdings for tensor in holding.tensors)
     if not held.holdings and not held.meta:
         hint = (
             f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."

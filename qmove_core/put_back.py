@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from . import budget, devices, diffusers_offload, parking, registry
+from .checksum import checksum_of
 from .devices import Device, DeviceMap
-from .digest import digest_of
 from .dispatch import Slot
 from .errors import ChangesNotKept
 from .inventory import Inventory, inventory
@@ -118,7 +118,7 @@ def _obstacle(piece: Piece, value: torch.Tensor | None) -> str:
 def _is_changed(piece: Piece, value: torch.Tensor) -> bool:
     if _looks_into_source(piece, value):
         return False  # what was written to it is already there
-    return piece.digest is None or digest_of(value) != piece.digest
+    return piece.digest is None or checksum_of(value) != piece.digest
 
 
 def _looks_into_source(piece: Piece, value: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .digest import digest_of
+from .checksum import checksum_of
 from .offloaded import Source
 from .transfer import Progress
 
@@ -143,7 +143,7 @@ def _read_one(item: Read, counter: _Counter, report: Callable[[], None]) -> None
         into.copy_(item.source.cast(source))
         counter.add(item.nbytes)
     if item.wants_digest:
-        item.digest = digest_of(source if into is None else into)
+        item.digest = checksum_of(source if into is None else into)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

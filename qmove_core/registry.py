@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from .digest import Digest
 from .walk import slots_of
 
 lock = threading.RLock()  # held for the whole of each move: two threads never move at once
@@ -27,12 +28,14 @@ class Origin:
         nbytes: size of the storage.
         record: of the parked model it belongs to; None once it was moved to the CPU to be used there.
         strangers: tensor objects outside the model that looked into the storage and were taken along.
+        digest: of the bytes that were parked, where it was taken.
     """
 
     home: torch.device
     nbytes: int
     record: Record | None
     strangers: list[TensorWeakRef] = field(default_factory=list)
+    digest: Digest | None = None
 
     def strangers_on(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
         """Those of the strangers that are alive and still look into the storage."""

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from . import budget, devices, hosting, kinds, registry
+from . import arena, budget, devices, hosting, kinds, mirrors, proof, registry
 from .allocation import allocate, bytes_by_device
+from .digest import Digest
 from .interrupts import interrupts_deferred
 from .inventory import Holding, Inventory
+from .mirrors import Mirror
 from .rebinding import rebind
+from .settings import settings
 from .strangers import Straggler, holders_of, tensors_on
-from .transfer import Progress, copy_storages
+from .transfer import Load, Progress, Transfer
 
 log = logging.getLogger("qmove")
+
+DEVICE_ADVICE = "Free memory there first, for example qmove.park() another model."
 
 
 @dataclass(slots=True)
@@ -32,6 +38,21 @@ class Step:
     strangers: list[torch.Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Relocated:
+    """What was done.
+
+    Attributes:
+        copied_bytes: without those that a mirror held already.
+        stragglers: what did not leave its old device.
+        verified: whether digests proved every byte.
+    """
+
+    copied_bytes: int
+    stragglers: list[Straggler]
+    verified: bool
+
+
 def relocate(
     action: str,
     inventory: Inventory,
@@ -39,7 +60,7 @@ def relocate(
     *,
     on_commit: Callable[[], None],
     progress: Progress | None = None,
-) -> tuple[int, list[Straggler]]:
+) -> Relocated:
     """Carries out `steps`: all of them, or none.
 
     Args:
@@ -47,55 +68,192 @@ def relocate(
         inventory: what the model holds; `steps` are about its holdings.
         on_commit: called when everything lies in its new place; if it raises, all goes back.
         progress: called as (bytes done, bytes in all) while copying.
-
-    Returns:
-        The bytes copied, and what did not leave its old device.
     """
-    wanted = [(step.holding.nbytes, step.target) for step in steps]
-    budget.require(action, bytes_by_device(wanted))
-    sources = [step.holding.storage for step in steps]
-    targets = allocate(action, wanted, "Free memory there first, for example qmove.park() another model.")
+    freight = Freight(action, steps)
     try:
-        copied = copy_storages(list(zip(sources, targets, strict=True)), progress)
+        freight.find_unchanged()
+        freight.allocate_on_host()
+        freight.copy(progress)
+        verified = settings.verify and freight.verify()
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-            _commit(inventory, steps, sources, targets, on_commit)
-            watched = [StorageWeakRef(source) for source in sources]
-            sources.clear()
-            stragglers = _take_strangers_along(steps, targets, watched)
+            stragglers = freight.commit(inventory, on_commit)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # the loops that were left have storages in their variables
         raise
     finally:
-        # Whoever keeps the traceback keeps this frame: it must not keep the bytes alive as well.
-        sources.clear()
-        targets.clear()
+        freight.unload()
     devices.release_cached({step.holding.device for step in steps})
     if steps:
         hosting.tell_moved()
-    return copied, stragglers
+    return Relocated(freight.copied, stragglers, verified)
 
 
-def _commit(
-    inventory: Inventory,
-    steps: Sequence[Step],
-    sources: Sequence[torch.UntypedStorage],
-    targets: Sequence[torch.UntypedStorage],
-    on_commit: Callable[[], None],
-) -> None:
-    """Lets every tensor look into its new storage, and puts all of them back if anything goes wrong."""
+class Freight:
+    """The storages of a plan while they change places: where each comes from and goes to, and what is known of its bytes."""
+
+    def __init__(self, action: str, steps: Sequence[Step]) -> None:
+        self.copied = 0
+        self._action, self._steps = action, steps
+        self._sources = [step.holding.storage for step in steps]
+        self._targets: list[torch.UntypedStorage | None] = [None] * len(steps)
+        self._digests: list[Digest | None] = [None] * len(steps)  # of the bytes on their accelerator
+        self._mirrors: list[Mirror | None] = [None] * len(steps)
+        self._unchanged = [False] * len(steps)
+
+    def find_unchanged(self) -> None:
+        """Looks at which mirrors still hold what lies on the device: those storages need no copy."""
+        going_out = [index for index, step in enumerate(self._steps) if _goes_out(step)]
+        mirrored = mirrors.take([self._sources[index] for index in going_out])
+        for index, mirror in zip(going_out, mirrored, strict=True):
+            self._mirrors[index] = mirror
+        asked = [index for index in going_out if settings.verify or self._mirrors[index] is not None]
+        for index, digest in zip(asked, mirrors.current_digests([self._sources[i] for i in asked]), strict=True):
+            mirror = self._mirrors[index]
+            self._digests[index] = digest
+            self._unchanged[index] = mirror is not None and digest is not None and digest == mirror.digest
+        for index in going_out:
+            mirror = self._mirrors[index]
+            if mirror is not None:
+                self._targets[index] = mirror.host  # a mirror that is no longer true is overwritten
+
+    def allocate_on_host(self) -> None:
+        """Checks every budget, then allocates what is missing on the host. Devices are allocated on as the copies go."""
+        missing = [index for index, target in enumerate(self._targets) if target is None]
+        wanted = [(self._steps[index].holding.nbytes, self._steps[index].target) for index in missing]
+        budget.require(self._action, bytes_by_device(wanted))
+        on_host = [index for index in missing if self._steps[index].target.type == "cpu"]
+        sizes = [(self._steps[index].holding.nbytes, devices.CPU) for index in on_host]
+        for index, storage in zip(on_host, allocate(self._action, sizes, DEVICE_ADVICE), strict=True):
+            self._targets[index] = storage
+
+    def copy(self, progress: Progress | None) -> None:
+        """Copies what has to be copied, and returns when all of it is there."""
+        indices = [index for index, unchanged in enumerate(self._unchanged) if not unchanged]
+        loads = [Load(self._sources[i], self._steps[i].target, self._targets[i]) for i in indices]
+        for index in indices:
+            self._mirrors[index] = None  # from now on its old content is gone
+        with (
+            _let_go_of(loads),
+            Transfer(_total(loads), progress, digests=settings.keep_mirrors or settings.verify) as transfer,
+        ):
+            self._start(transfer, loads)
+        self.copied = transfer.copied
+        for index, load in zip(indices, loads, strict=True):
+            self._targets[index] = load.target
+            if load.device.type != "cpu":
+                self._digests[index] = load.digest()
+
+    @contextmanager
+    def queued(self) -> Iterator[list[Load]]:
+        """Queues every copy, and waits for none unless the body fails."""
+        loads = [Load(source, step.target) for source, step in zip(self._sources, self._steps, strict=True)]
+        with _let_go_of(loads), Transfer(_total(loads), wait=False, digests=settings.keep_mirrors) as transfer:
+            self._start(transfer, loads)
+            self._targets = [load.target for load in loads]
+            yield loads
+
+    def _start(self, transfer: Transfer, loads: Sequence[Load]) -> None:
+        try:
+            transfer.copy(loads)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(loads) from error
+
+    def verify(self) -> bool:
+        """Compares digests of what was sent with what arrived.
+
+        Raises:
+            NotEqual: they differ, and the model was not changed in between. Nothing was moved.
+        """
+        return proof.prove(self._action, self._steps, self._sources, self._targets, self._digests)
+
+    def commit(self, inventory: Inventory, on_commit: Callable[[], None]) -> list[Straggler]:
+        """Moves the model to where its bytes are now, and lets go of the old ones."""
+        self.rebind(inventory, on_commit)
+        for step, target, digest in zip(self._steps, self._targets, self._digests, strict=True):
+            if step.origin is not None and target is not None:
+                step.origin.digest = digest
+                registry.remember(target, step.origin)
+        watched = [StorageWeakRef(source) for source in self._sources]
+        cargo, digests = self.hand_over(), self._digests
+        cargo.keep_as_mirrors(digests)
+        targets, cargo.sources = cargo.targets, []
+        return _take_strangers_along(self._steps, targets, watched)
+
+    def rebind(self, inventory: Inventory, on_commit: Callable[[], None]) -> None:
+        """Lets every tensor look into its new storage, and puts all of them back if anything goes wrong."""
+        try:
+            for step, target in zip(self._steps, self._targets, strict=True):
+                assert target is not None
+                rebind(step.holding.tensors + step.strangers, target)
+            kinds.settle(inventory)
+            on_commit()
+        except BaseException:
+            for step, source in zip(self._steps, self._sources, strict=True):
+                rebind(step.holding.tensors + step.strangers, source)
+            kinds.settle(inventory)
+            raise
+
+    def hand_over(self) -> Cargo:
+        """All storages, to be kept or dropped by the caller. The mirrors are what the model lives in now."""
+        cargo = Cargo(self._sources, [target for target in self._targets if target is not None])
+        self._sources, self._targets, self._mirrors = [], [], []
+        return cargo
+
+    def unload(self) -> None:
+        """Lets go of every storage. Whoever keeps a traceback keeps this object: it must not keep the bytes alive as well."""
+        mirrors.put_back(self._sources, self._mirrors)  # only if nothing was moved are there any
+        for storages in (self._sources, self._targets, self._mirrors):
+            storages.clear()
+
+    def _out_of_memory(self, loads: Sequence[Load]) -> Exception:
+        load = next(load for load in loads if load.device.type != "cpu" and load.target is None)
+        nbytes = _total(other for other in loads if other.device == load.device)
+        return budget.out_of_memory(self._action, load.device, nbytes, DEVICE_ADVICE)
+
+
+@dataclass
+class Cargo:
+    """The storages of a move that is done: those the bytes came from, and those they are in."""
+
+    sources: list[torch.UntypedStorage]
+    targets: list[torch.UntypedStorage]
+
+    def keep_as_mirrors(self, digests: Sequence[Digest | None]) -> None:
+        """Keeps what came from the arena to a device, and what nobody else looks into."""
+        if not settings.keep_mirrors:
+            return
+        alone = mirrors.unshared(self.sources)
+        kept = [
+            index
+            for index, target in enumerate(self.targets)
+            if target.device.type != "cpu" and alone[index] and arena.place_of(self.sources[index]) is not None
+        ]
+        # The last storages of a restore had no room beside them for a digest: it is taken on the host, where that is quick.
+        late = [index for index in kept if digests[index] is None]
+        found = dict(zip(late, mirrors.quick_digests([self.sources[index] for index in late]), strict=True))
+        for index in kept:
+            digest = digests[index] if digests[index] is not None else found[index]
+            if digest is not None:
+                mirrors.keep(self.targets[index], self.sources[index], digest)
+
+
+@contextmanager
+def _let_go_of(loads: Sequence[Load]) -> Iterator[None]:
+    """After an error in the body no load keeps what was allocated for it, whoever keeps the traceback."""
     try:
-        for step, target in zip(steps, targets, strict=True):
-            rebind(step.holding.tensors + step.strangers, target)
-        kinds.settle(inventory)
-        on_commit()
+        yield
     except BaseException:
-        for step, source in zip(steps, sources, strict=True):
-            rebind(step.holding.tensors + step.strangers, source)
-        kinds.settle(inventory)
+        for load in loads:
+            load.target = None
         raise
-    for step, target in zip(steps, targets, strict=True):
-        if step.origin is not None:
-            registry.remember(target, step.origin)
+
+
+def _total(loads: Iterable[Load]) -> int:
+    return sum(load.nbytes for load in loads)
+
+
+def _goes_out(step: Step) -> bool:
+    return step.target.type == "cpu" and step.holding.device.type != "cpu"
 
 
 def _take_strangers_along(

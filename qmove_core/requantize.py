@@ -248,7 +248,7 @@ def _check_budget(
     needed += sum(cast.tensor.numel() * cast.dtype.itemsize for cast in casts)
     needed += sum(h.nbytes for h in held.holdings if h.device != target and not any(id(t) in gone for t in h.tensors))
     if target.type == "cpu":
-        budget.require_host(action, needed, None, 0)  # `ram_limit` is about parked bytes; those here are to be used
+        budget.require_host(action, needed, None)  # `ram_limit` is about parked bytes; those here are to be used
     else:
         budget.require_device(action, needed, target)
     return needed

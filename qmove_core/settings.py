@@ -48,7 +48,12 @@ def configure(
     Raises:
         ValueError: a negative limit.
     """
-    given = {"ram_limit": ram_limit, "keep_mirrors": keep_mirrors, "verify": verify, "pin_limit": pin_limit}
+    given: dict[str, Any] = {
+        "ram_limit": ram_limit,
+        "keep_mirrors": keep_mirrors,
+        "verify": verify,
+        "pin_limit": pin_limit,
+    }
     changes = {name: value for name, value in given.items() if value is not _UNCHANGED}
     for name in ("ram_limit", "pin_limit"):
         limit = changes.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from . import arena, registry
+from . import arena, mirrors, registry
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,10 @@ class Stats:
     """Attributes:
     parked_models: models of which anything is parked now.
     parked_bytes: bytes parked now, by the device they came from.
-    arena_bytes: host memory that qmove holds now; models moved to the CPU are in it too.
+    arena_bytes: host memory in which parked models lie, and models moved to the CPU.
+    mirror_bytes: host memory with copies of resident models, so that parking them again copies only what changed.
+    spare_bytes: host memory kept ready for the next park. Both are given back when RAM gets short, or by `qmove.trim()`.
+    pinned_bytes: of all three, bytes that are page-locked.
     parks, restores, moves: how many there were since the process started.
     copied_bytes: bytes copied by them.
     """
@@ -21,6 +24,9 @@ class Stats:
     parked_models: int
     parked_bytes: dict[str, int]
     arena_bytes: int
+    mirror_bytes: int
+    spare_bytes: int
+    pinned_bytes: int
     parks: int
     restores: int
     moves: int
@@ -42,7 +48,10 @@ def stats() -> Stats:
         return Stats(
             parked_models=len(registry.records()),
             parked_bytes=registry.parked_bytes(),
-            arena_bytes=arena.bytes_in_use(),
+            arena_bytes=arena.bytes_in_use() - mirrors.nbytes(),
+            mirror_bytes=mirrors.nbytes(),
+            spare_bytes=arena.spare_bytes(),
+            pinned_bytes=arena.pinned_bytes(),
             parks=_done["parked"],
             restores=_done["restored"],
             moves=_done["moved"],

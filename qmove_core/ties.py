@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .digest import digest_of
+from .checksum import checksum_of
 from .dispatch import Slot
 from .inventory import Inventory
 from .offloaded import Source
@@ -134,5 +134,5 @@ def _are_equal(one: Tied | torch.Tensor, other: Tied) -> bool:
 
 def _content(member: Tied | torch.Tensor) -> int:
     if isinstance(member, torch.Tensor):
-        return digest_of(member)
-    return digest_of(member.source.cast(member.source.open()).to(member.tensor.dtype))
+        return checksum_of(member)
+    return checksum_of(member.source.cast(member.source.open()).to(member.tensor.dtype))

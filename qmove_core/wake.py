@@ -74,9 +74,9 @@ def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
     _give_class(obj, _sleeping_class(exchange(cls.__bases__[-1])) if _is_sleeping(cls) else exchange(cls))
 
 
-def is_asleep(module: nn.Module) -> bool:
-    """Whether the module would wake if it were used."""
-    return _is_sleeping(type(module))
+def sleeps_by(module: nn.Module, waker: Callable[[nn.Module], None]) -> bool:
+    """Whether the module is asleep, and this is what wakes it."""
+    return _wakers.get(module) is waker
 
 
 def _is_sleeping(cls: type) -> bool:
@@ -96,9 +96,10 @@ def _rouse(module: nn.Module) -> None:
 
 def _wake_model_of(module: nn.Module) -> None:
     with lock:
-        waker = _wakers.get(module)
-        if waker is not None:
+        asked = None
+        while (waker := _wakers.get(module)) is not None and waker is not asked:
             waker(module)
+            asked = waker  # a streaming restore leaves another one, that waits for the module's own bytes
         wake_up([module])  # also a copy of a sleeping module, made behind our back, which nobody else would wake
 
 

@@ -95,10 +95,16 @@ def _set_imports_aside() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_anything_behind() -> Iterator[None]:
-    """Each test starts with empty devices of 4 GiB, fresh counters and no parked model."""
+    """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no host memory kept by it."""
+    import qmove_core as qmove
+    from qmove_core import arrival
+
     _set_imports_aside()
     yield
+    arrival.settle()
     gc.collect()
+    qmove.configure(ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None)
+    qmove.trim()
     if SIMULATED:
         for index in range(2):
             simcuda.set_memory("4GiB", device=index)

@@ -12,28 +12,49 @@ import qmove_core as qmove
 import simcuda
 from conftest import GPU
 from models import layers, snapshot
-from qmove_core import arena, budget
+from qmove_core import arena, budget, transfer
 
 
-def test_a_park_takes_no_extra_vram(gpu: GPU) -> None:
-    model = layers(8)
+def test_a_park_takes_no_extra_vram_but_its_staging(gpu: GPU) -> None:
+    model = layers(20, width=1024)
     resident = gpu.allocated()
+    assert resident > 2 * transfer.STAGING
     gpu.reset_peak()
 
     qmove.park(model)
 
-    assert gpu.peak() == resident
+    assert resident < gpu.peak() <= resident + transfer.STAGING
 
 
-def test_a_restore_takes_the_models_own_bytes_and_no_more(gpu: GPU) -> None:
+@pytest.mark.simulated
+def test_a_park_from_a_full_device_needs_no_extra_vram(gpu: GPU) -> None:
+    model = layers(20, width=1024)
+    before, resident = snapshot(model), gpu.allocated()
+    simcuda.set_memory(torch.cuda.memory_allocated(), device=0)
+    gpu.reset_peak()
+
+    for _again in range(2):  # the second time there is no room for digests either
+        parked = qmove.park(model)
+        assert parked.copied_bytes == parked.nbytes == resident
+        assert gpu.peak() == resident
+        assert gpu.allocated() == 0
+        parked.restore()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("count", "width"), [(8, 64), (20, 1024), (3, 2048)])
+def test_a_restore_takes_the_models_own_bytes_and_no_more(gpu: GPU, count: int, width: int, stream: bool) -> None:
     empty = gpu.allocated()
-    model = layers(8)
+    model = layers(count, width=width)
     parked = qmove.park(model)
     gpu.reset_peak()
 
-    parked.restore()
+    qmove.restore(model, stream=stream)
 
-    assert gpu.peak() == empty + parked.nbytes
+    pieces = parked.nbytes // (512 << 10) + len(parked.home)
+    digests = 64 * pieces  # 32 bytes and as much to compute them
+    assert empty + parked.nbytes <= gpu.peak() <= empty + parked.nbytes + digests
 
 
 def test_a_park_takes_the_models_own_bytes_of_ram_and_gives_them_back(gpu: GPU) -> None:
@@ -44,7 +65,9 @@ def test_a_park_takes_the_models_own_bytes_of_ram_and_gives_them_back(gpu: GPU) 
     assert arena.bytes_in_use() == parked.nbytes + padding
     assert qmove.stats().arena_bytes == arena.bytes_in_use()
     parked.restore()
-    assert arena.bytes_in_use() == 0
+    stats = qmove.stats()
+    assert (stats.arena_bytes, stats.mirror_bytes) == (0, parked.nbytes + padding)
+    assert arena.bytes_in_use() == stats.mirror_bytes
 
 
 def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU) -> None:

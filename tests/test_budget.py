@@ -118,28 +118,12 @@ class TestHostLimits:
 
     def test_exactly_what_is_free_may_be_taken_and_no_byte_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(budget, "cgroup_free", lambda: 1 * GIB)
-        budget.require_host("Parking", 1 * GIB, None, 0)
+        budget.require_host("Parking", 1 * GIB, None)
         with pytest.raises(qmove.NotEnoughMemory) as caught:
-            budget.require_host("Parking", 1 * GIB + 1, None, 0)
+            budget.require_host("Parking", 1 * GIB + 1, None)
         error = caught.value
         assert (error.place, error.needed, error.free, error.limit) == ("cpu", GIB + 1, GIB, "cgroup limit")
         assert "1.00 GiB" in str(error) and "Nothing was moved" in str(error)
-
-
-class TestMemlock:
-    def test_soft_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        resource = pytest.importorskip("resource")
-        monkeypatch.setattr(resource, "getrlimit", lambda which: {resource.RLIMIT_MEMLOCK: (8 * MIB, 16 * MIB)}[which])
-        assert budget.memlock_limit() == 8 * MIB
-
-    def test_unlimited(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        resource = pytest.importorskip("resource")
-        monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert budget.memlock_limit() is None
-
-    def test_windows_has_no_such_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(budget.os, "name", "nt")
-        assert budget.memlock_limit() is None
 
 
 class TestBeforeTheFirstByte:

@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from conftest import GPU, SIMULATED
-from qmove_core import budget, devices, doctor
+from qmove_core import budget, devices, doctor, pinning
 
 GIB = 1 << 30
 
@@ -76,7 +77,7 @@ def test_ram_and_its_limits_are_those_the_budget_decides_by(monkeypatch: pytest.
     host = doctor.examine().host
     assert host.ram_total == psutil.virtual_memory().total
     assert (host.usable, host.usable_limit, host.cgroup_free) == (5 << 20, "cgroup limit", 5 << 20)
-    assert host.memlock == budget.memlock_limit()
+    assert host.memlock == pinning.memlock_limit()
 
 
 def test_a_missing_package_is_named_with_what_is_lost(without: Callable[[str], None]) -> None:
@@ -102,7 +103,7 @@ def test_no_accelerator_advises_by_the_build_of_torch(host: doctor.Host, build: 
 
 def test_a_healthy_machine_gets_no_warning_beyond_the_word_on_pinning(host: doctor.Host) -> None:
     (only,) = doctor._findings(host, "CUDA 12.8", [CARD], ALL_INSTALLED)
-    assert "pageable" in only and "no limit on it was found" in only
+    assert "115.20 GiB" in only and "90% of RAM" in only and "pageable" in only
 
 
 def test_less_usable_ram_than_vram_is_said_with_both_figures(host: doctor.Host) -> None:
@@ -116,9 +117,18 @@ def test_a_cgroup_that_binds_is_named(host: doctor.Host) -> None:
     assert "cgroup" in said and "30.00 GiB of 100.00 GiB" in said
 
 
-def test_limits_on_pinning_are_listed(host: doctor.Host) -> None:
-    said = " ".join(doctor._findings(replace(host, memlock=8 << 20, wsl=True), "CUDA 12.8", [CARD], ALL_INSTALLED))
-    assert "8.00 MiB" in said and "WSL" in said
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memlock": 8 << 20}, ("8.00 MiB", "do not count it")),
+        ({"wsl": True}, ("768.00 MiB", "WSL")),
+        ({"system": "Windows-11"}, ("51.20 GiB", "40% of RAM")),
+    ],
+    ids=["memlock", "WSL", "Windows"],
+)
+def test_the_limit_on_pinning_is_the_arenas(host: doctor.Host, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    said = doctor._findings(replace(host, **changes), "CUDA 12.8", [CARD], ALL_INSTALLED)[-1]
+    assert all(word in said for word in words)
 
 
 @pytest.mark.skipif(not SIMULATED, reason="this machine has a real GPU")

@@ -13,7 +13,7 @@ import qmove_core as qmove
 from conftest import GPU
 from dispatched_models import ON_DISK, dispatched, state, tower
 from qmove_core import reading
-from qmove_core.digest import digest_of
+from qmove_core.checksum import checksum_of
 
 
 def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,27 +96,27 @@ def test_without_madvise_it_is_only_slower(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 1000, (1 << 20) + 3])
 def test_a_digest_sees_every_changed_byte(length: int) -> None:
     content = torch.randint(0, 256, (length,), dtype=torch.uint8)
-    digest = digest_of(content)
+    digest = checksum_of(content)
     for position in {0, length // 2, length - 1}:
         changed = content.clone()
         changed[position] ^= 1
-        assert digest_of(changed) != digest
-    assert digest_of(content.clone()) == digest
+        assert checksum_of(changed) != digest
+    assert checksum_of(content.clone()) == digest
 
 
 def test_a_digest_sees_exchanged_values_and_flipped_signs() -> None:
     """A plain sum or an exclusive or would not."""
     values = torch.randn(1 << 18)
-    digest = digest_of(values)
-    assert digest_of(values.flip(0)) != digest
-    assert digest_of(-values) != digest
-    assert digest_of(values.roll(1 << 17)) != digest  # whole pieces exchanged
-    assert digest_of(torch.zeros(8)) != digest_of(torch.zeros(16))
+    digest = checksum_of(values)
+    assert checksum_of(values.flip(0)) != digest
+    assert checksum_of(-values) != digest
+    assert checksum_of(values.roll(1 << 17)) != digest  # whole pieces exchanged
+    assert checksum_of(torch.zeros(8)) != checksum_of(torch.zeros(16))
 
 
 def test_a_digest_is_of_the_values_shown_wherever_they_lie(gpu: GPU) -> None:
     values = torch.randn(33, 17, dtype=torch.float16)
-    digest = digest_of(values)
-    assert digest_of(values.to(gpu.device)) == digest
-    assert digest_of(values.t().contiguous().t()) == digest
-    assert digest_of(torch.cat([torch.zeros(3, 17, dtype=torch.float16), values])[3:]) == digest
+    digest = checksum_of(values)
+    assert checksum_of(values.to(gpu.device)) == digest
+    assert checksum_of(values.t().contiguous().t()) == digest
+    assert checksum_of(torch.cat([torch.zeros(3, 17, dtype=torch.float16), values])[3:]) == digest

@@ -123,6 +123,31 @@ int64_t fused_choice(const Tensor&, const Tensor&, const Tensor&, const optional
   return 0;
 }
 
+// One launch for up to 110 pairs, as CUDA's multi_tensor_apply packs them (depth_to_max_tensors in MultiTensorApply.cuh).
+void foreach_copy(at::TensorList targets, at::TensorList sources, bool non_blocking) {
+  constexpr size_t kPairs = 110;
+  bool fused = targets.size() == sources.size() && !targets.empty();
+  for (size_t i = 0; fused && i < targets.size(); ++i)
+    fused = targets[i].device() == targets[0].device() && sources[i].device() == targets[0].device() &&
+            targets[i].scalar_type() == sources[i].scalar_type() && targets[i].sizes() == sources[i].sizes() &&
+            targets[i].is_contiguous() && sources[i].is_contiguous();
+  if (!fused) return at::native::foreach_tensor_copy_list_kernel_slow_(targets, sources, non_blocking);
+  for (size_t start = 0; start < targets.size(); start += kPairs) {
+    size_t end = std::min(start + kPairs, targets.size());
+    {
+      Lock lock(machine().mutex);
+      check_last_error();
+      std::vector<BlockPtr> blocks;
+      for (size_t i = start; i < end; ++i)
+        for (const Tensor* tensor : {&targets[i], &sources[i]}) blocks.push_back(find_block(tensor->const_data_ptr()));
+      StreamState& stream = current_stream(targets[0].get_device());
+      run_before_touching(stream, blocks);
+      launch(stream);
+    }
+    for (size_t i = start; i < end; ++i) cpu_alias(targets[i]).copy_(cpu_alias(sources[i]));
+  }
+}
+
 // UntypedStorage.resize_ through a byte tensor over it: new memory, the old bytes kept, in stream order.
 void resize_storage(const Tensor& bytes, int64_t nbytes) {
   c10::Storage storage = bytes.storage();
@@ -146,6 +171,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("copy_", &copy_kernel);
+  m.impl("_foreach_copy_", &foreach_copy);
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar);

@@ -1,0 +1,30 @@
+"""Host memory that qmove holds only to be faster next time, and how it is given back: what costs least to lose goes first."""
+
+from __future__ import annotations
+
+from . import arena, mirrors, registry
+
+
+def held_back() -> int:
+    """Bytes that could be given back: spare blocks of the arena, and mirrors."""
+    return arena.spare_bytes() + mirrors.nbytes()
+
+
+def trim(nbytes: int | None = None) -> int:
+    """Gives host memory back to the system that no parked model lies in; the next parks are slower for it.
+
+    Spare blocks go first, then the host copies of resident models, the least recently used first.
+
+    Args:
+        nbytes: bytes to give back at least; None for all there are.
+
+    Returns:
+        Bytes given back; less than asked if there are no more.
+    """
+    with registry.lock:
+        wanted = held_back() if nbytes is None else nbytes
+        given = arena.trim(max(0, arena.spare_bytes() - wanted))
+        if given < wanted:
+            mirrors.release(wanted - given)
+            given += arena.trim(max(0, arena.spare_bytes() - (wanted - given)))
+        return given

@@ -1,0 +1,62 @@
+"""Proves with digests that the bytes that arrived are the bytes that were sent (`qmove.configure(verify=True)`).
+
+Weights that somebody rightly changed while the model was parked, a LoRA merged on the CPU for example, have another digest than
+the one noted when they were parked. So before a difference counts, the host's bytes themselves are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import mirrors, registry
+from .digest import Digest, digest_storages
+from .errors import CorruptedCopy
+
+if TYPE_CHECKING:
+    from .relocation import Step
+
+
+def prove(
+    action: str,
+    steps: Sequence[Step],
+    sources: Sequence[torch.UntypedStorage],
+    targets: Sequence[torch.UntypedStorage | None],
+    digests: Sequence[Digest | None],
+) -> bool:
+    """Compares what was sent with what arrived.
+
+    Args:
+        digests: of the bytes on the accelerator, where one was taken: before a way out, after a way in.
+
+    Returns:
+        Whether every storage was proved; False where a device had no memory left to compute a digest.
+
+    Raises:
+        CorruptedCopy: bytes differ; it names their tensors.
+    """
+    different: list[str] = []
+    unproved = 0
+    for step, source, target, digest in zip(steps, sources, targets, digests, strict=True):
+        assert target is not None
+        other_side = source if source.device.type == "cpu" else target
+        origin = registry.origin_of(source)
+        if digest is not None and origin is not None and digest == origin.digest:
+            continue  # as it was when it was parked
+        here = digest if digest is not None else mirrors.current_digests([source])[0]
+        there = _digest_of(other_side)
+        if here is None or there is None:
+            unproved += 1
+        elif here != there:
+            different.append(step.holding.name)
+    if different:
+        raise CorruptedCopy(action, different)
+    return unproved == 0
+
+
+def _digest_of(storage: torch.UntypedStorage) -> Digest | None:
+    if storage.device.type == "cpu":
+        return digest_storages([storage])[0]
+    return mirrors.current_digests([storage])[0]
