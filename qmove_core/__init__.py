@@ -19,12 +19,26 @@ from .errors import (
 from .giving_back import trim
 from .inventory import Holding, Inventory, MetaTensor, inventory
 from .materialize import materialize_meta_tensors
-from .parking import Moved, Parked, Restored, is_parked, move, park, parked, parked_models, prefetch, resident, restore
+from .parking import (
+    Moved,
+    Parked,
+    Restored,
+    is_parked,
+    move,
+    park,
+    parked,
+    parked_models,
+    prefetch,
+    prepare,
+    resident,
+    restore,
+)
 from .put_back import materialized
 from .requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
 from .statistics import Stats, stats
 from .strangers import Straggler
+from .swapping import swap
 from .to_method import disable_to, enable_to
 
 __all__ = [
@@ -63,9 +77,11 @@ __all__ = [
     "parked",
     "parked_models",
     "prefetch",
+    "prepare",
     "redispatch",
     "resident",
     "restore",
     "stats",
+    "swap",
     "trim",
 ]

@@ -240,31 +240,34 @@ def place_of(storage: torch.UntypedStorage) -> tuple[Block, int] | None:
     return block, place[1]
 
 
-def prepare(nbytes: int) -> None:
+def prepare(nbytes: int) -> int:
     """Makes a spare block of `nbytes` (see `bytes_for`) and pins it in the background, or one that is there and fits.
 
     The next allocation that fits takes it, also while it is being pinned. It is given back like any spare. The caller asks the
     budget first; beyond `ram_limit` nothing is prepared.
+
+    Returns:
+        Bytes of the block; 0 if there is none.
     """
     global _most_held
     if nbytes <= 0 or not pinning.is_possible():
-        return
+        return 0
     with _lock, interrupts_deferred():
         block = _fitting_spare(nbytes)
         if block is None:
             _make_way(nbytes)
             if settings.ram_limit is not None and bytes_in_use() + spare_bytes() + nbytes > settings.ram_limit:
                 log.debug("nothing is prepared for the next park: ram_limit is used up")
-                return
+                return 0
             block = Block(nbytes)
             _blocks[id(block)] = block
             _most_held = max(_most_held, bytes_in_use() + spare_bytes())
-        if block.preparing:
-            return
-        block.preparing = True
-        thread = threading.Thread(target=_prepare, args=(block,), name="qmove-prepare", daemon=True)
-        _preparers.append(thread)
-        thread.start()
+        if not block.preparing:
+            block.preparing = True
+            thread = threading.Thread(target=_prepare, args=(block,), name="qmove-prepare", daemon=True)
+            _preparers.append(thread)
+            thread.start()
+        return block.nbytes
 
 
 def wait_until_prepared() -> None:

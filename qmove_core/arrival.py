@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from . import devices, units, wake
+from . import devices, hosting, units, wake
 from .awaiting import await_bytes, release, waiter_of
 from .interrupts import interrupts_deferred
 from .inventory import Inventory
@@ -71,8 +72,13 @@ def bring(
             arrival = Arrival(steps, loads, on_failure)
             freight.rebind(held, lambda: arrival.begin(steps, units.units_of(held), on_commit))
             arrival.take_over(freight.hand_over())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # as in `relocate`
+        raise
     finally:
         freight.unload()
+    if steps:
+        hosting.tell_moved()
 
 
 def settle(tensors: Iterable[torch.Tensor] | None = None) -> None:

@@ -80,6 +80,11 @@ def has_room(needed: Mapping[torch.device, int]) -> bool:
     return all((free := devices.free_memory(device)) is None or nbytes <= free for device, nbytes in needed.items())
 
 
+def has_room_on_host(nbytes: int) -> bool:
+    """Whether `nbytes` more of host memory are free under every limit now."""
+    return nbytes <= host_limits(settings.ram_limit, _held_on_host())[0].free
+
+
 def out_of_memory(action: str, device: torch.device, needed: int, advice: str) -> NotEnoughMemory:
     """The error for an allocation that failed although the figures said that it fits: what is free lies in pieces."""
     free = devices.free_memory(device) or 0

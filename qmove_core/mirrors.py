@@ -44,6 +44,11 @@ def keep(storage: torch.UntypedStorage, host: torch.UntypedStorage, digest: Dige
     _mirrors[storage] = Mirror(host, digest)
 
 
+def of(storage: torch.UntypedStorage) -> Mirror | None:
+    """The mirror of a storage on a device; whether it is still true is another question."""
+    return _mirrors.get(storage)  # type: ignore[no-any-return]
+
+
 def take(storages: Sequence[torch.UntypedStorage]) -> list[Mirror | None]:
     """Takes the mirrors of these storages out, so that nothing gives them back while they are in use."""
     return [_mirrors.pop(storage, None) for storage in storages]

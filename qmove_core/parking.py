@@ -1,24 +1,22 @@
-"""Park, restore and move: what goes where, and what is then true of the model."""
+"""Park, restore, prefetch and move: what a user asks for, and the figures of what was done."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import arrival, autograd, budget, devices, diffusers_offload, dispatch, kinds, registry, statistics, units, wake
+from . import arena, arrival, budget, devices, mirrors, plans, registry, statistics
 from .allocation import bytes_by_device
 from .devices import Device, DeviceMap
-from .errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, readable_bytes
-from .inventory import Holding, Inventory, inventory
-from .registry import Origin, Record
-from .relocation import Step, relocate
+from .errors import readable_bytes
+from .inventory import inventory
+from .relocation import Relocated, relocate
 from .settings import settings
 from .strangers import Straggler
 from .transfer import Progress
@@ -85,29 +83,10 @@ def park(
         CannotMove: some tensors cannot be moved, with names and reasons.
     """
     started = time.perf_counter()
-    extra = tuple(extra)
     with registry.lock:
-        before = registry.record_of(model)
-        held = _inventory_of(model, extra)
-        away = [holding for holding in units.holdings_in_order(held) if holding.device.type != "cpu"]
-        if not away:
-            return Parked(0, 0, time.perf_counter() - started, {}, [], settings.verify, model)
-        action = f"Parking {_title(model)}"
-        dispatch.refuse_lost(action, held)
-        _refuse_immovable(action, held, devices.CPU)
-        if not allow_live_graph:
-            _refuse_live_graph(action, held)
-        homes = {name: holding.device for holding in away for name in holding.names}
-        if before is not None:  # parked already, and something has come onto a device since
-            homes, extra = before.homes | homes, (*before.extra, *extra)
-        record = Record(model, extra, homes)
-        steps = [Step(holding, devices.CPU, Origin(holding.device, holding.nbytes, record)) for holding in away]
-        done = relocate(action, held, steps, on_commit=lambda: _fall_asleep(record, held), progress=progress)
-    home = {step.holding.name: step.origin.home for step in steps if step.origin}
-    seconds = time.perf_counter() - started
-    result = Parked(_bytes(steps), done.copied_bytes, seconds, home, done.stragglers, done.verified, model)
-    _report("parked", model, result)
-    return result
+        plan = plans.to_park(model, bring_home, extra, allow_live_graph=allow_live_graph)
+        done = relocate(plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress)
+    return parked_result(model, plan, done, time.perf_counter() - started)
 
 
 def restore(
@@ -135,18 +114,14 @@ def restore(
     """
     started = time.perf_counter()
     with registry.lock:
-        choose = _destination(device)
-        record = registry.record_of(model)
-        held = _inventory_of(model, record.extra if record else ())
-        goals = [
-            (holding, choose(holding, home))
-            for holding in units.holdings_in_order(held)
-            if (home := _home(holding, record))
-        ]
-        figures = _bring(f"Restoring {_title(model)}", held, goals, progress, stream)
-    restored = Restored(seconds=time.perf_counter() - started, **figures)
-    _report("restored", model, restored)
-    return restored
+        plan = plans.to_restore(model, device)
+        if stream and progress is None and arrival.can_stream(plan.held, plan.steps):
+            failed = plans.sleep_again(plan.steps, bring_home)
+            arrival.bring(plan.action, plan.held, plan.steps, on_commit=plan.on_commit, on_failure=failed)
+            done = Relocated(plan.nbytes, [], verified=False)
+        else:
+            done = relocate(plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress)
+    return restored_result(model, plan, done, time.perf_counter() - started)
 
 
 def prefetch(model: object) -> Restored | None:
@@ -159,10 +134,25 @@ def prefetch(model: object) -> Restored | None:
         What was begun; None if some device has too little free memory: then the model stays parked.
     """
     with registry.lock:
-        record = registry.record_of(model)
-        held = _inventory_of(model, record.extra if record else ())
-        homes = [(holding.nbytes, home) for holding in held.holdings if (home := _home(holding, record))]
-        return restore(model, stream=True) if budget.has_room(bytes_by_device(homes)) else None
+        plan = plans.to_restore(model)
+        needed = bytes_by_device([(step.holding.nbytes, step.target) for step in plan.steps])
+        return restore(model, stream=True) if budget.has_room(needed) else None
+
+
+def prepare(model: object) -> int:
+    """Page-locks host memory for parking `model` in the background, while it still computes: the first park then only copies.
+
+    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where there is too little of it.
+
+    Returns:
+        Bytes that are being prepared, or are ready.
+    """
+    with registry.lock:
+        plan = plans.to_park(model, bring_home, allow_live_graph=True)
+        needed = arena.bytes_for(
+            [step.holding.nbytes for step in plan.steps if mirrors.of(step.holding.storage) is None]
+        )
+        return arena.prepare(needed) if needed and budget.has_room_on_host(needed) else 0
 
 
 def move(model: object, device: Device, *, allow_live_graph: bool = False, progress: Progress | None = None) -> Moved:
@@ -181,22 +171,11 @@ def move(model: object, device: Device, *, allow_live_graph: bool = False, progr
     """
     started = time.perf_counter()
     with registry.lock:
-        target = devices.resolve(device)
-        record = registry.record_of(model)
-        held = _inventory_of(model, record.extra if record else ())
-        action = f"Moving {_title(model)} to {target}"
-        refuse_meta(action, held)
-        _refuse_immovable(action, held, target, kinds.obstacles(held, target))
-        goals = [
-            (holding, target)
-            for holding in units.holdings_in_order(held)
-            if target.type == "cpu" or _goes_along(holding)
-        ]
-        if not allow_live_graph and any(holding.device != target for holding, _target in goals):
-            _refuse_live_graph(action, held)
-        figures = _bring(action, held, goals, progress)
-    moved = Moved(seconds=time.perf_counter() - started, **figures)
-    _report(f"moved to {target}:", model, moved)
+        plan = plans.to_move(model, device, allow_live_graph=allow_live_graph)
+        done = relocate(plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress)
+    seconds = time.perf_counter() - started
+    moved = Moved(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified)
+    _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
 
 
@@ -235,140 +214,26 @@ def parked_models() -> list[Any]:
         return registry.parked_models()
 
 
-def _bring(
-    action: str,
-    held: Inventory,
-    goals: Sequence[tuple[Holding, torch.device]],
-    progress: Progress | None,
-    stream: bool = False,
-) -> dict[str, Any]:
-    """Takes holdings to where they are to run, and wakes the model. Returns the figures of a `Moved` but its time."""
-    steps, staying = [], []
-    for holding, target in goals:
-        origin = registry.origin_of(holding.storage)
-        strangers = origin.strangers_on(holding.storage) if origin else []
-        if holding.device != target:
-            to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
-            steps.append(Step(holding, target, to_host, strangers))
-        elif origin is not None:
-            staying.append(origin)
-
-    def settle_in() -> None:
-        for origin in staying:
-            origin.record = None
-        wake.wake_up(held.modules.values())
-
-    figures: dict[str, Any] = {"nbytes": _bytes(steps), "home": {step.holding.name: step.target for step in steps}}
-    if stream and progress is None and arrival.can_stream(held, steps):
-        arrival.bring(action, held, steps, on_commit=settle_in, on_failure=_sleep_again(held, steps))
-        return figures | {"copied_bytes": figures["nbytes"], "stragglers": []}
-    done = relocate(action, held, steps, on_commit=settle_in, progress=progress)
-    return figures | {"copied_bytes": done.copied_bytes, "stragglers": done.stragglers, "verified": done.verified}
+def parked_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Parked:
+    """Reports a park."""
+    if not plan.steps:
+        return Parked(0, 0, seconds, {}, [], settings.verify, model)
+    homes = {step.holding.name: step.holding.device for step in plan.steps}
+    result = Parked(plan.nbytes, done.copied_bytes, seconds, homes, done.stragglers, done.verified, model)
+    _report("parked", model, result)
+    return result
 
 
-def _sleep_again(held: Inventory, steps: Sequence[Step]) -> Callable[[], None]:
-    """What parks a model again whose streaming restore fails. It keeps nothing of the model alive."""
-    origins = (registry.origin_of(step.holding.storage) for step in steps)
-    records = {
-        id(origin.record): origin.record for origin in origins if origin is not None and origin.record is not None
-    }
-
-    def sleep_again() -> None:
-        for record in records.values():
-            model = record.model
-            if model is not None:
-                again = inventory(model, extra=record.extra)
-                kinds.settle(again)
-                _fall_asleep(record, again)
-
-    return sleep_again
+def restored_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Restored:
+    """Reports a restore."""
+    result = Restored(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified)
+    _report("restored", model, result)
+    return result
 
 
-def _fall_asleep(record: Record, held: Inventory) -> None:
-    def waker(module: nn.Module) -> None:
-        model = record.model
-        if model is not None:
-            restore(model, stream=True)
-        if wake.sleeps_by(module, waker):  # it outlived the pipeline it was parked with, or was taken out of it
-            restore(module, stream=True)
-
-    wake.put_to_sleep(held.modules.values(), waker)
-
-
-def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
-    held = inventory(model, extra=extra)
-    arrival.settle(tensor for holding in held.holdings for tensor in holding.tensors)
-    if not held.holdings and not held.meta:
-        hint = (
-            f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."
-            if held.foreign
-            else ""
-        )
-        raise NoTensors(f"{_title(model)} holds no tensor that qmove could find. Pass the model itself.{hint}")
-    return held
-
-
-def refuse_meta(action: str, held: Inventory) -> None:
-    """Raises MetaTensorsPresent if some of the model's data is not in memory."""
-    diffusers_offload.refuse_absent(action, held.modules.values())
-    if held.meta:
-        dispatch.refuse_lost(action, held)
-        raise MetaTensorsPresent(
-            f"{action}: a dispatch keeps the data of {len(held.meta)} tensors elsewhere, the first is {held.meta[0].name!r}. "
-            "Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
-        )
-
-
-def _refuse_immovable(
-    action: str, held: Inventory, target: torch.device, obstacles: Sequence[tuple[str, str]] = ()
-) -> None:
-    reasons = [*obstacles, *((item.name, item.reason) for item in held.immovable if item.device != target)]
-    if reasons:
-        raise CannotMove(action, reasons)
-
-
-def _refuse_live_graph(action: str, held: Inventory) -> None:
-    names = autograd.tensors_in_live_graph(held)
-    if names:
-        raise LiveAutogradGraph(
-            f"{action}: a live autograd graph needs {len(names)} of its tensors, the first is {names[0]!r}. Nothing was moved. "
-            "Run the model under torch.no_grad() or delete its outputs and losses; or pass allow_live_graph=True: "
-            "then what the graph has saved stays in VRAM, and its backward may meet weights on another device."
-        )
-
-
-def _destination(device: Device | DeviceMap | None) -> Callable[[Holding, torch.device], torch.device]:
-    """What `restore(device=...)` means for a holding with a given home."""
-    if device is None:
-        return lambda holding, home: home
-    place = devices.placement(device)
-    return lambda holding, home: place(holding.name) or home
-
-
-def _home(holding: Holding, record: Record | None) -> torch.device | None:
-    """The home of a parked holding, None for one that is not parked."""
-    if holding.device.type != "cpu":
-        return None
-    origin = registry.origin_of(holding.storage)
-    if origin is not None:
-        return origin.home if origin.record is not None else None
-    # A tensor that was replaced while the model was parked goes to the home of its name.
-    homes = (record.homes.get(name) for name in holding.names) if record is not None else ()
-    return next((home for home in homes if home is not None), None)
-
-
-def _goes_along(holding: Holding) -> bool:
-    """Whether a move to an accelerator takes a holding along: not what pipelines and hooks keep on the host on purpose."""
-    on_purpose = holding.kind in ("attribute", "captured") and holding.device.type == "cpu"
-    return not on_purpose or registry.origin_of(holding.storage) is not None
-
-
-def _bytes(steps: Iterable[Step]) -> int:
-    return sum(step.holding.nbytes for step in steps)
-
-
-def _title(model: object) -> str:
-    return type(model).__name__
+def bring_home(model: object) -> None:
+    """What wakes a model: it can begin to run when its first layer is there."""
+    restore(model, stream=True)
 
 
 def _report(done: str, model: object, figures: Moved) -> None:
@@ -378,7 +243,7 @@ def _report(done: str, model: object, figures: Moved) -> None:
         "%s %s: %s, %s copied in %.2f s (%.1f GB/s)",
         *(
             done,
-            _title(model),
+            plans.title(model),
             readable_bytes(figures.nbytes),
             readable_bytes(figures.copied_bytes),
             figures.seconds,
@@ -390,7 +255,7 @@ def _report(done: str, model: object, figures: Moved) -> None:
             "%s of %s stays on %s (%s), held by %s",
             *(
                 straggler.name,
-                _title(model),
+                plans.title(model),
                 straggler.device,
                 readable_bytes(straggler.nbytes),
                 "; ".join(straggler.holders),

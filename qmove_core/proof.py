@@ -41,15 +41,15 @@ def prove(
     unproved = 0
     for step, source, target, digest in zip(steps, sources, targets, digests, strict=True):
         assert target is not None
-        other_side = source if source.device.type == "cpu" else target
+        here, there = (target, source) if source.device.type == "cpu" else (source, target)
+        found = digest if digest is not None else _digest_of(here)
         origin = registry.origin_of(source)
-        if digest is not None and origin is not None and digest == origin.digest:
+        if found is not None and origin is not None and found == origin.digest:
             continue  # as it was when it was parked
-        here = digest if digest is not None else mirrors.current_digests([source])[0]
-        there = _digest_of(other_side)
-        if here is None or there is None:
+        expected = _digest_of(there)
+        if found is None or expected is None:
             unproved += 1
-        elif here != there:
+        elif found != expected:
             different.append(step.holding.name)
     if different:
         raise CorruptedCopy(action, different)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ from .transfer import Load, Progress, Transfer
 
 log = logging.getLogger("qmove")
 
+_NOTHING = torch.UntypedStorage(0)
 DEVICE_ADVICE = "Free memory there first, for example qmove.park() another model."
 
 
@@ -128,26 +129,48 @@ class Freight:
 
     def copy(self, progress: Progress | None) -> None:
         """Copies what has to be copied, and returns when all of it is there."""
-        indices = [index for index, unchanged in enumerate(self._unchanged) if not unchanged]
-        loads = [Load(self._sources[i], self._steps[i].target, self._targets[i]) for i in indices]
-        for index in indices:
-            self._mirrors[index] = None  # from now on its old content is gone
-        with (
-            _let_go_of(loads),
-            Transfer(_total(loads), progress, digests=settings.keep_mirrors or settings.verify) as transfer,
-        ):
-            self._start(transfer, loads)
-        self.copied = transfer.copied
-        for index, load in zip(indices, loads, strict=True):
-            self._targets[index] = load.target
+        loads = self.loads()
+        digests = settings.keep_mirrors or settings.verify
+        with let_go_of(loads.values()), Transfer(_total(loads.values()), progress, digests=digests) as transfer:
+            self._start(transfer, list(loads.values()))
+        self.note_arrivals(loads)
+        for index, load in loads.items():
             if load.device.type != "cpu":
                 self._digests[index] = load.digest()
+
+    def loads(self) -> dict[int, Load]:
+        """What has to be copied, by the number of its step. From now on what those mirrors held is gone."""
+        indices = [index for index, unchanged in enumerate(self._unchanged) if not unchanged]
+        for index in indices:
+            self._mirrors[index] = None
+        return {index: Load(self._sources[index], self._steps[index].target, self._targets[index]) for index in indices}
+
+    def note_arrivals(self, loads: Mapping[int, Load]) -> None:
+        """These have been copied."""
+        self.copied = _total(loads.values())
+        for index, load in loads.items():
+            self._targets[index] = load.target
+
+    def take_digests(self) -> None:
+        """Of everything that arrived on a device, for the mirrors."""
+        if settings.keep_mirrors:
+            self._digests = mirrors.current_digests([target for target in self._targets if target is not None])
+
+    def commit_one(self, index: int) -> StorageWeakRef:
+        """Moves one storage for good, and lets go of its old place, which the result watches."""
+        step, source, target = self._steps[index], self._sources[index], self._targets[index]
+        assert target is not None and step.origin is not None
+        with interrupts_deferred():
+            rebind(step.holding.tensors + step.strangers, target)
+            registry.remember(target, step.origin)
+            self._sources[index], self._mirrors[index] = _NOTHING, None
+        return StorageWeakRef(source)
 
     @contextmanager
     def queued(self) -> Iterator[list[Load]]:
         """Queues every copy, and waits for none unless the body fails."""
-        loads = [Load(source, step.target) for source, step in zip(self._sources, self._steps, strict=True)]
-        with _let_go_of(loads), Transfer(_total(loads), wait=False, digests=settings.keep_mirrors) as transfer:
+        loads = list(self.loads().values())
+        with let_go_of(loads), Transfer(_total(loads), wait=False, digests=settings.keep_mirrors) as transfer:
             self._start(transfer, loads)
             self._targets = [load.target for load in loads]
             yield loads
@@ -162,7 +185,7 @@ class Freight:
         """Compares digests of what was sent with what arrived.
 
         Raises:
-            NotEqual: they differ, and the model was not changed in between. Nothing was moved.
+            CorruptedCopy: they differ, and the model was not changed in between. Nothing was moved.
         """
         return proof.prove(self._action, self._steps, self._sources, self._targets, self._digests)
 
@@ -177,7 +200,11 @@ class Freight:
         cargo, digests = self.hand_over(), self._digests
         cargo.keep_as_mirrors(digests)
         targets, cargo.sources = cargo.targets, []
-        return _take_strangers_along(self._steps, targets, watched)
+        return take_strangers_along(self._steps, targets, watched)
+
+    def take_strangers_along(self, watched: Sequence[StorageWeakRef]) -> list[Straggler]:
+        """After `commit_one` of every step: what of the old places lives on."""
+        return take_strangers_along(self._steps, [target for target in self._targets if target is not None], watched)
 
     def rebind(self, inventory: Inventory, on_commit: Callable[[], None]) -> None:
         """Lets every tensor look into its new storage, and puts all of them back if anything goes wrong."""
@@ -238,7 +265,7 @@ class Cargo:
 
 
 @contextmanager
-def _let_go_of(loads: Sequence[Load]) -> Iterator[None]:
+def let_go_of(loads: Iterable[Load]) -> Iterator[None]:
     """After an error in the body no load keeps what was allocated for it, whoever keeps the traceback."""
     try:
         yield
@@ -256,7 +283,7 @@ def _goes_out(step: Step) -> bool:
     return step.target.type == "cpu" and step.holding.device.type != "cpu"
 
 
-def _take_strangers_along(
+def take_strangers_along(
     steps: Sequence[Step], targets: Sequence[torch.UntypedStorage], watched: Sequence[StorageWeakRef]
 ) -> list[Straggler]:
     """Looks at which old storages live on, takes the tensors that hold them along, and reports what cannot be."""

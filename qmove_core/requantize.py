@@ -19,7 +19,8 @@ from .interrupts import interrupts_deferred
 from .inventory import Inventory, inventory
 from .layer_changes import Before, Change, carry_out, undo
 from .layer_formats import Recipe, format_of
-from .parking import move, refuse_meta
+from .parking import move
+from .plans import refuse_meta
 from .quantized import quantized_weights
 from .walk import walk
 

@@ -80,7 +80,8 @@ class Transfer:
         progress: called as (bytes done, bytes in all) each time a copy is done.
         wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an error makes the `with` wait.
         digests: take the digest of what arrives on a device, before anybody can change it: `load.digest()`.
-        has_room: asked before a target is allocated; while it says no, copies that are under way are waited for.
+        has_room: asked with (device, bytes, bytes still to come with these) before targets are allocated; while it says no,
+            copies that are under way are waited for.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Transfer:
         *,
         wait: bool = True,
         digests: bool = False,
-        has_room: Callable[[Load], bool] = lambda load: True,
+        has_room: Callable[[torch.device, int, int], bool] = lambda device, nbytes, to_come: True,
     ) -> None:
         self.copied = 0
         self._total, self._progress, self._wait = total, progress, wait
@@ -144,7 +145,7 @@ class Transfer:
 
     def _copy_in(self, batch: Sequence[Load]) -> None:
         device = batch[0].device
-        while self._under_way and not all(self._has_room(load) for load in batch):
+        while self._under_way and not self._has_room(device, _total(batch), self._unallocated[device]):
             self._let_finish(len(self._under_way) - 1)
         for load in batch:
             self._target_of(load)
