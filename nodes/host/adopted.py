@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ import qmove_core as qmove
 from qmove_core import registry
 
 from . import progress
+from .description import Description, describe
 from .entry import Entry
 
 log = logging.getLogger("qmove")
@@ -40,11 +42,15 @@ class Adopted:
         number: names it for as long as the process runs; it is never used again.
         entries: one for each device that is home to a part of it.
         last_used: grows from use to use of any model; 0 for one that was not used yet.
+        last_used_at: seconds since the epoch; None for one that was not used yet.
+        description: what people call it, for the browser.
     """
 
     def __init__(self, model: Any) -> None:
         self.number = next(_numbers)
         self.last_used = 0
+        self.last_used_at: float | None = None
+        self.description = Description()
         self.entries: dict[torch.device, Entry] = {}
         self._model = weakref.ref(model)
         self._fingerprint: object = None
@@ -57,6 +63,7 @@ class Adopted:
 
     def note_use(self) -> None:
         self.last_used = next(_uses)
+        self.last_used_at = time.time()
 
     @property
     def name(self) -> str:
@@ -69,7 +76,9 @@ class Adopted:
             self._find_devices()
             return
         elsewhere = {cdata for other in adopted_models() if other is not self for cdata in other._storages()}
-        holdings = [h for h in qmove.inventory(self.model).holdings if h.storage._cdata not in elsewhere]
+        held = qmove.inventory(self.model)
+        self.description = describe(held)
+        holdings = [h for h in held.holdings if h.storage._cdata not in elsewhere]
         self._holdings = [[TensorWeakRef(tensor) for tensor in holding.tensors] for holding in holdings]
         self._fingerprint = fingerprint
         self._find_devices()
@@ -98,16 +107,20 @@ class Adopted:
         return self._by_device(parked=True)
 
     def park(self) -> None:
-        model = self.model
-        if model is not None and self.resident:
-            with progress.shown("Parking", self.name) as report:
-                qmove.park(model, progress=report)
+        model, resident = self.model, self.resident
+        if model is not None and resident:
+            with progress.shown("park", self.name, self.number, sum(resident.values())) as move:
+                move.result = qmove.park(model, progress=move.report)
 
     def come_home(self) -> None:
-        model = self.model
-        if model is not None and self.parked:
-            with progress.shown("Restoring", self.name) as report:
-                qmove.restore(model, progress=report)
+        model, parked = self.model, self.parked
+        if model is not None and parked:
+            with progress.shown("restore", self.name, self.number, sum(parked.values())) as move:
+                move.result = qmove.restore(model, progress=move.report)
+
+    def begin_to_come_home(self) -> bool:
+        """Starts to bring the model home while something else computes; says whether there was room for it."""
+        return self.model is not None and qmove.prefetch(self.model) is not None
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         """One living tensor of each holding."""

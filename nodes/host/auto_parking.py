@@ -60,13 +60,14 @@ def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
     else:
         _free_what_is_lacking(nodes, node_id, used, key, choices)
     residency.bring_home(used.models)
+    _prefetch_next(nodes, node_id, needs.known(key, choices) if is_custom else {})
     return needs.begin(key, choices) if is_custom else None
 
 
 @never_fails("ask ComfyUI for room", None)
 def give_room(device: torch.device, nbytes: int) -> None:
     """A model wakes in the middle of a node and finds too little room: others go, but none that this node was given."""
-    residency.make_room(device, nbytes, in_use.models, in_use.patchers)
+    residency.make_room(device, nbytes + settings.vram_to_keep_free(), in_use.models, in_use.patchers)
 
 
 def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | None) -> None:
@@ -155,6 +156,24 @@ def _free_what_is_lacking(
         residency.park_until_free([model for model in order if is_on(model, device)], device, wanted)
 
 
+@never_fails("bring a model home ahead of its use", None)
+def _prefetch_next(nodes: ExecutionList, node_id: str, known: dict[torch.device, int] | None) -> None:
+    """While this node computes, the model that is needed next begins to come home, if both have room."""
+    parked = {_identity(adopted): adopted for adopted in adopted_models() if adopted.parked}
+    if not parked or known is None:
+        return
+    uses = {identity: steps for identity, steps in _next_uses(nodes, node_id).items() if identity in parked}
+    soonest = parked[min(uses, key=lambda identity: uses[identity])] if uses else None
+    if soonest is None:
+        return
+    for device, nbytes in soonest.parked.items():
+        if (residency.free_bytes(device) or 0) < _room_for(device, nbytes, known):
+            return
+    if soonest.begin_to_come_home():
+        log.info("%s begins to come home: it is needed next", soonest.name)
+        residency.register([soonest])
+
+
 _NEVER = 1 << 30
 
 
@@ -163,10 +182,11 @@ def _room_for(device: torch.device, coming: int, known: dict[torch.device, int] 
     if known is None or (known and device not in known):  # may need anything
         return residency.EVERYTHING
     host = comfy.model_management()
+    spared = settings.vram_to_keep_free()
     if not coming or host is None:
-        return known.get(device, 0) + coming
+        return known.get(device, 0) + coming + spared
     # What the host itself will ask for when the models come home: so that our order decides, not its own.
-    return coming + max(known.get(device, 0), 0.1 * coming + host.minimum_inference_memory())
+    return coming + spared + max(known.get(device, 0), 0.1 * coming + host.minimum_inference_memory())
 
 
 def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
