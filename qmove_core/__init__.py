@@ -16,8 +16,10 @@ from .errors import (
     QMoveError,
     UnknownDevice,
 )
+from .file_mirrors import CannotMirror, mirror_files
 from .giving_back import trim
 from .inventory import Holding, Inventory, MetaTensor, inventory
+from .mapped_files import MappedFileChanged
 from .materialize import materialize_meta_tensors
 from .parking import (
     Moved,
@@ -33,6 +35,7 @@ from .parking import (
     resident,
     restore,
 )
+from .pressure import look as _look  # noqa: F401  (a thread of the arena now looks after others' RAM)
 from .put_back import materialized
 from .requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
@@ -42,6 +45,7 @@ from .swapping import swap
 from .to_method import disable_to, enable_to
 
 __all__ = [
+    "CannotMirror",
     "CannotMove",
     "ChangesNotKept",
     "CorruptedCopy",
@@ -49,6 +53,7 @@ __all__ = [
     "Holding",
     "Inventory",
     "LiveAutogradGraph",
+    "MappedFileChanged",
     "MetaTensor",
     "MetaTensorsPresent",
     "MissingDependency",
@@ -71,6 +76,7 @@ __all__ = [
     "is_parked",
     "materialize_meta_tensors",
     "materialized",
+    "mirror_files",
     "move",
     "move_and_requantize",
     "park",

@@ -27,6 +27,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy
 import torch
@@ -41,9 +42,23 @@ log = logging.getLogger("qmove")
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
 PIECE = 64 << 20  # bytes of one registration: copies must not cross a piece's border
 IDLE_SECONDS = 600.0  # how long a spare may wait for the next park
+LOOK_SECONDS = 5.0  # how often a thread looks whether something is to be given back
 FULL_ENOUGH = 0.75  # of a spare: what an allocation must fill to get it, so that no RAM is wasted
 _STRIPE = 8 << 20  # bytes that one thread touches at a time
 _TOUCHERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
+
+
+class HostMemory(Protocol):
+    """Memory in which storages lie side by side, page aligned, page-locked piece by piece: a block, or a mapped file."""
+
+    nbytes: int
+    address: int
+
+    def pin(self, start: int, end: int) -> bool:
+        """Page-locks every piece that [start, end) touches; says whether all of them are locked."""
+
+    def bytes(self) -> torch.Tensor:
+        """The whole of it as a flat uint8 CPU tensor that shares its memory."""
 
 
 class Block:
@@ -120,7 +135,6 @@ class Block:
             memory = self._whole()
         except _GivenBack:  # while it was still being prepared
             return False
-        _start_idle_watch()
         for index in wanted:
             # The piece that follows is most likely wanted next: its pages are made while this one is registered.
             for piece in (index, min(index + 1, len(self._pinned) - 1)):
@@ -197,12 +211,14 @@ def _touch(piece: numpy.ndarray) -> list[Future[None]]:
 _lock = threading.RLock()  # of whoever takes or gives back a spare, or makes a block; never taken by a finalizer
 _blocks: dict[int, Block] = {}  # by id; in use, or spare
 _places: dict[int, tuple[int, int]] = {}  # storage._cdata: the id of its block, and where it begins there
+_elsewhere: dict[int, tuple[HostMemory, int]] = {}  # the same of storages in memory that is not the arena's
 _never_unmapped: list[Block] = []  # the driver would not let go of them
 _most_held = 0  # bytes that were needed at once: in use, or prepared
 _preparers: list[threading.Thread] = []
 _touchers: ThreadPoolExecutor | None = None
 _idle_watch: threading.Thread | None = None
 _ending = threading.Event()
+looks: list[Callable[[], object]] = []  # what else that thread does each time
 
 
 def bytes_for(sizes: Sequence[int]) -> int:
@@ -231,13 +247,26 @@ def allocate(sizes: Sequence[int], released: Callable[[int], None]) -> list[torc
     return storages
 
 
-def place_of(storage: torch.UntypedStorage) -> tuple[Block, int] | None:
-    """The block that a storage of the arena lies in and its offset there in bytes; None for any other storage."""
+def place_of(storage: torch.UntypedStorage) -> tuple[HostMemory, int] | None:
+    """The block that a storage of the arena lies in, or the file it is mapped from (`note_place`), and its offset there in
+    bytes; None for any other storage.
+    """
     place = _places.get(storage._cdata)
     block = None if place is None else _blocks.get(place[0])
-    if place is None or block is None or (storage.nbytes() and storage.data_ptr() != block.address + place[1]):
+    found = _elsewhere.get(storage._cdata) if place is None or block is None else (block, place[1])
+    if found is None or (storage.nbytes() and storage.data_ptr() != found[0].address + found[1]):
         return None
-    return block, place[1]
+    return found
+
+
+def note_place(storage: torch.UntypedStorage, memory: HostMemory, start: int) -> None:
+    """Lets `place_of` answer for a storage in memory that is not the arena's, until `forget_place` when it dies."""
+    _elsewhere[storage._cdata] = memory, start
+
+
+def forget_place(storage_cdata: int) -> None:
+    """Undoes `note_place`; for finalizers."""
+    _elsewhere.pop(storage_cdata, None)
 
 
 def prepare(nbytes: int) -> int:
@@ -261,6 +290,7 @@ def prepare(nbytes: int) -> int:
                 return 0
             block = Block(nbytes)
             _blocks[id(block)] = block
+            _start_idle_watch()
             _most_held = max(_most_held, bytes_in_use() + spare_bytes())
         if not block.preparing:
             block.preparing = True
@@ -325,6 +355,7 @@ def _lend(nbytes: int) -> tuple[Block, numpy.ndarray]:
             block = _new_block(nbytes)
         memory = block.lend()
         _blocks[id(block)] = block
+        _start_idle_watch()
         _most_held = max(_most_held, bytes_in_use())
         return block, memory
 
@@ -395,19 +426,29 @@ def _prepare(block: Block) -> None:
 
 
 def _start_idle_watch() -> None:
-    """Starts the thread that gives idle spares back."""
+    """Starts the thread that looks what is to be given back: there is a block now. With the lock held."""
     global _idle_watch
-    if _idle_watch is not None or _ending.is_set():
+    if _ending.is_set() or (_idle_watch is not None and _idle_watch.is_alive()):
         return
-    with _lock, interrupts_deferred():
-        if _idle_watch is None:
-            _idle_watch = threading.Thread(target=_watch_idle, args=(_ending,), name="qmove-idle", daemon=True)
-            _idle_watch.start()
+    try:
+        watch = threading.Thread(target=_watch_idle, args=(_ending,), name="qmove-idle", daemon=True)
+        watch.start()
+    except RuntimeError:  # the interpreter ends and starts no more threads
+        return
+    _idle_watch = watch
 
 
 def _watch_idle(ending: threading.Event) -> None:
-    while not ending.wait(IDLE_SECONDS / 10):
+    global _idle_watch
+    while not ending.wait(min(LOOK_SECONDS, IDLE_SECONDS / 10)):
         give_back_idle(time.monotonic())
+        for look in looks:
+            look()
+        with _lock:
+            if not _blocks:  # whoever makes one starts the next thread
+                if _idle_watch is threading.current_thread():
+                    _idle_watch = None
+                return
 
 
 def give_back_idle(now: float) -> int:

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from . import devices, hosting, units, wake
+from . import devices, hosting, mirrors, registry, units, wake
 from .awaiting import await_bytes, release, waiter_of
 from .interrupts import interrupts_deferred
 from .inventory import Inventory
 from .rebinding import rebind
-from .registry import lock
+from .registry import Origin, lock
 from .relocation import Cargo, Freight, Step
 from .settings import settings
 from .transfer import Load
@@ -70,8 +70,14 @@ def bring(
         freight.allocate_on_host()
         with freight.queued() as loads, interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             arrival = Arrival(steps, loads, on_failure)
-            freight.rebind(held, lambda: arrival.begin(steps, units.units_of(held), on_commit))
+            try:
+                freight.rebind(held, lambda: arrival.begin(steps, units.units_of(held), on_commit))
+            except BaseException:
+                arrival.forget()
+                raise
             arrival.take_over(freight.hand_over())
+        loads.clear()
+        arrival.look_who_shares()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # as in `relocate`
         raise
@@ -122,6 +128,8 @@ class Arrival:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._on_failure = on_failure
         self._sources: list[torch.UntypedStorage] = []
+        self._origins: list[Origin | None] = []
+        self._unshared = [False] * len(self._parts)
 
     def begin(self, steps: Sequence[Step], parts_of_it: Sequence[Unit], on_commit: Callable[[], None]) -> None:
         """Lets everybody wait who could be too early. The tensors look at their new place already."""
@@ -142,9 +150,17 @@ class Arrival:
             raise
 
     def take_over(self, cargo: Cargo) -> None:
-        """Keeps the host's bytes from here on."""
+        """Keeps the host's bytes from here on. They are no parked model any more."""
         self._sources = cargo.sources
-        _under_way.append(self)
+        self._origins = [registry.origin_of(source) for source in self._sources]
+        for source in self._sources:
+            registry.forget(source._cdata)
+        if self._parts:
+            _under_way.append(self)
+
+    def look_who_shares(self) -> None:
+        """Looks now whose bytes nobody else holds: who lets go of them later may have written to them before."""
+        self._unshared = mirrors.unshared(self._sources)
 
     def is_brought_by(self, waiters: set[int]) -> bool:
         """Whether one of these functions (by their ids) waits for a part of this."""
@@ -184,7 +200,7 @@ class Arrival:
                 _under_way.remove(self)
                 self._release_all()
                 self._keep_as_mirrors()
-                self._forget()
+                self.forget()
 
     def _synchronize(self, parts: Sequence[_Part]) -> None:
         try:
@@ -200,28 +216,46 @@ class Arrival:
         """A copy failed: the model is parked again, with the bytes it had when it was."""
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             _under_way.remove(self)
+            self._let_copies_end()
             self._release_all()
-            for part, source in zip(self._parts, self._sources, strict=True):
+            for part, source, origin in zip(self._parts, self._sources, self._origins, strict=True):
                 rebind(part.living(), source)
+                if origin is not None:
+                    registry.remember(source, origin)
             self._on_failure()
-            self._forget()
+            self.forget()
         log.error("a copy failed on its way: the model is parked again")
+
+    def _let_copies_end(self) -> None:
+        """After one of them failed: no memory may be freed below the others."""
+        for part in self._parts:
+            if part.event is not None:
+                try:
+                    part.event.synchronize()
+                except Exception as error:
+                    log.debug("another copy failed as well: %s", error)
+                part.event = None
 
     def _keep_as_mirrors(self) -> None:
         alive = [
-            (part, source) for part, source in zip(self._parts, self._sources, strict=True) if part.target is not None
+            (part, source)
+            for part, source, unshared in zip(self._parts, self._sources, self._unshared, strict=True)
+            if unshared and part.target is not None
         ]
-        cargo = Cargo([source for _part, source in alive], [part.target for part, _source in alive if part.target])
+        targets = [part.target for part, _source in alive if part.target is not None]  # an empty storage is false
+        cargo = Cargo([source for _part, source in alive], targets)
         digests = [part.digest() for part, _source in alive]
         alive.clear()
         self._sources.clear()
         cargo.keep_as_mirrors(digests)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Lets go of everything, which finalizers of the model's tensors refer to."""
         for part in self._parts:
             part.forget()
         self._parts.clear()
         self._sources.clear()
+        self._origins.clear()
 
     def _release_all(self) -> None:
         for part in self._parts:

@@ -6,6 +6,7 @@ goes through, `data_ptr()` for somebody's own kernel among them. What only asks 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,8 @@ _MORE_PROPERTIES = (
     "nbytes",
     "grad",
 )
-_METHODS = ("size", "stride", "dim", "numel", "nelement", "element_size", "storage_offset", "is_contiguous", "__len__")
+# Not `dim()`: it is what vmap asks for before it takes the tensor where no operator is seen.
+_METHODS = ("size", "stride", "numel", "nelement", "element_size", "storage_offset", "is_contiguous", "__len__")
 _MORE_METHODS = ("is_floating_point", "is_complex", "is_signed", "is_inference", "get_device", "_is_view")
 
 
@@ -70,6 +72,14 @@ def waiter_of(tensor: torch.Tensor) -> Callable[[], None] | None:
 class _Awaited:
     """Comes first among the bases of an awaited tensor's class."""
 
+    def __init_subclass__(cls) -> None:
+        """Past what a tensor's class makes of being subclassed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Waits first: `Parameter` makes a copy of the class that `self` has when it is asked."""
+        _wait_for(self)
+        return copy.deepcopy(self, memo)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,11 +90,15 @@ class _Awaited:
                 return func(*args, **kwargs)
         for value in tree_leaves((args, kwargs)):
             if "_qmove_awaited" in type(value).__dict__:
-                wait = _waits.get(value)
-                if wait is not None:
-                    wait()
-                release(value)
+                _wait_for(value)
         return func(*args, **kwargs)
+
+
+def _wait_for(tensor: Any) -> None:
+    wait = _waits.get(tensor)
+    if wait is not None:
+        wait()
+    release(tensor)
 
 
 # Weak, since a class can be made for one model only.

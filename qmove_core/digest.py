@@ -34,6 +34,7 @@ from .digest_tree import (
     Products,
     Shape,
     Tree,
+    current_stream,
     matrices,
     random_bytes,
     shape_of,
@@ -46,7 +47,7 @@ log = logging.getLogger("qmove")
 Digest = int
 
 STAGING = 64 << 20
-_LEAST_STAGING = 1 << 20
+LEAST_STAGING = 1 << 20
 _TRYING_OUT = 16 << 20  # bytes of a device that the samples take, once
 _tried_out: set[torch.device] = set()
 IN_PLACE = 8 << 20  # reading a smaller storage where it lies saves less than launching a kernel for it costs
@@ -99,14 +100,14 @@ def queue_digests(storages: Sequence[torch.UntypedStorage], *, at_most: int | No
         at_most: bytes of memory it may take for staging there, if less than STAGING.
     """
     if at_most is not None and storages and at_most < _needed_first(storages[0].device):
-        raise torch.OutOfMemoryError(f"Digests take {_LEAST_STAGING} bytes at least; {at_most} were allowed.")
+        raise torch.OutOfMemoryError(f"Digests take {LEAST_STAGING} bytes at least; {at_most} were allowed.")
     with torch.no_grad(), torch.inference_mode(False):
         return _queue([as_bytes(storage) for storage in storages], at_most)
 
 
 def _needed_first(device: torch.device) -> int:
     """Bytes without which nothing can be computed there: more of them the first time, for trying it out."""
-    return _LEAST_STAGING if device in _tried_out else _TRYING_OUT
+    return LEAST_STAGING if device in _tried_out else _TRYING_OUT
 
 
 def available(device: torch.device) -> bool:
@@ -115,25 +116,50 @@ def available(device: torch.device) -> bool:
 
 
 class Pending:
-    """Digests that were queued on a device."""
+    """Digests that were queued on a device. Until they are read it keeps 32 bytes for each piece there, and 20 KiB."""
 
     def __init__(self, out: torch.Tensor | None, places: list[tuple[int, list[int]]]) -> None:
         self._out, self._places = out, places  # (bytes, rows of `out` that belong to them)
-        self._stream = None if out is None else _current_stream(out.device)
+        self._stream = None if out is None else current_stream(out.device)
+        self._numbers = None if out is None else matrices(out.device)  # for those that are queued next
         self._values: list[Digest] | None = None
 
     def values(self) -> list[Digest]:
         """Waits until they are computed, and reads them. The order is that of the storages."""
         if self._values is None:
-            content = memoryview(b"") if self._out is None else self._read(self._out)
-            self._values = [_combined(nbytes, content, rows) for nbytes, rows in self._places]
-            self._out = self._stream = None
+            self._take(memoryview(b"") if self._out is None else _read(self._out, self._stream))
+        assert self._values is not None
         return self._values
 
-    def _read(self, out: torch.Tensor) -> memoryview:
-        # On the stream they were queued on: another one may be busy for long with what has nothing to do with them.
-        with torch.inference_mode(False), _on(self._stream):
-            return memoryview(out.cpu().numpy().tobytes())
+    def _take(self, content: memoryview) -> None:
+        self._values = [_combined(nbytes, content, rows) for nbytes, rows in self._places]
+        self._out = self._stream = self._numbers = None
+
+
+def read_together(pendings: Sequence[Pending]) -> None:
+    """Reads what was queued on one stream of one device in one copy, where there is room to put it together."""
+    unread = [(pending, pending._out) for pending in pendings if pending._out is not None]
+    if not unread:
+        return
+    stream = unread[0][0]._stream
+    try:
+        with torch.inference_mode(False), _on(stream):
+            together = torch.cat([out for _pending, out in unread])
+    except torch.OutOfMemoryError:
+        for pending, _out in unread:
+            pending.values()
+        return
+    content, start = _read(together, stream), 0
+    for pending, out in unread:
+        end = start + out.shape[0] * PRODUCT
+        pending._take(content[start:end])
+        start = end
+
+
+def _read(out: torch.Tensor, stream: torch.Stream | None) -> memoryview:
+    # On the stream they were queued on: another one may be busy for long with what has nothing to do with them.
+    with torch.inference_mode(False), _on(stream):
+        return memoryview(out.cpu().numpy().tobytes())
 
 
 def _combined(nbytes: int, content: memoryview, rows: list[int]) -> Digest:
@@ -141,11 +167,6 @@ def _combined(nbytes: int, content: memoryview, rows: list[int]) -> Digest:
     for row in rows:
         digest.update(content[row * PRODUCT : (row + 1) * PRODUCT])
     return int.from_bytes(digest.digest(), "little")
-
-
-def _current_stream(device: torch.device) -> torch.Stream | None:
-    module = torch.get_device_module(device)
-    return module.current_stream(device) if device.type != "cpu" and hasattr(module, "current_stream") else None
 
 
 def _on(stream: torch.Stream | None) -> contextlib.AbstractContextManager[object]:
@@ -291,11 +312,11 @@ class _Staging:
 
 def _staging(products: type[Products], plan: _Plan, device: torch.device, nbytes: int) -> _Staging:
     reason = f"{nbytes} bytes were allowed"
-    while nbytes >= _LEAST_STAGING:
+    while nbytes >= LEAST_STAGING:
         try:
             return _Staging(products, plan, nbytes, device)
         except torch.OutOfMemoryError as error:
             reason = str(error)
         nbytes //= 2
     # Raised out here, so that no traceback keeps what was allocated.
-    raise torch.OutOfMemoryError(f"No room on {device} for the {_LEAST_STAGING} bytes that digests take: {reason}")
+    raise torch.OutOfMemoryError(f"No room on {device} for the {LEAST_STAGING} bytes that digests take: {reason}")

@@ -15,6 +15,8 @@ Why matrix products: PyTorch has no integer dot product on GPUs, and products an
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 ROW = 1024  # bytes; the most of which float32 can hold the sum of products
@@ -59,8 +61,21 @@ def _signed(number: int) -> int:
 
 
 def matrices(device: torch.device) -> torch.Tensor:
-    """The numbers of all levels, int8."""
-    return random_bytes(_NUMBERS, device)
+    """The numbers of all levels, int8: 20 KiB. Made once for all who use them at a time, on the same stream."""
+    key = device, getattr(current_stream(device), "stream_id", 0)
+    numbers = _in_use.get(key)
+    if numbers is None:
+        numbers = _in_use[key] = random_bytes(_NUMBERS, device)
+    return numbers
+
+
+_in_use: weakref.WeakValueDictionary[tuple[torch.device, int], torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def current_stream(device: torch.device) -> torch.Stream | None:
+    """The stream that this thread queues its work for `device` on; None where there are none."""
+    module = torch.get_device_module(device)
+    return module.current_stream(device) if device.type != "cpu" and hasattr(module, "current_stream") else None
 
 
 class IntProducts:

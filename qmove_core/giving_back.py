@@ -22,9 +22,16 @@ def trim(nbytes: int | None = None) -> int:
         Bytes given back; less than asked if there are no more.
     """
     with registry.lock:
+        before = _held()
         wanted = held_back() if nbytes is None else nbytes
-        given = arena.trim(max(0, arena.spare_bytes() - wanted))
-        if given < wanted:
-            mirrors.release(wanted - given)
-            given += arena.trim(max(0, arena.spare_bytes() - (wanted - given)))
-        return given
+        arena.trim(max(0, arena.spare_bytes() - wanted))
+        missing = wanted - (before - _held())
+        if missing > 0:
+            mirrors.release(missing)  # memory that was never pinned goes back by itself
+            missing = wanted - (before - _held())
+            arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
+        return before - _held()
+
+
+def _held() -> int:
+    return arena.bytes_in_use() + arena.spare_bytes()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import arena, devices, registry
+from . import arena, devices, mapped_files, registry
 from .digest import Digest, digest_storages
 from .errors import DigestUnavailable, readable_bytes
 
@@ -28,7 +28,7 @@ _clock = itertools.count()
 
 @dataclass(slots=True)
 class Mirror:
-    """A storage of the arena that held the bytes with this digest when it was last looked at."""
+    """A storage of the arena, or over a mapped file, that held the bytes with this digest when it was last looked at."""
 
     host: torch.UntypedStorage
     digest: Digest
@@ -41,7 +41,9 @@ _mirrors: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage on a device -> 
 def keep(storage: torch.UntypedStorage, host: torch.UntypedStorage, digest: Digest) -> None:
     """Makes `host`, which nobody else may be able to write to, the mirror of a storage that has these very bytes."""
     registry.forget(host._cdata)  # it is no parked storage any more
-    _mirrors[storage] = Mirror(host, digest)
+    part = mapped_files.slice_of(host)
+    if part is None or part.digest == digest:  # what was changed while it was parked lies no longer in the file
+        _mirrors[storage] = Mirror(host, digest)
 
 
 def of(storage: torch.UntypedStorage) -> Mirror | None:
@@ -50,8 +52,17 @@ def of(storage: torch.UntypedStorage) -> Mirror | None:
 
 
 def take(storages: Sequence[torch.UntypedStorage]) -> list[Mirror | None]:
-    """Takes the mirrors of these storages out, so that nothing gives them back while they are in use."""
-    return [_mirrors.pop(storage, None) for storage in storages]
+    """Takes the mirrors of these storages out, so that nothing gives them back while they are in use.
+
+    Not those over files that were written to meanwhile.
+    """
+    taken: list[Mirror | None] = [_mirrors.pop(storage, None) for storage in storages]
+    in_files = [index for index, mirror in enumerate(taken) if mirror and mapped_files.slice_of(mirror.host)]
+    in_changed = mapped_files.in_changed_files([mirror.host for index in in_files if (mirror := taken[index])])
+    for index, changed in zip(in_files, in_changed, strict=True):
+        if changed:
+            taken[index] = None
+    return taken
 
 
 def put_back(storages: Sequence[torch.UntypedStorage], mirrors: Sequence[Mirror | None]) -> None:
@@ -89,8 +100,9 @@ def quick_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | Non
 
 
 def nbytes() -> int:
-    """Bytes of the arena in which mirrors lie."""
-    return arena.bytes_for([mirror.host.nbytes() for mirror in list(_mirrors.values())])
+    """Bytes of the arena in which mirrors lie. Those over files take none."""
+    hosts = [mirror.host for mirror in list(_mirrors.values())]
+    return arena.bytes_for([host.nbytes() for host in hosts if not mapped_files.slice_of(host)])
 
 
 def release(wanted: int) -> int:
@@ -101,6 +113,8 @@ def release(wanted: int) -> int:
     """
     groups: dict[int, list[tuple[torch.UntypedStorage, Mirror]]] = defaultdict(list)
     for storage, mirror in list(_mirrors.items()):
+        if mapped_files.slice_of(mirror.host):
+            continue  # there is nothing to be had
         place = arena.place_of(mirror.host)
         groups[id(place[0]) if place else 0].append((storage, mirror))  # a block is given back only as a whole
     released = 0

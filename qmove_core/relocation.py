@@ -12,9 +12,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from . import arena, budget, devices, hosting, kinds, mirrors, proof, registry
+from . import arena, budget, devices, hosting, kinds, mapped_files, mirrors, proof, registry
 from .allocation import allocate, bytes_by_device
 from .digest import Digest
+from .errors import CorruptedCopy
 from .interrupts import interrupts_deferred
 from .inventory import Holding, Inventory
 from .mirrors import Mirror
@@ -114,8 +115,10 @@ class Freight:
             self._unchanged[index] = mirror is not None and digest is not None and digest == mirror.digest
         for index in going_out:
             mirror = self._mirrors[index]
-            if mirror is not None:
+            if mirror is not None and (self._unchanged[index] or not mapped_files.slice_of(mirror.host)):
                 self._targets[index] = mirror.host  # a mirror that is no longer true is overwritten
+            else:
+                self._mirrors[index] = None  # a file is never written to: this needs a place in the arena
 
     def allocate_on_host(self) -> None:
         """Checks every budget, then allocates what is missing on the host. Devices are allocated on as the copies go."""
@@ -187,7 +190,11 @@ class Freight:
         Raises:
             CorruptedCopy: they differ, and the model was not changed in between. Nothing was moved.
         """
-        return proof.prove(self._action, self._steps, self._sources, self._targets, self._digests)
+        try:
+            return proof.prove(self._action, self._steps, self._sources, self._targets, self._digests)
+        except CorruptedCopy:
+            self._mirrors = [None] * len(self._steps)  # what is bad may be one of them: next time all is copied
+            raise
 
     def commit(self, inventory: Inventory, on_commit: Callable[[], None]) -> list[Straggler]:
         """Moves the model to where its bytes are now, and lets go of the old ones."""
@@ -196,6 +203,7 @@ class Freight:
             if step.origin is not None and target is not None:
                 step.origin.digest = digest
                 registry.remember(target, step.origin)
+        _forget_parked(self._sources)
         watched = [StorageWeakRef(source) for source in self._sources]
         cargo, digests = self.hand_over(), self._digests
         cargo.keep_as_mirrors(digests)
@@ -277,6 +285,13 @@ def let_go_of(loads: Iterable[Load]) -> Iterator[None]:
 
 def _total(loads: Iterable[Load]) -> int:
     return sum(load.nbytes for load in loads)
+
+
+def _forget_parked(sources: Iterable[torch.UntypedStorage]) -> None:
+    """They hold no parked model any more, whoever still looks into them."""
+    for source in sources:
+        if source.device.type == "cpu":
+            registry.forget(source._cdata)
 
 
 def _goes_out(step: Step) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from . import arena, mirrors, registry
+from . import arena, mapped_files, mirrors, registry
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Stats:
     pinned_bytes: of all three, bytes that are page-locked.
     parks, restores, moves: how many there were since the process started.
     copied_bytes: bytes copied by them.
+    file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They cost page cache, and are in no
+        other figure.
     """
 
     parked_models: int
@@ -31,6 +33,7 @@ class Stats:
     restores: int
     moves: int
     copied_bytes: int
+    file_bytes: int
 
 
 _done: Counter[str] = Counter()
@@ -56,4 +59,5 @@ def stats() -> Stats:
             restores=_done["restored"],
             moves=_done["moved"],
             copied_bytes=_done["copied_bytes"],
+            file_bytes=mapped_files.nbytes(),
         )

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from . import arena, devices
-from .digest import Digest, Pending, queue_digests
+from .digest import IN_PLACE, LEAST_STAGING, Digest, Pending, queue_digests, read_together
 from .errors import DigestUnavailable
+from .mapped_files import Lent
 from .rebinding import as_bytes
 
 Progress = Callable[
@@ -35,7 +36,10 @@ def _no_digest() -> None:
     return None
 
 
-def _value(pending: Pending, index: int) -> Digest:
+def _value(all_of_them: list[Pending], pending: Pending, index: int) -> Digest:
+    if all_of_them:
+        read_together(all_of_them)
+        all_of_them.clear()
     return pending.values()[index]
 
 
@@ -57,7 +61,7 @@ class Load:
     on_arrival: Callable[[], None] | None = None
     digest: Callable[[], Digest | None] = _no_digest
     nbytes: int = field(init=False)
-    place: tuple[arena.Block, int] | None = field(init=False)  # of its host side in the arena
+    place: tuple[arena.HostMemory, int] | None = field(init=False)  # of its host side in the arena, or in a file
 
     def __post_init__(self) -> None:
         self.nbytes = self.source.nbytes()
@@ -101,6 +105,7 @@ class Transfer:
         self._staging = STAGING
         self._pending: list[Pending] = []
         self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets that are still to come
+        self._lent = Lent(())
 
     def __enter__(self) -> Transfer:
         return self
@@ -110,6 +115,7 @@ class Transfer:
     ) -> None:
         if self._wait or kind is not None:
             with ExitStack() as all_of_them:  # also when one of them raises
+                all_of_them.callback(self._lent.release)
                 for stream in self._streams.values():
                     all_of_them.callback(stream.synchronize)
 
@@ -118,7 +124,10 @@ class Transfer:
 
         Raises:
             torch.OutOfMemoryError: a device has no room for a target.
+            MappedFileChanged: a source lies in a file that has other bytes now.
         """
+        self._lent = Lent(load.source for load in loads)
+        self._lent.begin()
         for load in loads:
             if load.target is None:
                 self._unallocated[load.device] += load.nbytes
@@ -133,6 +142,9 @@ class Transfer:
                     self._copy_in(batch)
                 self._let_finish(IN_FLIGHT)
             self._let_finish(0)
+        if self._wait:
+            self._lent.require_unchanged()
+        self._lent.let_go_of_storages()
 
     def _copy_out(self, batch: Sequence[Load]) -> None:
         device = batch[0].source.device
@@ -227,7 +239,7 @@ class Transfer:
             if self._digests and loads[0].device.type != "cpu":
                 event = self._queue_digests(event, loads)
             for load in loads:
-                load.arrival = event
+                load.arrival = self._lent.until(event, load.source)
         self._under_way.append(_Copy(event, nbytes, loads if is_last else ()))
 
     def _queue_digests(self, event: Any, loads: Sequence[Load]) -> Any:
@@ -238,18 +250,19 @@ class Transfer:
         stream.wait_event(event)
         try:
             with devices.on_stream(stream, device):
-                room = self._unallocated[device]  # no byte more than the model is to be held there
+                room = self._unallocated[device]  # no byte more than the model is to be held there,
+                if all(load.nbytes >= IN_PLACE for load in loads):
+                    room = max(room, LEAST_STAGING)  # or a little, where the model is large
                 pending = queue_digests([load.target for load in loads if load.target is not None], at_most=room)
         except (torch.OutOfMemoryError, DigestUnavailable):  # no digest: no mirror either
             return event
         self._pending.append(pending)
         for index, load in enumerate(loads):
-            load.digest = functools.partial(_value, pending, index)
+            load.digest = functools.partial(_value, self._pending, pending, index)
         return stream.record_event()
 
     def _read_digests(self) -> None:
-        for pending in self._pending:
-            pending.values()
+        read_together(self._pending)
         self._pending.clear()
 
     def _let_finish(self, in_flight: int) -> None:

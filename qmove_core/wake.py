@@ -42,10 +42,16 @@ def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None
 
 
 def _put_one_to_sleep(module: nn.Module, waker: Callable[[nn.Module], None]) -> None:
+    cls = type(module)
     try:
-        _give_class(module, _sleeping_class(type(module)))
+        try:
+            _give_class(module, _sleeping_class(cls))
+        except (
+            TypeError
+        ):  # its memory is not laid out as that of a class with another first base (one behind an ABC mixin)
+            _give_class(module, _sleeping_class(cls, announced=True))
     except TypeError as error:  # a class that allows no subclass, or no exchange
-        log.warning("%s will not wake by itself (%s); call qmove.restore", type(module).__qualname__, error)
+        log.warning("%s will not wake by itself (%s); call qmove.restore", cls.__qualname__, str(error))
     else:
         _wakers[module] = waker
 
@@ -139,15 +145,15 @@ class _RousingForward:
 
 def _forward_of_class(module: nn.Module) -> Callable[..., Any]:
     try:
-        return super(_Unannounced, module).forward  # type: ignore[misc]
+        return super(type(module), module).forward  # type: ignore[misc]
     except AttributeError:  # TorchScript keeps it in C++
         return module.__getattr__("forward")  # type: ignore[return-value]
 
 
-def _sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _sleeping_class(cls: type[nn.Module], *, announced: bool = False) -> type[nn.Module]:
     sleeping = _sleeping_classes.get(cls)
-    if sleeping is None:
-        _sleeping_classes[cls] = sleeping = _make_sleeping_class(cls)
+    if sleeping is None or (announced and _Unannounced in sleeping.__bases__):
+        _sleeping_classes[cls] = sleeping = _make_sleeping_class(cls, announced)
     return sleeping
 
 
@@ -155,7 +161,7 @@ def _sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
 _sleeping_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-def _make_sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _make_sleeping_class(cls: type[nn.Module], announced: bool) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _rouse(self)
         return cls.__call__(self, *args, **kwargs)
@@ -196,5 +202,6 @@ def _make_sleeping_class(cls: type[nn.Module]) -> type[nn.Module]:
         namespace["__deepcopy__"] = deepcopy
     # Past what a metaclass of the model's author does with new classes; ABCMeta's part is needed for isinstance to work.
     maker = abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
-    sleeping = maker.__new__(type(cls), cls.__name__, (_Unannounced, cls), namespace)
+    bases = (cls,) if announced else (_Unannounced, cls)
+    sleeping = maker.__new__(type(cls), cls.__name__, bases, namespace)
     return sleeping

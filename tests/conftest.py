@@ -97,8 +97,9 @@ def _set_imports_aside() -> None:
 def _no_test_leaves_anything_behind() -> Iterator[None]:
     """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no host memory kept by it."""
     import qmove_core as qmove
-    from qmove_core import arrival
+    from qmove_core import arena, arrival
 
+    arena.LOOK_SECONDS = 3600.0  # nothing is given back behind a test's back
     _set_imports_aside()
     yield
     arrival.settle()

@@ -49,10 +49,11 @@ def test_plain_to_moves_every_byte_both_ways(tmp_path: Path) -> None:
     """Given two models of 6 layers, when they take turns ten times, then each turn is a model out and a model in."""
     found = figures_of("plain .to()", FP16, tmp_path)
     nbytes, tensors = workloads.nbytes(FP16, tmp_path), 2 * FP16.layers
-    for which in ("swaps pcie4", "swaps pcie5"):
-        ten = found[which]
-        assert (ten["h2d_bytes"], ten["h2d_copies"]) == (10 * nbytes, 10 * tensors)
-        assert (ten["d2h_bytes"], ten["d2h_copies"]) == (10 * nbytes, 10 * tensors)
+    for which, number in (("swaps pcie4", 10), ("swaps pcie5", 2)):
+        swaps = found[which]
+        assert swaps["number"] == number
+        assert (swaps["h2d_bytes"], swaps["h2d_copies"]) == (number * nbytes, number * tensors)
+        assert (swaps["d2h_bytes"], swaps["d2h_copies"]) == (number * nbytes, number * tensors)
     assert found["peak_vram"] == nbytes
     assert found["left"] == 0
     assert found["stage"] == "done" and found["same_output"] and found["same_bytes"] and found["keeps_changes"]
@@ -70,7 +71,9 @@ def test_qmove_copies_unchanged_weights_one_way_only(name: str, workload: worklo
         model(workloads.inputs(workload, "cuda:0"))
     held = qmove.inventory(model)
     nbytes = sum(holding.nbytes for holding in held.holdings if holding.device.type == "cuda")
-    assert ten["h2d_bytes"] == 10 * nbytes
+    assert (
+        10 * nbytes <= ten["h2d_bytes"] <= 1.001 * 10 * nbytes
+    )  # small storages travel together, on multiples of 64 bytes
     assert ten["d2h_bytes"] < 0.01 * 10 * nbytes
     assert found["left"] == 0
     assert found["same_output"] and found["same_bytes"] and found["keeps_changes"]
@@ -204,7 +207,7 @@ def test_virtual_kernels_take_their_time_and_want_their_weights(
 
 def options(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"quick": True, "large": False, "only": ["plain .to()", "qmove"], "scratch": None} | changes
+        **{"quick": True, "large": False, "only": ["plain .to()", "qmove"], "scratch": None, "scale": 1.0} | changes
     )
 
 

@@ -12,7 +12,7 @@ import qmove_core as qmove
 import simcuda
 from conftest import GPU
 from models import layers, snapshot
-from qmove_core import arena, budget, transfer
+from qmove_core import arena, budget, digest, transfer
 
 
 def test_a_park_takes_no_extra_vram_but_its_staging(gpu: GPU) -> None:
@@ -53,7 +53,9 @@ def test_a_restore_takes_the_models_own_bytes_and_no_more(gpu: GPU, count: int, 
     qmove.restore(model, stream=stream)
 
     pieces = parked.nbytes // (512 << 10) + len(parked.home)
-    digests = 64 * pieces  # 32 bytes and as much to compute them
+    digests = 128 * pieces + (20 << 10)  # 32 bytes, to compute and to read them too, and the numbers to multiply with
+    if max(holding.nbytes for holding in qmove.inventory(model).holdings) >= digest.IN_PLACE:
+        digests += 5 << 18  # the least staging, where the model is much larger
     assert empty + parked.nbytes <= gpu.peak() <= empty + parked.nbytes + digests
 
 
