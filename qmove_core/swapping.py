@@ -125,7 +125,8 @@ class _Crossing:
         step = self._out.steps[index]
         if load is not None:
             assert load.target is not None
-            load.source = load.target  # the load must not keep the old one
+            load.source = load.target  # the load must not keep the old one,
+            load.on_arrival = None  # nor itself, in a circle
         self._watched[index] = self._leaving.commit_one(index)
         if self._watched[index].expired():
             self._still_there[step.holding.device] -= step.holding.nbytes
