@@ -3,15 +3,21 @@ VENV ?= .venv
 # auto: a build for the GPU if there is one, else a CPU build, in which the simulated GPU runs. Or: cpu, gpu.
 TORCH ?= auto
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# no: leave out Chromium, the frontend packages and Node, and with them the tests that need them.
+BROWSER ?= yes
 # Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qmove-$(TORCH)
+BROWSER_STAMP := $(if $(filter no,$(BROWSER)),,$(VENV)/.qmove-browser)
+# npm and what it starts find the environment's own node.
+NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format setup clean
+.PHONY: help demo test check format bench setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,17 +25,26 @@ help: ## Show what there is to make
 demo: $(STAMP) ## Park and restore a real quantized model, and show what plain .to() does beside it
 	$(BIN)/python -m qmove_core.cli demo
 
-test: $(STAMP) ## Run all tests, on a GPU or a simulated one (PYTEST_ARGS="-k budget" for some)
+test: $(STAMP) $(BROWSER_STAMP) ## Run all tests, on a GPU or a simulated one (PYTEST_ARGS="-k budget" for some)
+ifneq ($(BROWSER_STAMP),)
+	$(NPM) run test
+endif
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(STAMP) ## Check format, lint and types
+check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+ifneq ($(BROWSER_STAMP),)
+	$(NPM) run check
+endif
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## Measure qmove beside its peers and write docs/benchmark.md (BENCH_ARGS=--quick: only whether it works)
+	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
 
 setup: $(STAMP) ## Make the environment in .venv; the targets above do it when something has changed
 
@@ -37,6 +52,10 @@ $(STAMP): pyproject.toml tools/setup_env.py tools/constraints.txt
 	$(PYTHON) tools/setup_env.py $(VENV) --torch $(TORCH)
 	@touch $@
 
+$(VENV)/.qmove-browser: tools/setup_browser.py tests/web/package-lock.json | $(STAMP)
+	$(BIN)/python -m tools.setup_browser $(VENV)
+	@touch $@
+
 clean: ## Remove the environment, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qmove-demo.png
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qmove-demo.png tests/browser/artefacts tests/web/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

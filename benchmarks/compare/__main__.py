@@ -63,7 +63,9 @@ def write(results: dict[str, Any], out: Path) -> None:
     kept, docs = out / "benchmarks" / "results", out / "docs"
     kept.mkdir(parents=True, exist_ok=True)
     docs.mkdir(parents=True, exist_ok=True)
-    (kept / f"{where['date']}-{kind}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (kept / f"{where['date']}-{kind}.json").write_text(
+        json.dumps(without_tracebacks(results), indent=1) + "\n", encoding="utf-8"
+    )
     plots.swaps(results, docs / "benchmark.svg")
     plots.growth(results, docs / "benchmark-growth.svg")
     (docs / "benchmark.md").write_text(page.page(results), encoding="utf-8")
@@ -73,6 +75,13 @@ def scaled(workload: workloads.Workload, share: float) -> workloads.Workload:
     """The same model with fewer layers; thousands of tensors stay thousands."""
     many = workload.layers >= 1000
     return workload if many else replace(workload, layers=max(2, round(workload.layers * share)))
+
+
+def without_tracebacks(results: Any) -> Any:
+    """They name folders of this machine, and are for the terminal."""
+    if isinstance(results, dict):
+        return {key: without_tracebacks(value) for key, value in results.items() if key != "traceback"}
+    return [without_tracebacks(value) for value in results] if isinstance(results, list) else results
 
 
 class Run:

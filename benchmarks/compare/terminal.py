@@ -23,6 +23,10 @@ def show(console: Console, results: dict[str, Any]) -> None:
         console.print(table)
         for remark in rows.remarks(workload):
             console.print(f"  {remark}", markup=False, highlight=False)
+    for workload in results["workloads"]:
+        for name, figures in workload["contenders"].items():
+            if name.startswith("qmove") and "traceback" in figures:
+                console.print(f"{workload['name']}: {name}\n{figures['traceback']}", markup=False, highlight=False)
     for title, lines in (
         ("to be reached in the link model" if results["simulated"] else "to be reached", rows.reached_by_link(results)),
         ("to be reached on this machine, wall", rows.reached_on_the_wall(results)),

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from . import browser, progress
 from .guard import log_once
 
 log = logging.getLogger("qmove")
@@ -20,16 +21,17 @@ _node_runs = False
 
 
 def run_or_queue(job: Job) -> tuple[bool, Any]:
-    """Runs `job` now if no node runs, else when the one that runs has ended.
+    """Runs `job` now if no node runs, else when the one that runs has ended. Its moves can be cancelled.
 
     Returns:
-        Whether it has run, and its result. A job that waits logs its own failure.
+        Whether it has run, and its result. Of a job that waits the browsers are told the result, or why there is none.
     """
     with lock:
         if _node_runs:
             _waiting.append(job)
             return False, None
-        return True, job()
+        with progress.asked_for():
+            return True, job()
 
 
 def node_begins() -> None:
@@ -46,6 +48,10 @@ def node_ended() -> None:
         while _waiting:
             job = _waiting.popleft()
             try:
-                job()
+                with progress.asked_for():
+                    browser.send(browser.RESULT, {"report": job()})
+            except progress.Cancelled as cancelled:
+                browser.send(browser.RESULT, {"error": str(cancelled), "cancelled": True})
             except Exception as error:
                 log_once("do what was asked for while a node ran", error)
+                browser.send(browser.RESULT, {"error": str(error)})

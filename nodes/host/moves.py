@@ -7,10 +7,11 @@ from collections.abc import Collection, Sequence
 import torch
 
 import qmove_core as qmove
+from qmove_core import registry
 from qmove_core.errors import readable_bytes
 
 from . import auto_parking, comfy, residency, stages, wires
-from .adopted import Adopted
+from .adopted import Adopted, adopted_models
 from .contract import HostEntry
 
 HOME = "home"
@@ -27,9 +28,10 @@ def park_value(value: object) -> str:
 
 def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
     """Parks models; returns a line for each."""
-    before = {adopted.number: adopted.resident for adopted in models}
+    with registry.lock:  # what the host's own thread parks just now it has parked then
+        before = {adopted.number: adopted.resident for adopted in models}
     loaded = {id(patcher): int(patcher.loaded_size()) for patcher in patchers}
-    residency.park(models, patchers)
+    residency.park([adopted for adopted in models if before[adopted.number]], patchers)
     lines = []
     for adopted in models:
         for device, nbytes in before[adopted.number].items():
@@ -44,6 +46,20 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
             f"ComfyUI unloaded {_name(patcher)}: {readable_bytes(loaded[id(patcher)] - left)} left {patcher.load_device}."
         )
     return "\n".join(lines)
+
+
+def park_all() -> str:
+    """Parks all adopted models one by one, so that each shows and can be cancelled; returns a line for each."""
+    with registry.lock:
+        models = [adopted for adopted in adopted_models() if adopted.resident]
+    return "\n".join(park_models([model]) for model in models) or "No model is in VRAM: nothing to park."
+
+
+def restore_all(device: str = HOME) -> str:
+    """Brings all parked models home, or to `device`; returns a line for each."""
+    with registry.lock:
+        models = [adopted for adopted in adopted_models() if adopted.parked]
+    return restore_models(models, device) if models else "No model is parked: nothing to restore."
 
 
 def restore_value(value: object, device: str = HOME) -> str:

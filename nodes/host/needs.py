@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import residency
+from . import meter, residency
 
 HEADROOM = 1.1  # of what was learned: allocators fragment, and batches differ a little. The host adds the same to its own figures
 
@@ -48,16 +48,16 @@ def begin(key: tuple[str, str], choices: tuple[Any, ...]) -> Measurement:
         module = torch.get_device_module(device)
         if hasattr(module, "memory_stats_as_nested_dict"):  # not on mps, whose needs then stay unknown
             module.reset_peak_memory_stats(device)
-            stats = _stats(device)
-            measurement.allocated[device] = _bytes(stats, "allocated", "current")
-            unused = _bytes(stats, "reserved", "current") - measurement.allocated[device]
+            stats = meter.stats_of(device)
+            measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
+            unused = meter.bytes_of(stats, "reserved", "current") - measurement.allocated[device]
             measurement.free[device] = module.mem_get_info(device)[0] + unused
     return measurement
 
 
 def peak(measurement: Measurement) -> dict[torch.device, int]:
     """Bytes beyond those of the beginning, at most, by device."""
-    peaks = {device: _bytes(_stats(device), "allocated", "peak") for device in measurement.allocated}
+    peaks = {device: meter.bytes_of(meter.stats_of(device), "allocated", "peak") for device in measurement.allocated}
     return {device: max(0, peaks[device] - before) for device, before in measurement.allocated.items()}
 
 
@@ -70,12 +70,3 @@ def learn(measurement: Measurement) -> None:
 def forget(key: tuple[str, str]) -> None:
     """What was learned was too little."""
     _learned.pop(key, None)
-
-
-def _stats(device: torch.device) -> dict[str, Any]:
-    # `memory_allocated` and the like flatten and sort all of these figures for each call: ten times as long.
-    return torch.get_device_module(device).memory_stats_as_nested_dict(device)
-
-
-def _bytes(stats: dict[str, Any], kind: str, which: str) -> int:
-    return stats[f"{kind}_bytes"]["all"][which] if stats else 0  # empty before the first use of the device

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from qmove_core import devices
 from qmove_core.errors import QMoveError
 
-from . import comfy, events, jobs, moves, settings, state
+from . import browser, comfy, events, history, jobs, moves, node_models, progress, settings, state
 from .adopted import Adopted, adopted_models
 
 log = logging.getLogger("qmove")
@@ -51,11 +53,25 @@ def install() -> bool:
     @server.routes.post("/qmove/settings")
     async def post_settings(request: web.Request) -> web.Response:
         try:
-            changed = settings.change(_object(await body_of(request)))
+            # In a thread: host memory that may no longer be kept is given back before the answer.
+            changed = await asyncio.to_thread(settings.change, _object(await body_of(request)))
         except (BadRequest, settings.InvalidSettings) as error:
             return answer(400, {"error": str(error)})
-        events.send(events.SETTINGS, changed)
+        browser.send(browser.SETTINGS, changed)
         return answer(200, changed)
+
+    @server.routes.get("/qmove/history")
+    async def get_history(request: web.Request) -> web.Response:
+        return answer(200, {"run": history.last_run()})
+
+    @server.routes.post("/qmove/cancel")
+    async def post_cancel(request: web.Request) -> web.Response:
+        try:
+            return answer(200, {"cancelled": progress.cancel(read_cancel(await body_of(request)))})
+        except BadRequest as error:
+            return answer(400, {"error": str(error)})
+        except progress.NoSuchMove as error:
+            return answer(409, {"error": str(error)})
 
     def add_move(path: str, read: Callable[[Any], Callable[[], str]]) -> None:
         @server.routes.post(path)
@@ -73,16 +89,29 @@ def install() -> bool:
 
 
 def read_park(body: Any) -> Callable[[], str]:
-    """`{"models": [1, 2]}` or `{"models": "all"}`."""
-    models = _models(_object(body, required={"models"})["models"])
-    return lambda: moves.park_models(models)
+    """`{"models": [1, 2]}` or `{"models": "all"}`; or the models of a node: `{"node": "5", "class": "CheckpointLoader"}`."""
+    if isinstance(body, dict) and "node" in body:
+        found = _models_of_node(_object(body, required={"node", "class"}))
+        return lambda: moves.park_value(found)
+    body = _object(body, required={"models"})
+    if body["models"] == "all":
+        return moves.park_all
+    models = _models(body["models"])
+    return lambda: "\n".join(moves.park_models([model]) for model in models)
 
 
 def read_restore(body: Any) -> Callable[[], str]:
     """As for park, and `"device"`: "home" (also when it is left out) or one of the machine's."""
-    body = _object(body, required={"models"}, optional={"device"})
-    models, device = _models(body["models"]), _device(body.get("device", moves.HOME), moves.HOME)
-    return lambda: moves.restore_models(models, device or moves.HOME)
+    by_node = isinstance(body, dict) and "node" in body
+    body = _object(body, required={"node", "class"} if by_node else {"models"}, optional={"device"})
+    device = _device(body.get("device", moves.HOME), moves.HOME) or moves.HOME
+    if by_node:
+        found = _models_of_node(body)
+        return lambda: moves.restore_value(found, device)
+    if body["models"] == "all":
+        return lambda: moves.restore_all(device)
+    models = _models(body["models"])
+    return lambda: moves.restore_models(models, device)
 
 
 def read_free(body: Any) -> Callable[[], str]:
@@ -94,11 +123,24 @@ def read_free(body: Any) -> Callable[[], str]:
     return lambda: moves.free_vram(int(gib * 2**30), device)
 
 
+def read_cancel(body: Any) -> int:
+    """`{"move": 7}`: the id of a move from the state or its event."""
+    number = _object(body, required={"move"})["move"]
+    if type(number) is not int:
+        raise BadRequest(f"move is the id of a move, not {number!r}")
+    return number
+
+
 def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
     try:
         has_run, report = jobs.run_or_queue(job)
-    except QMoveError as error:
+    except progress.Cancelled as cancelled:
+        return 409, {"error": str(cancelled), "cancelled": True}
+    except (QMoveError, torch.OutOfMemoryError) as error:
         return 409, {"error": str(error)}
+    except Exception as error:
+        log.exception("what a button asked for has failed")
+        return 500, {"error": f"{type(error).__name__}: {error}. ComfyUI's log says more."}
     finally:
         events.send_if_changed()
     if has_run:
@@ -122,14 +164,22 @@ def _object(body: Any, required: set[str] = frozenset(), optional: set[str] | No
 
 def _models(numbers: Any) -> list[Adopted]:
     known = {adopted.number: adopted for adopted in adopted_models()}
-    if numbers == "all":
-        return list(known.values())
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
         raise BadRequest('models is "all" or a list of ids from /qmove/state')
     gone = [str(number) for number in numbers if number not in known]
     if gone:
         raise BadRequest(f"no such model, or it is gone: {', '.join(gone)}")
     return [known[number] for number in numbers]
+
+
+def _models_of_node(body: dict[str, Any]) -> list[Any]:
+    node_id, class_name = body["node"], body["class"]
+    if not isinstance(node_id, str) or not isinstance(class_name, str):
+        raise BadRequest("node is the id of a node, class its type; both are strings")
+    found = node_models.models_of(node_id, class_name)
+    if not found:
+        raise BadRequest(f"Node {node_id} ({class_name}) has no model that is still there. Run the workflow first.")
+    return found
 
 
 def _device(name: Any, otherwise: str | None) -> str | None:

@@ -18,7 +18,7 @@ import torch
 
 from qmove_core.errors import NotEnoughMemory
 
-from . import auto_parking, comfy, events, graph, jobs, progress
+from . import auto_parking, comfy, events, graph, history, jobs, node_models, progress
 from .contract import ExecutionList
 from .guard import is_interrupt, never_fails
 from .needs import Measurement
@@ -131,7 +131,10 @@ def _stage(nodes: ExecutionList, node_id: str) -> None:
     global _latest
     with jobs.lock:
         jobs.node_ended()  # the last one, where it did not complete
-        if not auto_parking.has_nothing_to_do() and not nodes.is_cached(node_id):
+        runs = not nodes.is_cached(node_id)
+        if runs:
+            history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
+        if runs and not auto_parking.has_nothing_to_do():
             run = _runs.get(nodes)
             if run is None:
                 run = _runs[nodes] = _Run()
@@ -141,8 +144,9 @@ def _stage(nodes: ExecutionList, node_id: str) -> None:
             if not _only_collects(run, nodes, node_id):
                 run.measurement = _prepare(nodes, node_id)
             run.unfinished.add(node_id)
+            history.stage_goes_on(nodes)
         jobs.node_begins()
-    events.send_if_changed()
+    events.send_if_due()
 
 
 def _only_collects(run: _Run, nodes: ExecutionList, node_id: str) -> bool:
@@ -170,8 +174,9 @@ def _complete(nodes: ExecutionList, node_id: str) -> None:
         auto_parking.finish(nodes, node_id, run.measurement)
         run.unfinished.discard(node_id)
         run.node = run.measurement = None
+    if history.stage_ends(nodes, node_id):  # it ran, it was not cached
+        node_models.remember(nodes, node_id)
     jobs.node_ended()
-    events.send_if_changed()
 
 
 @never_fails("make room after an error", None)
@@ -189,6 +194,7 @@ def _fail(error: BaseException | None) -> None:
 def _end(nodes: Any) -> None:
     if nodes is not None:
         _runs.pop(nodes, None)
+        history.run_ends(nodes)
     auto_parking.in_use = auto_parking.Used()
     jobs.node_ended()
     events.send_if_changed()

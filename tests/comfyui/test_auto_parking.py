@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from qmove_pack.nodes.host import comfy, needs, residency, settings
+from qmove_pack.nodes.host import auto_parking, comfy, needs, residency, settings
 
 import qmove_core as qmove
 import simcuda
@@ -264,3 +264,32 @@ def test_nothing_that_a_node_freed_is_held_by_qmove(host: FakeHost, gpu: GPU) ->
     assert gpu.allocated() == 0
     assert qmove.stats().arena_bytes == 0
     assert comfy.model_management().current_loaded_models == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("keep_free", "parked"), [(0, 0), (60, 1), (120, 2)])
+def test_vram_to_keep_free_is_free_before_a_node_and_no_more_is_parked_than_that_takes(
+    host: FakeHost, gpu: GPU, keep_free: int, parked: int
+) -> None:
+    """Of 128 MiB two idle models take 40 each; the node is ComfyUI's own and needs none of it."""
+    host.add(careless_nodes.Scratch, pack="nodes")
+    models = [careless_nodes.model_of(40), careless_nodes.model_of(40)]
+    residency.take_in(models)
+    settings.change({settings.VRAM_TO_KEEP_FREE: keep_free / 1024})
+
+    host.run({"scratch": node("Scratch", mib=1)})
+
+    assert [qmove.is_parked(model) for model in models].count(True) == parked
+    assert torch.cuda.mem_get_info()[0] >= keep_free * MIB
+
+
+@pytest.mark.parametrize(("keep_free", "parked"), [(0, 1), (40, 2)])
+def test_vram_to_keep_free_stays_free_when_a_model_wakes_in_the_middle_of_a_node(
+    host: FakeHost, keep_free: int, parked: int
+) -> None:
+    models = [careless_nodes.model_of(40), careless_nodes.model_of(40)]
+    residency.take_in(models)
+    settings.change({settings.VRAM_TO_KEEP_FREE: keep_free / 1024})
+
+    auto_parking.give_room(torch.device("cuda:0"), 60 * MIB)
+
+    assert [qmove.is_parked(model) for model in models].count(True) == parked

@@ -14,7 +14,7 @@ from models import snapshot
 from qmove_core import transfer
 
 from . import careless_nodes
-from .careless_nodes import MIB, model_of
+from .careless_nodes import model_of
 from .fake_host import FakeHost
 
 node = careless_nodes.node
@@ -22,7 +22,7 @@ node = careless_nodes.node
 
 @pytest.fixture(autouse=True)
 def _small_pieces(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "CHUNK", MIB)
+    monkeypatch.setattr(transfer, "SMALL", 0)  # each storage is a copy of its own
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", 0.0)
     careless_nodes.forget_all()
     host.add(*careless_nodes.ALL, *NODE_CLASS_MAPPINGS.values())

@@ -9,10 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from qmove_pack.nodes.host import events, jobs, residency, routes, settings, state
+from qmove_pack.nodes.host import browser, events, jobs, residency, routes, settings, state
 
 import qmove_core as qmove
 from conftest import GPU
+from qmove_core import settings as core_settings
 
 from .careless_nodes import model_of
 from .fake_host import FakeHost
@@ -27,15 +28,43 @@ def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 
 def test_it_is_on_and_parks_when_needed_unless_told_otherwise() -> None:
-    assert settings.current() == {"qmove.autoPark": True, "qmove.autoParkWhen": "needed"}
+    assert settings.current() == {
+        "qmove.autoPark": True,
+        "qmove.autoParkWhen": "needed",
+        "qmove.keepMirrors": True,
+        "qmove.ramLimit": 0,
+        "qmove.vramToKeepFree": 0,
+        "qmove.verify": False,
+        "qmove.notifications": True,
+    }
 
 
 def test_what_comfyui_has_stored_holds_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored(tmp_path, monkeypatch, json.dumps({"qmove.autoPark": False, "Comfy.Other": 1}))
+    stored(tmp_path, monkeypatch, json.dumps({"qmove.autoPark": False, "qmove.ramLimit": 1.5, "Comfy.Other": 1}))
 
     settings.load_stored()
 
-    assert settings.current() == {"qmove.autoPark": False, "qmove.autoParkWhen": "needed"}
+    assert settings.current() == settings.DEFAULTS | {"qmove.autoPark": False, "qmove.ramLimit": 1.5}
+    assert core_settings.settings.ram_limit == 1.5 * 2**30
+
+
+def test_the_core_follows_each_change_at_once() -> None:
+    settings.change({"qmove.ramLimit": 2, "qmove.keepMirrors": False, "qmove.verify": True})
+    assert core_settings.settings == core_settings.Settings(ram_limit=2 << 30, keep_mirrors=False, verify=True)
+
+    settings.change({"qmove.ramLimit": 0})
+    assert core_settings.settings == core_settings.Settings(ram_limit=None, keep_mirrors=False, verify=True)
+
+
+def test_memory_that_may_not_be_kept_any_longer_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[bool] = []
+    monkeypatch.setattr(qmove, "trim", lambda: trimmed.append(core_settings.settings.keep_mirrors), raising=False)
+
+    settings.change({"qmove.verify": True})
+    assert trimmed == []
+    settings.change({"qmove.keepMirrors": False})
+
+    assert trimmed == [False]  # after the core knew, so that nothing new is kept
 
 
 @pytest.mark.parametrize("text", ['{"qmove.autoPark": "yes"}', "no json", "[]"])
@@ -60,6 +89,12 @@ def test_a_stored_file_that_does_not_fit_is_told_and_the_defaults_stay(
         ({"qmove.autoParkWhen": "always"}, '"needed" or "stage"'),
         ({"qmove.autoParkWhen": ["needed"]}, '"needed" or "stage"'),
         ({"qmove.autoPark": False, "qmove.autoParkWhen": "always"}, "not"),
+        ({"qmove.ramLimit": -1}, "GiB from 0 to"),
+        ({"qmove.ramLimit": "8"}, "GiB from 0 to"),
+        ({"qmove.ramLimit": True}, "GiB from 0 to"),
+        ({"qmove.ramLimit": float("nan")}, "GiB from 0 to"),
+        ({"qmove.vramToKeepFree": 1025}, "GiB from 0 to 1024"),
+        ({"qmove.verify": 1}, "true or false"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_reason_and_changes_nothing(changes: dict[str, Any], reason: str) -> None:
@@ -85,6 +120,12 @@ def test_a_wrong_setting_is_refused_with_the_reason_and_changes_nothing(changes:
         (routes.read_free, {"gib": 0}, "above 0"),
         (routes.read_free, {"gib": float("nan")}, "number of GiB"),
         (routes.read_free, {"gib": 1, "device": "gpu"}, "no device 'gpu'"),
+        (routes.read_park, {"node": "5"}, "missing: class"),
+        (routes.read_park, {"node": 5, "class": "Load"}, "both are strings"),
+        (routes.read_park, {"node": "5", "class": "Load"}, "Run the workflow first"),
+        (routes.read_restore, {"node": "5", "class": "Load"}, "Run the workflow first"),
+        (routes.read_cancel, {"move": "1"}, "the id of a move"),
+        (routes.read_cancel, {}, "missing: move"),
     ],
 )
 def test_a_wrong_body_is_refused_with_the_reason(host: FakeHost, read: Any, body: Any, reason: str) -> None:
@@ -115,9 +156,22 @@ def test_the_state_names_each_model_and_where_it_is_and_looking_changes_nothing(
 
     assert first == second | {"ram": first["ram"], "devices": first["devices"]}  # others use the machine meanwhile
     assert first["models"] == [
-        {"id": adopted.number, "name": "Sequential", "state": "resident", "resident": {"cuda:0": nbytes}, "parked": {}}
+        {
+            "id": adopted.number,
+            "name": "Sequential",
+            "kind": "fp32",
+            "nbytes": nbytes,
+            "state": "resident",
+            "busy": None,
+            "resident": {"cuda:0": nbytes},
+            "parked": {},
+            "on_disk": 0,
+            "home": ["cuda:0"],
+            "last_used": None,
+        }
     ]
-    assert state.snapshot()["models"][0]["parked"] == {"cuda:0": nbytes}
+    parked = state.snapshot()["models"][0]
+    assert (parked["parked"], parked["home"], parked["nbytes"]) == ({"cuda:0": nbytes}, ["cuda:0"], nbytes)
     json.dumps(first)
 
 
@@ -132,7 +186,7 @@ def test_the_browser_is_told_when_a_model_has_moved_and_only_then(host: FakeHost
     events.send_if_changed()
 
     ((event, data),) = host.server.sent
-    assert event == "qmove.state"
+    assert event == browser.STATE
     assert data["models"][0]["id"] == adopted.number
     assert data["models"][0]["state"] == "parked"
 
@@ -147,3 +201,41 @@ def test_a_button_pressed_while_a_node_runs_acts_when_it_has_ended(host: FakeHos
 
     assert done == ["now"]
     assert jobs.run_or_queue(lambda: "at once") == (True, "at once")
+
+
+def test_of_a_job_that_waited_the_browser_is_told_the_result_or_why_there_is_none(host: FakeHost) -> None:
+    def fails() -> None:
+        raise RuntimeError("too little RAM")
+
+    jobs.node_begins()
+    jobs.run_or_queue(lambda: "Parked it.")
+    jobs.run_or_queue(fails)
+    host.server.sent.clear()
+    jobs.node_ended()
+
+    assert [data for event, data in host.server.sent if event == browser.RESULT] == [
+        {"report": "Parked it."},
+        {"error": "too little RAM"},
+    ]
+
+
+def test_a_job_that_breaks_is_answered_with_the_reason_and_logged(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks() -> str:
+        raise AttributeError("the host has no such thing")
+
+    assert routes._run(breaks) == (
+        500,
+        {"error": "AttributeError: the host has no such thing. ComfyUI's log says more."},
+    )
+    assert "the host has no such thing" in caplog.text
+
+
+def test_park_all_takes_what_is_there_when_its_turn_comes(host: FakeHost, gpu: GPU) -> None:
+    jobs.node_begins()
+    assert routes._run(routes.read_park({"models": "all"}))[0] == 202
+    residency.take_in([_model := model_of(16)])
+    jobs.node_ended()
+
+    assert gpu.allocated() == 0

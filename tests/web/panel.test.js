@@ -1,0 +1,219 @@
+import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
+import { Panel } from "../../web/js/panel.js";
+import { Store } from "../../web/js/store.js";
+import { api } from "./fake_host/api.js";
+import { app } from "./fake_host/app.js";
+import { GIB, model, move, parkedModel, run, snapshot } from "./samples.js";
+
+// It draws on a canvas, which there is none of here; the browser tests look at what it draws.
+vi.mock("../../web/vendor/uplot/uPlot.esm.js", () => ({
+  default: class {
+    width = 300;
+    setData() {}
+    setSize() {}
+    destroy() {}
+  },
+}));
+
+/** @type {Store} */
+let store;
+/** @type {Panel} */
+let panel;
+
+/** @param {string} id @returns {any} */
+const part = (id) => document.querySelector(`[data-testid="qmove-${id}"]`);
+/** @param {string} id @returns {any[]} */
+const parts = (id) => [...document.querySelectorAll(`[data-testid="qmove-${id}"]`)];
+const rows = () => parts("model-row");
+
+/** @param {any} state @param {any} [lastRun] */
+async function show(state, lastRun = null) {
+  api.answers = { "/qmove/state": state, "/qmove/history": { run: lastRun } };
+  await store.start();
+  panel.update();
+}
+
+/** @param {any} state */
+function send(state) {
+  api.send("qmove.state", state);
+  panel.update();
+}
+
+beforeEach(() => {
+  api.reset();
+  app.reset();
+  app.settings.add({ id: "qmove.autoPark", defaultValue: true });
+  store = new Store();
+  document.body.replaceChildren();
+  panel = new Panel(document.body.appendChild(document.createElement("div")), store);
+});
+
+afterEach(() => panel.destroy());
+
+describe("states", () => {
+  test("while it loads it says so, and shows nothing else", () => {
+    expect(part("loading").hidden).toBe(false);
+    expect(document.querySelector(".qmove-content")).toHaveProperty("hidden", true);
+    expect(part("error").hidden).toBe(true);
+  });
+
+  test("what failed is told with the reason, and can be tried again", async () => {
+    await show(() => Response.json({ error: "out of order" }, { status: 500 }));
+    expect(part("error").textContent).toContain("out of order");
+    api.answers["/qmove/state"] = snapshot();
+    part("retry").click();
+    await vi.waitFor(() => expect(store.status).toBe("ready"));
+    panel.update();
+    expect([part("error").hidden, rows().length]).toEqual([true, 1]);
+  });
+
+  test("while the server is away the last picture stays and cannot be used", async () => {
+    await show(snapshot());
+    api.send("reconnecting");
+    panel.update();
+    expect(part("error").textContent).toContain("not reachable");
+    expect(rows()).toHaveLength(1);
+    expect(document.querySelector(".qmove-content")?.hasAttribute("inert")).toBe(true);
+  });
+
+  test("without a model it says how there come to be some", async () => {
+    await show(snapshot({ models: [] }));
+    expect(part("empty").hidden).toBe(false);
+    expect(part("park-all").getAttribute("aria-disabled")).toBe("true");
+    expect(part("chart-empty").hidden).toBe(false);
+  });
+});
+
+describe("models", () => {
+  test("each says its name, kind, size, state and home", async () => {
+    await show(snapshot({ models: [model(), parkedModel({ id: 2, name: "T5" })] }));
+    expect(rows().map((row) => row.dataset.state)).toEqual(["resident", "parked"]);
+    expect(rows()[0].textContent).toContain("Flux");
+    expect(rows()[0].textContent).toContain("nf4");
+    expect(rows()[0].textContent).toContain("6.0 GiB");
+    expect(rows()[1].textContent).toContain("parked in RAM · home cuda:0");
+  });
+
+  test("Park and Restore ask for that model, and only what can be done is offered", async () => {
+    await show(snapshot({ models: [model(), parkedModel({ id: 2 })] }));
+    api.answers["/qmove/park"] = { report: "Parked." };
+    api.answers["/qmove/restore"] = { report: "Restored." };
+    for (const button of [...parts("park"), ...parts("restore")]) button.click();
+    await vi.waitFor(() => expect(app.toasts).toHaveLength(2));
+    expect(api.posted("/qmove/park")).toEqual([{ models: [1] }]);
+    expect(api.posted("/qmove/restore")).toEqual([{ models: [2] }]);
+  });
+
+  test("a row stays the same element while its model moves, so that focus stays", async () => {
+    await show(snapshot({ models: [model(), model({ id: 2 })] }));
+    const [first] = rows();
+    parts("park")[0].focus();
+    send(snapshot({ models: [parkedModel()] }));
+    expect(rows()).toEqual([first]);
+    expect(document.activeElement).toBe(parts("park")[0]);
+  });
+
+  test("one that moves is busy and cannot be moved meanwhile", async () => {
+    await show(snapshot());
+    api.send("qmove.move", move());
+    panel.update();
+    expect(rows()[0].dataset.state).toBe("busy");
+    expect(parts("park")[0].getAttribute("aria-disabled")).toBe("true");
+  });
+
+  test("names are text, whatever they look like", async () => {
+    await show(snapshot({ models: [model({ name: "<img src=x onerror=alert(1)>", kind: "<b>" })] }));
+    expect(document.querySelector("img, b")).toBeNull();
+    expect(rows()[0].textContent).toContain("<img src=x onerror=alert(1)>");
+  });
+});
+
+describe("moves", () => {
+  beforeEach(async () => {
+    await show(snapshot());
+    api.send("qmove.move", move());
+    panel.update();
+  });
+
+  test("one that runs shows bytes, speed and time left, also to a screen reader", () => {
+    expect(part("progress-text").textContent).toBe("2.0 GiB of 6.0 GiB · 2.1 GB/s · 2.0 s left");
+    const bar = part("progress");
+    expect(bar.getAttribute("role")).toBe("progressbar");
+    expect([bar.getAttribute("aria-valuenow"), bar.getAttribute("aria-valuemax")]).toEqual([`${2 * GIB}`, `${6 * GIB}`]);
+    expect(bar.getAttribute("aria-label")).toBe("Parking Flux");
+  });
+
+  test("Cancel asks once, and says that it does", async () => {
+    api.answers["/qmove/cancel"] = { cancelled: "move" };
+    part("cancel").click();
+    part("cancel").click();
+    await vi.waitFor(() => expect(api.posted("/qmove/cancel")).toEqual([{ move: 7 }]));
+    expect(part("cancel").textContent).toBe("Cancelling…");
+  });
+
+  test("one that the host needs has no Cancel", () => {
+    api.send("qmove.move", move({ cancel: null }));
+    panel.update();
+    expect(part("cancel").hidden).toBe(true);
+  });
+
+  test("what has moved is told to a screen reader and stays in the list, with the reason", () => {
+    app.rootGraph.nodes.push({ id: 8, title: "Upscale" });
+    api.send("qmove.move", move({ state: "done", done: 6 * GIB, nbytes: 6 * GIB, seconds: 3, node: "8" }));
+    panel.update();
+    expect(part("progress")).toBeNull();
+    expect(part("status").textContent).toBe("Flux went to RAM: 6.0 GiB in 3.0 s");
+    expect(document.querySelector(".qmove-past")?.textContent).toBe("Flux went to RAM: 6.0 GiB in 3.0 s (for “Upscale”)");
+  });
+});
+
+describe("controls", () => {
+  beforeEach(() => show(snapshot()));
+
+  test("the switch is the setting", async () => {
+    part("auto-park").click();
+    expect(app.settings.get("qmove.autoPark")).toBe(false);
+    await app.settings.set("qmove.autoPark", true);
+    panel.update();
+    expect(part("auto-park").checked).toBe(true);
+  });
+
+  test("Free asks for as many GiB as the field says", async () => {
+    api.answers["/qmove/free"] = { report: "Freed." };
+    part("free-gib").value = "2.5";
+    part("free").click();
+    await vi.waitFor(() => expect(api.posted("/qmove/free")).toEqual([{ gib: 2.5 }]));
+  });
+
+  test.each(["", "0", "5000"])("Free says what to enter instead of %o", async (value) => {
+    part("free-gib").value = value;
+    part("free").click();
+    await vi.waitFor(() => expect(app.toasts[0]?.detail).toContain("0.1 to 1024"));
+    expect(api.posted("/qmove/free")).toEqual([]);
+  });
+
+  test("everything that can be pressed has a name", () => {
+    for (const control of document.querySelectorAll("button, input")) {
+      const label = document.querySelector(`label[for="${control.id}"]`);
+      expect(control.getAttribute("aria-label") || control.textContent || label?.textContent).toBeTruthy();
+    }
+  });
+});
+
+test("the last run is drawn, described, and listed by stage with what was in use after it", async () => {
+  await show(snapshot(), run());
+  expect(part("chart").getAttribute("aria-label")).toBe(
+    "VRAM over time. The most on cuda:0 was 8.0 GiB, in stage KSampler."
+  );
+  expect([...document.querySelectorAll(".qmove-stages li")].map((item) => item.textContent)).toEqual([
+    "KSampler2.0 s · 7.0 GiB in use after it",
+    "VAE Decode1.0 s · 2.0 GiB in use after it",
+  ]);
+});
+
+test("another language holds at once", async () => {
+  await show(snapshot());
+  app.settings.values.set("Comfy.Locale", "ja");
+  panel.update();
+  expect(parts("park")[0].textContent).toBe("退避");
+});

@@ -1,0 +1,76 @@
+/** What the backend would send, for tests. */
+
+export const MIB = 2 ** 20;
+export const GIB = 2 ** 30;
+
+/** @param {object} [parts] */
+export const model = (parts = {}) => ({
+  id: 1,
+  name: "Flux",
+  kind: "nf4",
+  nbytes: 6 * GIB,
+  state: "resident",
+  busy: null,
+  resident: { "cuda:0": 6 * GIB },
+  parked: {},
+  on_disk: 0,
+  home: ["cuda:0"],
+  last_used: null,
+  ...parts,
+});
+
+/** @param {object} [parts] */
+export const parkedModel = (parts = {}) =>
+  model({ state: "parked", resident: {}, parked: { "cuda:0": 6 * GIB }, ...parts });
+
+/** @param {object} [parts] */
+export const move = (parts = {}) => ({
+  id: 7,
+  verb: "park",
+  name: "Flux",
+  model: 1,
+  done: 2 * GIB,
+  total: 6 * GIB,
+  nbytes: null,
+  seconds: 1,
+  bytes_per_second: 2 * GIB,
+  seconds_left: 2,
+  node: null,
+  cancel: "move",
+  state: "running",
+  ...parts,
+});
+
+/** @param {object} [parts] */
+export const snapshot = (parts = {}) => ({
+  version: "1.2.3",
+  url: null,
+  settings: {},
+  models: [model()],
+  comfyui_models: [],
+  devices: [{ name: "cuda:0", title: "Big GPU", total: 24 * GIB, free: 16 * GIB }],
+  ram: { total: 64 * GIB, free: 40 * GIB, parked: 0, mirrors: 0, spare: 0 },
+  done: { parks: 0, restores: 0, moves: 0, copied_bytes: 0 },
+  moves: [],
+  nodes: [],
+  ...parts,
+});
+
+/** @param {object} [parts] */
+export const run = (parts = {}) => ({
+  id: 1,
+  revision: 0,
+  started: 1_700_000_000,
+  running: false,
+  devices: ["cuda:0"],
+  totals: { "cuda:0": 24 * GIB },
+  stages: [
+    { node: "4", class: "KSampler", name: "KSampler", begin: 0, end: 2 },
+    { node: "8", class: "VAEDecode", name: "VAE Decode", begin: 2, end: 3 },
+  ],
+  from: 0,
+  times: [0, 1, 2, 3],
+  used: { "cuda:0": [GIB, 8 * GIB, 7 * GIB, 2 * GIB] },
+  parked: [0, 0, 0, 6 * GIB],
+  ...parts,
+});

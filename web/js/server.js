@@ -1,0 +1,96 @@
+/** Talks to qmove's routes in the running ComfyUI. */
+
+import { api } from "../../../scripts/api.js";
+
+/**
+ * @typedef {import("./types").Snapshot} Snapshot
+ * @typedef {import("./types").Run} Run
+ * @typedef {import("./types").SettingValue} SettingValue
+ * @typedef {number[] | "all" | {node: string, class: string}} Target models by id, all of them, or those of a node
+ */
+
+/** The server said no, or could not be reached (then `status` is 0). The message is its reason, if it gave one. */
+export class ServerError extends Error {
+  /**
+   * @param {number} status
+   * @param {string} reason
+   * @param {boolean} [cancelled]
+   */
+  constructor(status, reason, cancelled = false) {
+    super(reason);
+    this.name = "ServerError";
+    this.status = status;
+    this.cancelled = cancelled;
+  }
+
+  get isAway() {
+    return this.status === 0;
+  }
+}
+
+/** @returns {Promise<Snapshot>} */
+export const getState = () => ask("/qmove/state");
+
+/** @returns {Promise<Run | null>} */
+export const getLastRun = async () => (await ask("/qmove/history")).run;
+
+/** @returns {Promise<Record<string, SettingValue>>} */
+export const getSettings = () => ask("/qmove/settings");
+
+/**
+ * @param {Record<string, SettingValue>} changes
+ * @returns {Promise<Record<string, SettingValue>>} all settings
+ */
+export const postSettings = (changes) => ask("/qmove/settings", changes);
+
+/**
+ * @param {Target} target
+ * @returns {Promise<string>} what was done
+ */
+export const park = async (target) => (await ask("/qmove/park", bodyOf(target))).report;
+
+/**
+ * @param {Target} target
+ * @returns {Promise<string>} what was done
+ */
+export const restore = async (target) => (await ask("/qmove/restore", bodyOf(target))).report;
+
+/**
+ * @param {number} gib
+ * @returns {Promise<string>} what was done
+ */
+export const freeVram = async (gib) => (await ask("/qmove/free", { gib })).report;
+
+/** @param {number} move */
+export const cancel = (move) => ask("/qmove/cancel", { move });
+
+/** @param {Target} target */
+function bodyOf(target) {
+  return target === "all" || Array.isArray(target) ? { models: target } : target;
+}
+
+/**
+ * @param {string} path
+ * @param {object} [body] sent as JSON with POST; without it this is a GET
+ * @returns {Promise<any>}
+ */
+async function ask(path, body) {
+  const options = body && {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  };
+  let response;
+  try {
+    response = await api.fetchApi(path, options);
+  } catch (error) {
+    throw new ServerError(0, String(/** @type {Error} */ (error).message ?? error));
+  }
+  const answer = await response.json().catch(() => null);
+  if (!response.ok || answer === null) {
+    // A proxy in front of a server that is away answers for it.
+    const away = [502, 503, 504].includes(response.status);
+    throw new ServerError(away ? 0 : response.status, answer?.error ?? `HTTP ${response.status}`, answer?.cancelled);
+  }
+  return answer;
+}

@@ -1,0 +1,200 @@
+/**
+ * qmove's settings in ComfyUI's dialog, and their agreement with the running backend.
+ *
+ * The backend is the truth: a change counts once it has taken it; one that it refuses, or cannot be told of, is taken back. It tells
+ * all tabs of each change. ComfyUI stores the values for the next start.
+ */
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import * as notify from "./notify.js";
+import * as server from "./server.js";
+import { AUTO_PARK, NOTIFICATIONS } from "./setting_ids.js";
+import { texts } from "./texts.js";
+
+/** @typedef {import("./types").SettingValue} SettingValue */
+
+/** A GiB field of the dialog: 0 is "none". @param {number} max */
+const gib = (max) => ({ min: 0, max, step: 0.5, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
+
+/** What the dialog shows, in this order. The locales have the translations of names, tooltips and options. */
+const DEFINITIONS = [
+  {
+    id: AUTO_PARK,
+    name: "Auto-parking",
+    type: "boolean",
+    defaultValue: true,
+    group: "Auto-parking",
+    tooltip:
+      "Models that stand idle leave the VRAM when another node needs it, and come home before they are used. " +
+      "Costs RAM for what is parked, and the time of the copies.",
+  },
+  {
+    id: "qmove.autoParkWhen",
+    name: "When to park",
+    type: "combo",
+    defaultValue: "needed",
+    options: [
+      { text: "When needed", value: "needed" },
+      { text: "At each stage", value: "stage" },
+    ],
+    group: "Auto-parking",
+    tooltip:
+      "When needed: only what a node lacks is freed, so little is copied. At each stage: everything that a node does not use " +
+      "is parked before it; leaves the most VRAM, costs the most copies.",
+  },
+  {
+    id: "qmove.vramToKeepFree",
+    name: "VRAM to keep free (GiB)",
+    type: "number",
+    defaultValue: 0,
+    attrs: gib(1024),
+    group: "Auto-parking",
+    tooltip:
+      "So much VRAM of each GPU is left to other programs: auto-parking parks idle models until it is free. 0: none. " +
+      "Costs more copies the higher it is. Holds from the next node on.",
+  },
+  {
+    id: "qmove.keepMirrors",
+    name: "Keep host copies for instant re-parking",
+    type: "boolean",
+    defaultValue: true,
+    group: "Copies in RAM",
+    tooltip:
+      "The copy in RAM is kept after a model has come home, so that parking it again copies only what has changed. " +
+      "Costs as much RAM as the models take VRAM; it is given back when RAM gets short.",
+  },
+  {
+    id: "qmove.ramLimit",
+    name: "RAM limit (GiB)",
+    type: "number",
+    defaultValue: 0,
+    attrs: gib(65536),
+    group: "Copies in RAM",
+    tooltip:
+      "The most RAM that parked models and host copies may take. 0: as much as the system allows. " +
+      "Costs nothing; but what would not fit is not parked, and stays in VRAM.",
+  },
+  {
+    id: "qmove.verify",
+    name: "Verify after restore",
+    type: "boolean",
+    defaultValue: false,
+    group: "Copies in RAM",
+    tooltip:
+      "Compares a checksum of every weight when a model has come home, before it is used. Costs one more pass over its bytes on the " +
+      "GPU for each park and restore.",
+  },
+  {
+    id: NOTIFICATIONS,
+    name: "Show notifications",
+    type: "boolean",
+    defaultValue: true,
+    group: "Notifications",
+    tooltip: "Says what a button or a command has done. Errors are always shown. Costs nothing.",
+  },
+];
+
+export class Settings {
+  constructor() {
+    /** What the backend has, as far as it has told. @type {Record<string, SettingValue>} */
+    this._confirmed = {};
+    /** How many changes of each setting are on their way. @type {Map<string, number>} */
+    this._pending = new Map();
+    /** Changes go out one after the other. @type {Promise<void>} */
+    this._last = Promise.resolve();
+  }
+
+  /**
+   * For `registerExtension`.
+   *
+   * @returns {any[]} its type knows only the ids of ComfyUI's own settings
+   */
+  definitions() {
+    return DEFINITIONS.map(({ group, ...definition }, index) => ({
+      ...definition,
+      category: ["qmove", group, definition.name],
+      sortOrder: DEFINITIONS.length - index, // the dialog sorts downwards
+      /** @param {SettingValue} value @param {SettingValue} [before] */
+      onChange: (value, before) => this._changed(definition.id, value, before),
+    }));
+  }
+
+  /** Takes over what the backend has now, and follows it from here on. */
+  start() {
+    /** @type {EventTarget} */ (api).addEventListener("qmove.settings", (event) =>
+      this._take(/** @type {CustomEvent} */ (event).detail)
+    );
+    /** @type {EventTarget} */ (api).addEventListener("reconnected", () => this.ask());
+    return this.ask();
+  }
+
+  async ask() {
+    try {
+      this._take(await server.getSettings());
+    } catch (error) {
+      console.warn("[qmove] the settings of the backend are not known:", /** @type {Error} */ (error).message);
+    }
+  }
+
+  /**
+   * The dialog calls this for each setting as the page loads (with nothing before), then for each change, before it stores it.
+   *
+   * @param {string} id
+   * @param {SettingValue} value
+   * @param {SettingValue} [before]
+   * @returns {Promise<void> | undefined} new frontends wait for it before they store the value
+   */
+  _changed(id, value, before) {
+    if (before === undefined || value === this._confirmed[id]) return undefined;
+    this._pending.set(id, (this._pending.get(id) ?? 0) + 1);
+    this._last = this._last.then(() => this._send(id, value, before));
+    return this._last;
+  }
+
+  /**
+   * @param {string} id
+   * @param {SettingValue} value
+   * @param {SettingValue} before
+   */
+  async _send(id, value, before) {
+    let failure = null;
+    try {
+      Object.assign(this._confirmed, await server.postSettings({ [id]: value }));
+    } catch (error) {
+      failure = /** @type {server.ServerError} */ (error);
+      this._confirmed[id] ??= before;
+    }
+    const left = (this._pending.get(id) ?? 1) - 1;
+    this._pending.set(id, left);
+    if (failure) {
+      notify.failed(texts().settingNotChanged, failure);
+      if (left === 0) await this._show(id, this._confirmed[id]);
+    }
+  }
+
+  /** @param {Record<string, SettingValue>} values all settings of the backend */
+  _take(values) {
+    Object.assign(this._confirmed, values);
+    for (const { id } of DEFINITIONS) {
+      if (id in values && !this._pending.get(id)) void this._show(id, values[id]);
+    }
+  }
+
+  /**
+   * Shows a value in the dialog without telling the backend, which has it.
+   *
+   * @param {string} id
+   * @param {SettingValue} value
+   */
+  async _show(id, value) {
+    const { setting } = app.extensionManager;
+    if (setting.get(id) === value) return;
+    try {
+      await setting.set(id, value);
+    } catch (error) {
+      // The value shows; only ComfyUI could not store it, for the same reason that was told already.
+      console.warn(`[qmove] ${id} was not stored:`, /** @type {Error} */ (error).message);
+    }
+  }
+}

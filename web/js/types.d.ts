@@ -1,0 +1,100 @@
+/** What the routes and events of the backend carry (nodes/host/state.py, progress.py, history.py). All sizes are bytes. */
+
+export type ModelState = "resident" | "parked" | "partly parked" | "on disk" | "in RAM" | "busy";
+
+export interface ModelEntry {
+  id: number;
+  name: string;
+  kind: string;
+  nbytes: number;
+  state: ModelState;
+  busy: null | "park" | "restore";
+  resident: Record<string, number>;
+  parked: Record<string, number>;
+  on_disk: number;
+  home: string[];
+  last_used: number | null;
+}
+
+export interface Move {
+  id: number;
+  verb: "park" | "restore";
+  name: string;
+  model: number;
+  done: number;
+  total: number;
+  /** Bytes that changed places, known at the end; more than were copied where host copies were kept. */
+  nbytes: number | null;
+  seconds: number;
+  bytes_per_second: number | null;
+  seconds_left: number | null;
+  node: string | null;
+  cancel: "move" | "prompt" | null;
+  state: "running" | "done" | "cancelled" | "failed";
+}
+
+export interface Device {
+  name: string;
+  title: string;
+  total: number | null;
+  free: number | null;
+}
+
+export interface Snapshot {
+  version: string | null;
+  url: string | null;
+  settings: Record<string, SettingValue>;
+  models: ModelEntry[];
+  comfyui_models: { name: string; resident: Record<string, number> }[];
+  devices: Device[];
+  ram: { total: number; free: number; parked: number; mirrors: number; spare: number };
+  done: { parks: number; restores: number; moves: number; copied_bytes: number };
+  moves: Move[];
+  nodes: string[];
+}
+
+export interface Stage {
+  node: string;
+  class: string;
+  name: string;
+  begin: number;
+  end: number | null;
+}
+
+export interface Run {
+  id: number;
+  revision: number;
+  started: number;
+  running: boolean;
+  devices: string[];
+  totals: Record<string, number>;
+  stages: Stage[];
+  from: number;
+  times: number[];
+  used: Record<string, number[]>;
+  parked: number[];
+}
+
+/** A node of the graph; ComfyUI's types do not export it by name, and leave out what the frontend adds to it. */
+export type GraphNode = Parameters<
+  NonNullable<import("@comfyorg/comfyui-frontend-types").ComfyExtension["getNodeMenuItems"]>
+>[0] & {
+  onExecuted?(output: { text?: string[] }): void;
+  addDOMWidget(
+    name: string,
+    type: string,
+    element: HTMLElement,
+    options: {
+      serialize: boolean;
+      getValue(): string;
+      setValue(value: string): void;
+      getMinHeight(): number;
+    }
+  ): { serialize?: boolean };
+};
+
+export type SettingValue = boolean | number | string;
+
+export interface Answer {
+  report: string;
+}
