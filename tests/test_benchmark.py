@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return child.TASKS[task](request)
 
     monkeypatch.setattr(compare.Run, "_child", run)
+    monkeypatch.setattr(
+        compare, "ThreadPoolExecutor", lambda _workers: ThreadPoolExecutor(1)
+    )  # they share the counters
     monkeypatch.setattr(workloads, "workloads", lambda quick: [FP16, INT8])
 
 
