@@ -11,8 +11,8 @@ SIMULATED = """\
 "PCIe 5" are those of the simulator's link model (`simcuda/link.py` has its constants and their sources): copies, pinning and
 launches take time there, while kernels, the host's own work and reading files take none. So qmove's digest, a read of the weights
 at the device's bandwidth, is not in them, nor is the time that anybody's Python takes. "Wall here" is this machine, where a copy
-over the link is one within host memory. "PCIe 5" is five times a swap there and back, as that clock repeats itself exactly. On a
-real GPU the same command gives real seconds.
+over the link is one within host memory, and qmove's digests, matrix products made for GPUs, are most of its time. "PCIe 5" is
+five times a swap there and back, as that clock repeats itself exactly. On a real GPU the same command gives real seconds.
 """
 
 READING = """\
