@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import arena
 from .inventory import Holding, Inventory
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -61,8 +62,17 @@ def units_of(held: Inventory) -> list[Unit]:
 
 def holdings_in_order(held: Inventory) -> list[Holding]:
     """The holdings of a model, those first that it needs first."""
-    found = {id(holding): holding for unit in units_of(held) for holding in unit.holdings}
+    found = {id(holding): holding for unit in units_of(held) for holding in _as_they_lie(unit.holdings)}
     return list(found.values())
+
+
+def _as_they_lie(holdings: list[Holding]) -> list[Holding]:
+    """What is parked side by side in that order: it travels together. A forward may have changed the order of the walk."""
+    places = [arena.place_of(holding.storage) for holding in holdings]
+    if len({id(place[0]) if place is not None else None for place in places}) != 1 or places[0] is None:
+        return holdings
+    offsets = [place[1] for place in places if place is not None]
+    return [holding for _offset, holding in sorted(zip(offsets, holdings, strict=True), key=lambda pair: pair[0])]
 
 
 def _layers(held: Inventory) -> dict[str, nn.Module]:

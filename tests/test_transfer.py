@@ -366,3 +366,24 @@ def test_a_later_park_goes_at_the_speed_of_the_link(gpu: GPU, link: simcuda.link
     simcuda.clock.reset()
     parked = qmove.park(model)
     assert simcuda.clock.now() <= 1.05 * parked.nbytes / link.d2h_pinned
+
+
+def test_storages_travel_together_though_the_walk_meets_them_in_another_order(gpu: GPU) -> None:
+    """As int8 layers of bitsandbytes, whose forward changes where their parts hang."""
+    copies = []
+    for turned_round in (False, True):
+        layer = torch.nn.Module()
+        for index in range(16):
+            setattr(layer, f"part{index}", torch.zeros(5000, device=gpu.device))
+        model = torch.nn.ModuleList([layer])
+        qmove.park(model)
+        qmove.restore(model)  # its host copies stay, as they lie
+        if turned_round:
+            for index in reversed(range(16)):
+                layer.__dict__[f"part{index}"] = layer.__dict__.pop(f"part{index}")
+        qmove.park(model)
+        simcuda.reset_counters()
+        qmove.restore(model)
+        copies.append(simcuda.counters().h2d_copies)
+
+    assert copies[0] == copies[1] < 8
