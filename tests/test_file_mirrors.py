@@ -25,7 +25,7 @@ import qmove_core as qmove
 import simcuda
 from conftest import GPU
 from models import layers, snapshot, tiny_llama
-from qmove_core import arena, arrival, mapped_files, mirrors, pinning
+from qmove_core import arena, arrival, mapped_files, mirrors, pinning, transfer
 from qmove_core.host_memory import PAGE, round_to_pages
 
 pytestmark = pytest.mark.simulated
@@ -179,7 +179,10 @@ def test_two_models_of_one_file_may_be_under_way_at_once(gpu: GPU, tmp_path: Pat
 
 
 @pytest.mark.parametrize("nth", [1, 3, 7, 8])
-def test_a_streaming_restore_that_fails_unlocks(gpu: GPU, tmp_path: Path, nth: int) -> None:
+def test_a_streaming_restore_that_fails_unlocks(
+    gpu: GPU, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SMALL", 0)  # each of the 8 storages is a copy of its own
     model, _path = mirrored(tmp_path)
     before = contents(model)
     qmove.park(model)
