@@ -337,6 +337,11 @@ def spare_bytes() -> int:
     return sum(block.nbytes for block in _spares())
 
 
+def bytes_held() -> int:
+    """Bytes of all blocks, in use or spare: what the arena takes from the system."""
+    return bytes_in_use() + spare_bytes()
+
+
 def pinned_bytes() -> int:
     """Bytes of the arena that are page-locked now, spares included, rounded up to whole pages."""
     return pinning.registered_bytes()

@@ -52,16 +52,12 @@ def require_host(action: str, nbytes: int, ram_limit: int | None, advice: str = 
 
     What qmove holds there only to be faster next time is given back first, as far as it is needed.
     """
-    tightest = host_limits(ram_limit, _held_on_host())[0]
+    tightest = host_limits(ram_limit, arena.bytes_held())[0]
     if nbytes > tightest.free and giving_back.trim(nbytes - tightest.free):
-        tightest = host_limits(ram_limit, _held_on_host())[0]
+        tightest = host_limits(ram_limit, arena.bytes_held())[0]
     if nbytes > tightest.free:
         advice = advice or "Restore or delete another parked model, close other programs, or raise the limit named."
         raise NotEnoughMemory(action, "cpu", nbytes, tightest.free, tightest.name, advice)
-
-
-def _held_on_host() -> int:
-    return arena.bytes_in_use() + arena.spare_bytes()
 
 
 def require_device(action: str, nbytes: int, device: torch.device, advice: str = "") -> None:
@@ -82,7 +78,7 @@ def has_room(needed: Mapping[torch.device, int]) -> bool:
 
 def has_room_on_host(nbytes: int) -> bool:
     """Whether `nbytes` more of host memory are free under every limit now."""
-    return nbytes <= host_limits(settings.ram_limit, _held_on_host())[0].free
+    return nbytes <= host_limits(settings.ram_limit, arena.bytes_held())[0].free
 
 
 def out_of_memory(action: str, device: torch.device, needed: int, advice: str) -> NotEnoughMemory:

@@ -92,7 +92,7 @@ def is_simulated() -> bool:
 
 
 def _host() -> Host:
-    tightest = budget.host_limits(settings.ram_limit, arena.bytes_in_use() + arena.spare_bytes())[0]
+    tightest = budget.host_limits(settings.ram_limit, arena.bytes_held())[0]
     memory = psutil.virtual_memory()
     return Host(
         system=platform.platform(),

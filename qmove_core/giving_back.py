@@ -22,16 +22,12 @@ def trim(nbytes: int | None = None) -> int:
         Bytes given back; less than asked if there are no more.
     """
     with registry.lock:
-        before = _held()
+        before = arena.bytes_held()
         wanted = held_back() if nbytes is None else nbytes
         arena.trim(max(0, arena.spare_bytes() - wanted))
-        missing = wanted - (before - _held())
+        missing = wanted - (before - arena.bytes_held())
         if missing > 0:
             mirrors.release(missing)  # memory that was never pinned goes back by itself
-            missing = wanted - (before - _held())
+            missing = wanted - (before - arena.bytes_held())
             arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
-        return before - _held()
-
-
-def _held() -> int:
-    return arena.bytes_in_use() + arena.spare_bytes()
+        return before - arena.bytes_held()

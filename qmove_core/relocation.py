@@ -22,7 +22,7 @@ from .mirrors import Mirror
 from .rebinding import rebind
 from .settings import settings
 from .strangers import Straggler, holders_of, tensors_on
-from .transfer import Load, Progress, Transfer
+from .transfer import Load, Progress, Transfer, bytes_of
 
 log = logging.getLogger("qmove")
 
@@ -134,7 +134,7 @@ class Freight:
         """Copies what has to be copied, and returns when all of it is there."""
         loads = self.loads()
         digests = settings.keep_mirrors or settings.verify
-        with let_go_of(loads.values()), Transfer(_total(loads.values()), progress, digests=digests) as transfer:
+        with let_go_of(loads.values()), Transfer(bytes_of(loads.values()), progress, digests=digests) as transfer:
             self._start(transfer, list(loads.values()))
         self.note_arrivals(loads)
         for index, load in loads.items():
@@ -150,7 +150,7 @@ class Freight:
 
     def note_arrivals(self, loads: Mapping[int, Load]) -> None:
         """These have been copied."""
-        self.copied = _total(loads.values())
+        self.copied = bytes_of(loads.values())
         for index, load in loads.items():
             self._targets[index] = load.target
 
@@ -173,7 +173,7 @@ class Freight:
     def queued(self) -> Iterator[list[Load]]:
         """Queues every copy, and waits for none unless the body fails."""
         loads = list(self.loads().values())
-        with let_go_of(loads), Transfer(_total(loads), wait=False, digests=settings.keep_mirrors) as transfer:
+        with let_go_of(loads), Transfer(bytes_of(loads), wait=False, digests=settings.keep_mirrors) as transfer:
             self._start(transfer, loads)
             self._targets = [load.target for load in loads]
             yield loads
@@ -242,7 +242,7 @@ class Freight:
 
     def _out_of_memory(self, loads: Sequence[Load]) -> Exception:
         load = next(load for load in loads if load.device.type != "cpu" and load.target is None)
-        nbytes = _total(other for other in loads if other.device == load.device)
+        nbytes = bytes_of(other for other in loads if other.device == load.device)
         return budget.out_of_memory(self._action, load.device, nbytes, DEVICE_ADVICE)
 
 
@@ -281,10 +281,6 @@ def let_go_of(loads: Iterable[Load]) -> Iterator[None]:
         for load in loads:
             load.target = None
         raise
-
-
-def _total(loads: Iterable[Load]) -> int:
-    return sum(load.nbytes for load in loads)
 
 
 def _forget_parked(sources: Iterable[torch.UntypedStorage]) -> None:

@@ -16,7 +16,7 @@ from .parking import Parked, Restored, bring_home, park, parked_result, restore,
 from .plans import Plan
 from .relocation import Freight, Relocated, let_go_of
 from .settings import settings
-from .transfer import Load, Progress, Transfer
+from .transfer import Load, Progress, Transfer, bytes_of
 
 GROUP = 64 << 20  # bytes that go one way before it is the other way's turn
 
@@ -98,10 +98,9 @@ class _Crossing:
             for index, load in going.items():
                 load.on_arrival = functools.partial(self._leave, index, load)
             loads = list(_taking_turns(going.values(), coming.values()))
-            total = sum(load.nbytes for load in loads)
-            with let_go_of(coming.values()), Transfer(total, progress, has_room=self._has_room) as transfer:
+            with let_go_of(coming.values()), Transfer(bytes_of(loads), progress, has_room=self._has_room) as transfer:
                 transfer.copy(loads)
-            self._leaving.copied = sum(load.nbytes for load in going.values())
+            self._leaving.note_arrivals(going)
             self._coming.note_arrivals(coming)
             self._coming.take_digests()
 

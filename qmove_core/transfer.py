@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -151,20 +151,20 @@ class Transfer:
         stream = self._stream(device, "out")
         with devices.on_stream(stream, device):
             if self._copy_together(batch, device, out=True):
-                self._queued(stream, batch, _total(batch))
+                self._queued(stream, batch, bytes_of(batch))
             else:
                 self._copy_singly(stream, batch)
 
     def _copy_in(self, batch: Sequence[Load]) -> None:
         device = batch[0].device
-        while self._under_way and not self._has_room(device, _total(batch), self._unallocated[device]):
+        while self._under_way and not self._has_room(device, bytes_of(batch), self._unallocated[device]):
             self._let_finish(len(self._under_way) - 1)
         for load in batch:
             self._target_of(load)
         stream = self._stream(device, "in")  # asked for now: that memory may have been in use until a moment ago
         with devices.on_stream(stream, device):
             if self._copy_together(batch, device, out=False):
-                self._queued(stream, batch, _total(batch))
+                self._queued(stream, batch, bytes_of(batch))
             else:
                 self._copy_singly(stream, batch)
 
@@ -343,7 +343,8 @@ def _pieces(load: Load) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _total(loads: Sequence[Load]) -> int:
+def bytes_of(loads: Iterable[Load]) -> int:
+    """The bytes of all these loads."""
     return sum(load.nbytes for load in loads)
 
 
