@@ -186,9 +186,10 @@ def test_a_table_of_bitsandbytes_stays_when_one_of_its_users_moves(gpu: GPU) -> 
 # Weights that bitsandbytes would repack, or has not quantized ---------------------------------------------------------
 
 
-def test_a_weight_that_came_from_a_gpu_is_not_packed_on_a_cpu_with_avx512_bf16() -> None:
+@pytest.mark.parametrize("flag", [1, True, 0, False], ids=repr)  # the C library answers with an int
+def test_a_weight_that_came_from_a_gpu_is_not_packed_on_a_cpu_with_avx512_bf16(flag: object) -> None:
     layer = quantized(LINEAR["nf4 double in uint8"])
-    layer.support_avx512bf16_for_cpu = True
+    layer.support_avx512bf16_for_cpu = flag
     expected, reference = layer(inputs(layer)), snapshot(layer)
 
     qmove.move(layer, "cpu")
@@ -196,7 +197,7 @@ def test_a_weight_that_came_from_a_gpu_is_not_packed_on_a_cpu_with_avx512_bf16()
 
     assert not hasattr(layer.quant_state, "packing_format_for_cpu")
     qmove.move(layer, "cuda")
-    assert layer.support_avx512bf16_for_cpu
+    assert layer.support_avx512bf16_for_cpu is flag
     assert snapshot(layer) == reference
     assert torch.equal(layer(inputs(layer)), expected)
 

@@ -32,7 +32,8 @@ class BitsAndBytes(Kind):
 
     def __init__(self) -> None:
         self._originals = WeakTensorKeyDictionary()  # twin -> the shared table it stands in for
-        self._kept_from_packing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # module -> True; outlasts the way back
+        # module -> the flag it had (an int of the C library, as a rule); outlasts the way back, which may fail
+        self._kept_from_packing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def process_wide_tensors(self) -> Iterable[torch.Tensor]:
         functional = sys.modules.get("bitsandbytes.functional")
@@ -97,10 +98,10 @@ class BitsAndBytes(Kind):
         state: Any = module
         if weight.device.type != "cpu":
             if module in self._kept_from_packing:
-                state.support_avx512bf16_for_cpu = True
+                state.support_avx512bf16_for_cpu = self._kept_from_packing[module]
         elif state.support_avx512bf16_for_cpu and (was_on.type != "cpu" or module in self._kept_from_packing):
+            self._kept_from_packing[module] = state.support_avx512bf16_for_cpu
             state.support_avx512bf16_for_cpu = False
-            self._kept_from_packing[module] = True
 
 
 def awaits_quantization(weight: Any) -> bool:
