@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import simcuda
-from qmove_core.digest import STAGING, available, digest_storages
+from qmove_core.digests.digest import STAGING, available, digest_storages
 
 KINDS = ((10_000, 100_000), (280, 7_000_000), (3, 700_000_000))
 REPEATS = 5
@@ -41,7 +41,9 @@ def kernels_of(storages: list[torch.UntypedStorage]) -> int:
         link = simcuda.link.current()
         try:
             simcuda.link.use(
-                simcuda.link.Link(**{name: 1e30 for name in vars(link)} | {"copy_latency": 0.0, "launch": 1.0})
+                simcuda.link.Link(
+                    **{name: 1e30 for name in vars(link)} | {"copy_latency": 0.0, "launch": 1.0}
+                )
             )
             simcuda.clock.reset()
             digest_storages(storages)
@@ -51,7 +53,11 @@ def kernels_of(storages: list[torch.UntypedStorage]) -> int:
             simcuda.clock.reset()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         digest_storages(storages)
-    return sum(event.count for event in profile.key_averages() if event.device_type == torch.profiler.DeviceType.CUDA)
+    return sum(
+        event.count
+        for event in profile.key_averages()
+        if event.device_type == torch.profiler.DeviceType.CUDA
+    )
 
 
 def virtual_seconds_of(storages: list[torch.UntypedStorage]) -> float:
@@ -92,7 +98,16 @@ def main() -> None:
                 virtual = f"{virtual_seconds_of(storages) * 1e3:.2f}" if simulated else "-"
             seconds = min(seconds_of(storages) for _ in range(1 if simulated else REPEATS))
             speed = f"{count * nbytes / seconds / 1e9:.2f}"
-            table.add_row(f"{count:,}", f"{nbytes:,}", str(device), f"{seconds:.3f}", speed, kernels, peak, virtual)
+            table.add_row(
+                f"{count:,}",
+                f"{nbytes:,}",
+                str(device),
+                f"{seconds:.3f}",
+                speed,
+                kernels,
+                peak,
+                virtual,
+            )
             del storages
     Console(width=110).print(table)
 

@@ -23,7 +23,9 @@ REPEATS = 5
 
 def model_of(tensors: int) -> nn.Module:
     """Linear layers of 8 x 8, two tensors each."""
-    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(tensors // 2)]).cuda().requires_grad_(False)
+    return (
+        nn.Sequential(*[nn.Linear(8, 8) for _ in range(tensors // 2)]).cuda().requires_grad_(False)
+    )
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -48,7 +50,9 @@ def main() -> None:
             )
             for _ in range(REPEATS)
         ]
-        table.add_row(str(count), *(f"{min(column) * 1e3:.1f}" for column in zip(*rounds, strict=True)))
+        table.add_row(
+            str(count), *(f"{min(column) * 1e3:.1f}" for column in zip(*rounds, strict=True))
+        )
     Console().print(table)
 
 

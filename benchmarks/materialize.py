@@ -27,9 +27,15 @@ import qmove_core as qmove
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=2.0, help="size of the model")
-    parser.add_argument("--folder", type=Path, help="where to write it; a folder that has it already is used as it is")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to write it; a folder that has it already is used as it is",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qmove-benchmark-") as temporary:
@@ -45,7 +51,11 @@ def save_model(folder: Path, gib: float) -> None:
 
     layers = max(1, round((gib - 0.25) * 2**30 / 2 / 51.4e6))
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, vocab_size=32000
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        vocab_size=32000,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).half()
@@ -61,7 +71,12 @@ def dispatched(folder: Path) -> Any:
     """All but the rotary embedding on the disk, as `from_pretrained` does it."""
     from transformers import LlamaForCausalLM
 
-    places = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm": "disk", "lm_head": "disk"}
+    places = {
+        "model.embed_tokens": "disk",
+        "model.layers": "disk",
+        "model.norm": "disk",
+        "lm_head": "disk",
+    }
     return LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float16, device_map={**places, "model.rotary_emb": "cpu"}
     )
@@ -160,14 +175,20 @@ def measure(folder: Path, rounds: int) -> None:
         warm_seconds, cold_seconds = statistics.median(warm[1:]), statistics.median(cold)
         table.add_row(
             *(name, f"{warm_seconds:.2f} s", f"{nbytes / warm_seconds / 1e9:.1f}"),
-            *(f"{cold_seconds:.2f} s" if dropped else "not dropped", f"{nbytes / cold_seconds / 1e9:.1f}"),
+            *(
+                f"{cold_seconds:.2f} s" if dropped else "not dropped",
+                f"{nbytes / cold_seconds / 1e9:.1f}",
+            ),
             f"{ram / 2**20:.0f} MiB",
         )
     Console(width=110).print(table)
-    with Progress("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
+    with Progress(
+        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    ) as bar:
         task = bar.add_task("materializing")
         qmove.materialize_meta_tensors(
-            dispatched(folder), progress=lambda done, in_all: bar.update(task, completed=done, total=in_all)
+            dispatched(folder),
+            progress=lambda done, in_all: bar.update(task, completed=done, total=in_all),
         )
 
 

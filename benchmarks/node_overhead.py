@@ -48,7 +48,9 @@ def main() -> None:
         for switch in (False, True):
             settings.change({settings.AUTO_PARK: switch})
             extra = _microseconds(host, name) - without
-            print(f"{name}, auto-parking {'on ' if switch else 'off'}: {extra:6.1f} us for each node")
+            print(
+                f"{name}, auto-parking {'on ' if switch else 'off'}: {extra:6.1f} us for each node"
+            )
         stages.uninstall()
 
 

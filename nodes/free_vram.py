@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .any_type import ANY
-from .host import moves
+from .host.stages import requests
 from .shown import shown
 
 
@@ -31,9 +31,11 @@ class QMoveFreeVRAM:
         }
         return {
             "required": {"gib": ("FLOAT", gib)},
-            "optional": {"after": (ANY, {"tooltip": "What is to come before. It is passed through."})},
+            "optional": {
+                "after": (ANY, {"tooltip": "What is to come before. It is passed through."})
+            },
         }
 
     def free(self, gib: float, after: Any = None) -> dict[str, Any]:
-        report = moves.free_vram(int(gib * 2**30))
+        report = requests.free_vram(int(gib * 2**30))
         return shown(report, (after, report))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from qmove_core import devices
 
 from .any_type import ANY
-from .host import moves
+from .host.stages import requests
 from .shown import shown
 
 
@@ -31,5 +31,5 @@ class QMoveMaterialize:
         }  # fmt: skip
 
     def materialize(self, model: Any, target_device: str) -> dict[str, Any]:
-        report = moves.materialize_value(model, target_device)
+        report = requests.materialize_value(model, target_device)
         return shown(report, (model, report))

@@ -31,7 +31,11 @@ def write_text(snapshot: dict[str, Any]) -> str:
 
 def draw_picture(snapshot: dict[str, Any]) -> torch.Tensor:
     """The snapshot as an IMAGE: float32 of shape (1, height, width, 3), from 0 to 1."""
-    from PIL import Image, ImageDraw, ImageFont  # ComfyUI has it; whoever only imports the nodes need not
+    from PIL import (  # ComfyUI has it; whoever only imports the nodes need not
+        Image,
+        ImageDraw,
+        ImageFont,
+    )
 
     bars = list(_bars(snapshot))
     rows = sum(2 + sum(1 for part in parts if part[1]) for _title, _total, parts in bars)
@@ -69,7 +73,11 @@ def _bars(snapshot: dict[str, Any]) -> Iterator[tuple[str, int, list[Part]]]:
         for home, nbytes in model["parked"].items()
     ]
     other = ram["total"] - ram["free"] - sum(nbytes for _name, nbytes, _color in parked)
-    yield "RAM", ram["total"], [*parked, ("other use", max(0, other), OTHER), ("free", ram["free"], FREE)]
+    yield (
+        "RAM",
+        ram["total"],
+        [*parked, ("other use", max(0, other), OTHER), ("free", ram["free"], FREE)],
+    )
 
 
 def _parts(snapshot: dict[str, Any], device: dict[str, Any]) -> list[Part]:

@@ -27,9 +27,14 @@ def load_core(own_copy: Path = OWN_COPY) -> ModuleType:
     present = sys.modules.get(NAME)
     if present is not None:
         if present.__file__ is None or Path(present.__file__).resolve() != own_copy:
-            log.info("qmove uses the qmove_core at %s, which was imported before this pack", present.__file__)
+            log.info(
+                "qmove uses the qmove_core at %s, which was imported before this pack",
+                present.__file__,
+            )
         return present
-    spec = importlib.util.spec_from_file_location(NAME, own_copy, submodule_search_locations=[str(own_copy.parent)])
+    spec = importlib.util.spec_from_file_location(
+        NAME, own_copy, submodule_search_locations=[str(own_copy.parent)]
+    )
     if not own_copy.exists() or spec is None or spec.loader is None:
         return importlib.import_module(NAME)
     core = importlib.util.module_from_spec(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .any_type import ANY
-from .host import moves
+from .host.stages import requests
 from .shown import shown
 
 
@@ -22,7 +22,9 @@ class QMovePark:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        model = "Any model: a pipeline, a transformers model, a dict of models, a MODEL, CLIP or VAE."
+        model = (
+            "Any model: a pipeline, a transformers model, a dict of models, a MODEL, CLIP or VAE."
+        )
         after = "What the stage that used the model gave. The model is parked after that stage."
         return {
             "required": {"model": (ANY, {"tooltip": model})},
@@ -30,5 +32,5 @@ class QMovePark:
         }
 
     def park(self, model: Any, after: Any = None) -> dict[str, Any]:
-        report = moves.park_value(model)
+        report = requests.park_value(model)
         return shown(report, (model, after, report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .any_type import ANY
-from .host import state
+from .host.panel import state
 from .memory_picture import draw_picture, write_text
 from .shown import shown
 
@@ -23,7 +23,10 @@ class QMoveReport:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"optional": {"after": (ANY, {"tooltip": "The report is made when this is there."})}, "required": {}}
+        return {
+            "optional": {"after": (ANY, {"tooltip": "The report is made when this is there."})},
+            "required": {},
+        }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:

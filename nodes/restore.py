@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from qmove_core import devices
 
 from .any_type import ANY
-from .host import moves
+from .host.stages import requests
 from .shown import shown
 
 
@@ -23,14 +23,17 @@ class QMoveRestore:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        places = [moves.HOME, *devices.known()]
+        places = [requests.HOME, *devices.known()]
         return {
             "required": {
                 "model": (ANY, {"tooltip": "Any model, parked or not."}),
-                "device": (places, {"default": moves.HOME, "tooltip": "home: where it came from."}),
+                "device": (
+                    places,
+                    {"default": requests.HOME, "tooltip": "home: where it came from."},
+                ),
             }
         }
 
     def restore(self, model: Any, device: str) -> dict[str, Any]:
-        report = moves.restore_value(model, device)
+        report = requests.restore_value(model, device)
         return shown(report, (model, report))

@@ -1,7 +1,6 @@
 """qmove: big quantized models leave the GPU for CPU RAM and come back bit for bit."""
 
 from . import requirements as _requirements  # noqa: F401  (first: it says so where PyTorch is missing or too old)
-from .dispatching import dispatch_model, redispatch
 from .errors import (
     CannotMove,
     ChangesNotKept,
@@ -16,12 +15,16 @@ from .errors import (
     QMoveError,
     UnknownDevice,
 )
-from .file_mirrors import CannotMirror, mirror_files
-from .giving_back import trim
-from .inventory import Holding, Inventory, MetaTensor, inventory
-from .mapped_files import MappedFileChanged
-from .materialize import materialize_meta_tensors
-from .parking import (
+from .materialize.dispatching import dispatch_model, redispatch
+from .materialize.materialize import materialize_meta_tensors
+from .materialize.undo import materialized
+from .memory.giving_back import trim
+from .memory.mapped_files import MappedFileChanged
+from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena now looks after others' RAM)
+from .model.holders import Straggler
+from .model.inventory import Holding, Inventory, MetaTensor, inventory
+from .parking.file_mirrors import CannotMirror, mirror_files
+from .parking.requests import (
     Moved,
     Parked,
     Restored,
@@ -35,13 +38,10 @@ from .parking import (
     resident,
     restore,
 )
-from .pressure import look as _look  # noqa: F401  (a thread of the arena now looks after others' RAM)
-from .put_back import materialized
-from .requantize import dequantize_and_move, move_and_requantize
+from .parking.stats import Stats, stats
+from .parking.swapping import swap
+from .requantize.requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
-from .statistics import Stats, stats
-from .strangers import Straggler
-from .swapping import swap
 from .to_method import disable_to, enable_to
 
 __all__ = [

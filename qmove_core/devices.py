@@ -26,11 +26,15 @@ def resolve(device: str | int | torch.device) -> torch.device:
     try:
         parsed = _accelerator(device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise UnknownDevice(f"{device!r} is not a device. This machine has: {', '.join(known())}.") from error
+        raise UnknownDevice(
+            f"{device!r} is not a device. This machine has: {', '.join(known())}."
+        ) from error
     if parsed.type == "cpu":
         return CPU
     if parsed.type == "meta":
-        raise UnknownDevice("Moving to the meta device would throw the data away. To free VRAM use qmove.park(model).")
+        raise UnknownDevice(
+            "Moving to the meta device would throw the data away. To free VRAM use qmove.park(model)."
+        )
     if parsed.index is None:
         parsed = torch.device(parsed.type, _current_index(parsed.type))
     if str(parsed) not in known():
@@ -69,7 +73,9 @@ def known() -> list[str]:
 def _accelerator(index: int) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
-        raise UnknownDevice(f"Device {index} was asked for, but this machine has no accelerator, only the CPU.")
+        raise UnknownDevice(
+            f"Device {index} was asked for, but this machine has no accelerator, only the CPU."
+        )
     return torch.device(accelerator.type, index)
 
 
@@ -129,7 +135,11 @@ def has_streams(device: torch.device) -> bool:
 
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
     """Inside, this thread queues its work for `device` on `stream`."""
-    return nullcontext() if isinstance(stream, _Unstreamed) else torch.get_device_module(device).stream(stream)
+    return (
+        nullcontext()
+        if isinstance(stream, _Unstreamed)
+        else torch.get_device_module(device).stream(stream)
+    )
 
 
 def wait_for_work(stream: Any, device: torch.device) -> None:

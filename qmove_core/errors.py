@@ -30,7 +30,9 @@ class NotEnoughMemory(QMoveError):
         limit: the bound that decided ("free VRAM", "cgroup limit", "ram_limit of qmove.configure").
     """
 
-    def __init__(self, action: str, place: str, needed: int, free: int, limit: str, advice: str) -> None:
+    def __init__(
+        self, action: str, place: str, needed: int, free: int, limit: str, advice: str
+    ) -> None:
         self.place, self.needed, self.free, self.limit = place, needed, free, limit
         super().__init__(
             f"{action} needs {readable_bytes(needed)} ({needed} bytes) on {place}, but {readable_bytes(free)} "
@@ -43,7 +45,9 @@ class CorruptedCopy(QMoveError):
 
     def __init__(self, action: str, names: Sequence[str]) -> None:
         self.names = list(names)
-        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
+        shown = ", ".join(self.names[:5]) + (
+            f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        )
         super().__init__(
             f"{action}: the digest of what arrived differs from what was sent, for {shown}. The model stays where it was and "
             "keeps its bytes. Try again; if it happens again, suspect the hardware (memory, riser, overclocking) and reload."
@@ -79,7 +83,9 @@ class OffloadedDataError(QMoveError):
 
     def __init__(self, action: str, problems: Sequence[tuple[str, str]], advice: str) -> None:
         self.problems = list(problems)
-        super().__init__(f"{action}: nothing was changed, because of\n{_listed(self.problems)}\n{advice}")
+        super().__init__(
+            f"{action}: nothing was changed, because of\n{_listed(self.problems)}\n{advice}"
+        )
 
 
 class ChangesNotKept(QMoveError):

@@ -58,7 +58,9 @@ def configure(
     for name in ("ram_limit", "pin_limit"):
         limit = changes.get(name)
         if limit is not None and limit < 0:
-            raise ValueError(f"{name} is a number of bytes, not {limit}; None means no limit of qmove's own.")
+            raise ValueError(
+                f"{name} is a number of bytes, not {limit}; None means no limit of qmove's own."
+            )
     wanted = replace(settings, **changes)
     for field in fields(settings):
         setattr(settings, field.name, getattr(wanted, field.name))

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import registry, wake
-from .dispatch import METHODS_BEFORE
+from . import homes
 from .errors import DtypeCastRefused, QMoveError
-from .inventory import inventory
-from .materialize import materialize, materialize_meta_tensors, roll_back
-from .parking import is_parked, move, restore
-from .put_back import materialized
-from .quantized import is_quantized, quantized_weights
+from .integrations.accelerate_dispatch import METHODS_BEFORE
+from .materialize.materialize import materialize, materialize_meta_tensors, roll_back
+from .materialize.undo import materialized
+from .model.inventory import inventory
+from .model.quantized import is_quantized, quantized_weights
+from .parking import sleeping
+from .parking.requests import is_parked, move, restore
 
 Model = TypeVar("Model")
 Original = Callable[..., Any]  # what the method would have done without qmove
@@ -49,7 +50,7 @@ def enable_to(model: Model) -> Model:
     if is_enabled(model):
         return model
     try:
-        wake.exchange_class(model, _enabled_class)
+        sleeping.exchange_class(model, _enabled_class)
     except TypeError as error:
         raise QMoveError(
             f"enable_to cannot give {type(model).__qualname__} other methods ({error}). Call qmove.move(model, device)."
@@ -63,7 +64,7 @@ def enable_to(model: Model) -> Model:
 def disable_to(model: Model) -> Model:
     """Gives the model back the methods that it had before `enable_to`. It stays where it is; no trace remains."""
     if is_enabled(model):
-        wake.exchange_class(model, lambda cls: cls.__bases__[-1])
+        sleeping.exchange_class(model, lambda cls: cls.__bases__[-1])
         for name, value in model.__dict__.pop(METHODS_BEFORE, {}).items():
             model.__dict__.setdefault(name, value)  # what was set since then stays
     return model
@@ -123,17 +124,23 @@ def _cast(name: str) -> Callable[..., Any]:
     return cast
 
 
-def _materialize(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+def _materialize(
+    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
+) -> Any:
     """See `qmove.materialize_meta_tensors`."""
     return materialize_meta_tensors(model, device, progress=progress)
 
 
-def _materialize_all(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+def _materialize_all(
+    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
+) -> Any:
     """Gives every meta tensor its data and moves the whole model to `device`, ready to run there."""
     return _moved(materialize_meta_tensors(model, progress=progress), device)
 
 
-def _materialized(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+def _materialized(
+    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
+) -> Any:
     """See `qmove.materialized`."""
     return materialized(model, device, progress=progress)
 
@@ -208,16 +215,20 @@ def _make_enabled_class(cls: type) -> type:
         """Copies and pickles are made as of the model's own class, with what it had in its `__dict__`."""
         reduced: Any = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         function, arguments, *rest = reduced
-        arguments = tuple(cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments)
+        arguments = tuple(
+            cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments
+        )
         if rest and isinstance(rest[0], dict) and METHODS_BEFORE in rest[0]:
-            rest[0] = {name: value for name, value in rest[0].items() if name != METHODS_BEFORE} | rest[0][
-                METHODS_BEFORE
-            ]
+            rest[0] = {
+                name: value for name, value in rest[0].items() if name != METHODS_BEFORE
+            } | rest[0][METHODS_BEFORE]
         return (function, arguments, *rest)
 
     namespace: dict[str, Any] = {
         "__slots__": (),
-        "__class__": property(wake.own_class),  # what programs ask for the class, pickle among them
+        "__class__": property(
+            sleeping.own_class
+        ),  # what programs ask for the class, pickle among them
         "__reduce_ex__": reduce_ex,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -238,10 +249,16 @@ def _make_enabled_class(cls: type) -> type:
 def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.__dict__.get(METHODS_BEFORE, {})
-        original = before[name] if name in before else functools.partial(getattr(cls, name, _missing(name)), self)
-        if not is_enabled(self):  # a wrapper made in the meantime, such as accelerate's, outlives disable_to
+        original = (
+            before[name]
+            if name in before
+            else functools.partial(getattr(cls, name, _missing(name)), self)
+        )
+        if not is_enabled(
+            self
+        ):  # a wrapper made in the meantime, such as accelerate's, outlives disable_to
             return original(*args, **kwargs)
-        with registry.lock:
+        with homes.lock:
             return function(self, original, *args, **kwargs)
 
     return functools.wraps(getattr(cls, name))(method) if hasattr(cls, name) else method

@@ -21,9 +21,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m simcuda", description="Run a Python program with simulated CUDA devices."
     )
-    parser.add_argument("--memory", type=_size, default="4GiB", metavar="SIZE", help="capacity of each device")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices, 1 to 16")
-    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module, as with python -m")
+    parser.add_argument(
+        "--memory", type=_size, default="4GiB", metavar="SIZE", help="capacity of each device"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="how many devices, 1 to 16"
+    )
+    parser.add_argument(
+        "-m", dest="module", metavar="MODULE", help="run a module, as with python -m"
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="script.py arguments...")
     return parser
 

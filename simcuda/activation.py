@@ -33,7 +33,9 @@ def activate(devices: int = 1, memory: str | int = "4GiB") -> None:
     """
     global _active
     if _active:
-        raise SimulationError("the simulated devices are active already; their capacity: simcuda.set_memory()")
+        raise SimulationError(
+            "the simulated devices are active already; their capacity: simcuda.set_memory()"
+        )
     if not 1 <= devices <= MAX_DEVICES:
         raise ValueError(f"devices must be 1 to {MAX_DEVICES}, not {devices}")
     capacity = parse_size(memory)

@@ -24,21 +24,27 @@ def torch_folder() -> Path:
     """The installed torch's folder, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise SimulationError("simcuda needs PyTorch, and none is installed: install a CPU build of torch")
+        raise SimulationError(
+            "simcuda needs PyTorch, and none is installed: install a CPU build of torch"
+        )
     return Path(spec.origin).parent
 
 
 def check_platform(torch: Path) -> None:
     """Raises SimulationError unless this is Linux with a CPU build of PyTorch."""
     if not sys.platform.startswith("linux"):
-        raise SimulationError(f"simcuda runs on Linux only (this is {sys.platform}): use WSL or a container")
+        raise SimulationError(
+            f"simcuda runs on Linux only (this is {sys.platform}): use WSL or a container"
+        )
     if (torch / "lib" / "libtorch_cuda.so").exists():
         raise SimulationError(
             "simcuda needs a CPU build of PyTorch, and this one is built for CUDA: its own kernels own the `cuda` "
             "device. Use an environment with the CPU build, or run without simcuda on the real device"
         )
     if not (torch / "lib" / "libtorch_cpu.so").exists():
-        raise SimulationError(f"no libtorch_cpu.so beside the torch package in {torch}: is the installation whole?")
+        raise SimulationError(
+            f"no libtorch_cpu.so beside the torch package in {torch}: is the installation whole?"
+        )
 
 
 def find_compiler() -> str:
@@ -66,7 +72,9 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     for part in (version, *FLAGS, importlib.metadata.version("torch"), str(torch_folder())):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
@@ -86,7 +94,11 @@ def build() -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("simcuda: compiling the simulated device (once, 10 to 30 seconds) ...", file=sys.stderr, flush=True)
+    print(
+        "simcuda: compiling the simulated device (once, 10 to 30 seconds) ...",
+        file=sys.stderr,
+        flush=True,
+    )
     handle, fresh = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     lib = torch / "lib"
@@ -97,7 +109,9 @@ def build() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             tail = "\n".join(done.stderr.splitlines()[-20:])
-            raise SimulationError(f"the C++ compiler failed ({compiler}, exit status {done.returncode}):\n{tail}")
+            raise SimulationError(
+                f"the C++ compiler failed ({compiler}, exit status {done.returncode}):\n{tail}"
+            )
         os.replace(fresh, library)
     finally:
         Path(fresh).unlink(missing_ok=True)

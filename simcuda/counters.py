@@ -64,7 +64,9 @@ def parse_size(size: int | str) -> int:
         unit = None
         if match:
             name = match[2]
-            unit = _DECIMAL.get(name, _UNITS.get(name.removesuffix("ib") if name.endswith("ib") else name))
+            unit = _DECIMAL.get(
+                name, _UNITS.get(name.removesuffix("ib") if name.endswith("ib") else name)
+            )
         if not match or unit is None:
             raise ValueError(f"not a size: {size!r} (examples: 4GiB, 512MiB, 1000000)")
         value = int(float(match[1]) * unit)

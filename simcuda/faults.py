@@ -39,7 +39,9 @@ class Fault:
     @property
     def fired(self) -> int:
         now = int(sim().sim_fault_fired(self._id))
-        self._last = now if now >= 0 else self._last  # after the block the plan is gone and its count stays
+        self._last = (
+            now if now >= 0 else self._last
+        )  # after the block the plan is gone and its count stays
         return self._last
 
     def _remove(self) -> None:
@@ -127,7 +129,9 @@ def _notify(raw: ctypes._Pointer[RawNotice], error: ctypes._Pointer[ctypes.c_voi
     )
     try:
         callback(notice)
-    except BaseException as raised:  # not swallowed: it goes through C++ to whoever asked for the copy
+    except (
+        BaseException
+    ) as raised:  # not swallowed: it goes through C++ to whoever asked for the copy
         error[0], error[1] = _new_references(raised, 1)
 
 

@@ -39,7 +39,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_set_last_error": (None, [c_int]),
     "sim_error_name": (c_char_p, [c_int]),
     "sim_error_string": (c_char_p, [c_int]),
-    "sim_add_fault": (c_int64, [c_int, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p]),
+    "sim_add_fault": (
+        c_int64,
+        [c_int, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p],
+    ),
     "sim_fault_fired": (c_int64, [c_int64]),
     "sim_remove_fault": (None, [c_int64]),
     "sim_on_copy": (None, [NoticeFn]),
@@ -58,7 +61,10 @@ def load(path: Path, torch: Path) -> ctypes.CDLL:
     """Loads torch's CPU libraries and then this one, before ``import torch`` asks whether there is a CUDA device."""
     global _loaded
     libraries = torch / "lib"
-    first = sorted(libraries.glob("libgomp*")) + [libraries / "libc10.so", libraries / "libtorch_cpu.so"]
+    first = sorted(libraries.glob("libgomp*")) + [
+        libraries / "libc10.so",
+        libraries / "libtorch_cpu.so",
+    ]
     for library in first:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     _loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
@@ -71,7 +77,9 @@ def load(path: Path, torch: Path) -> ctypes.CDLL:
 def sim() -> ctypes.CDLL:
     """The loaded library; raises SimulationError before ``simcuda.activate()``."""
     if _loaded is None:
-        raise SimulationError("the simulated devices are not active: call simcuda.activate() before `import torch`")
+        raise SimulationError(
+            "the simulated devices are not active: call simcuda.activate() before `import torch`"
+        )
     return _loaded
 
 

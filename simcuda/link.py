@@ -76,7 +76,9 @@ def use(link: str | Link) -> None:
     global _current
     if isinstance(link, str):
         if link not in PRESETS:
-            raise ValueError(f"no link named {link!r}: use one of {', '.join(PRESETS)} or a simcuda.link.Link")
+            raise ValueError(
+                f"no link named {link!r}: use one of {', '.join(PRESETS)} or a simcuda.link.Link"
+            )
         link = PRESETS[link]
     _current = link
     if is_loaded():

@@ -15,12 +15,22 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 def install() -> None:
     """Teaches ``torch.UntypedStorage`` to be made, resized, filled and read on ``cuda``."""
     cls: Any = torch.UntypedStorage
-    new, resize, fill, getitem, setitem = cls.__new__, cls.resize_, cls.fill_, cls.__getitem__, cls.__setitem__
+    new, resize, fill, getitem, setitem = (
+        cls.__new__,
+        cls.resize_,
+        cls.fill_,
+        cls.__getitem__,
+        cls.__setitem__,
+    )
 
     def __new__(klass: type, *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
         wanted = torch.device(device) if device is not None else torch.get_default_device()
         if wanted.type != "cuda" or "allocator" in kwargs:
-            return new(klass, *args, **kwargs) if device is None else new(klass, *args, device=device, **kwargs)
+            return (
+                new(klass, *args, **kwargs)
+                if device is None
+                else new(klass, *args, device=device, **kwargs)
+            )
         (content,) = args or (kwargs.get("size", 0),)
         if isinstance(content, int):
             return torch.empty(content, dtype=torch.uint8, device=wanted).untyped_storage()

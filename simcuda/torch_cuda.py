@@ -120,7 +120,9 @@ class _CudaStreamBase(torch._C.Stream):
         if stream_ptr:
             raise NotImplementedError("simcuda has no external streams")
         if stream_id is not None:
-            return super().__new__(cls, stream_id=stream_id, device_index=device_index, device_type=device_type)
+            return super().__new__(
+                cls, stream_id=stream_id, device_index=device_index, device_type=device_type
+            )
         device = torch.device("cuda", torch._C._accelerator_getDeviceIndex())
         return super().__new__(cls, device, priority=priority)
 
@@ -144,7 +146,9 @@ class _CudaEventBase(torch._C.Event):
         external: bool = False,
     ) -> _CudaEventBase:
         device = torch.device("cuda", torch._C._accelerator_getDeviceIndex())
-        return super().__new__(cls, device, enable_timing=enable_timing, blocking=blocking, interprocess=interprocess)
+        return super().__new__(
+            cls, device, enable_timing=enable_timing, blocking=blocking, interprocess=interprocess
+        )
 
     @property
     def cuda_event(self) -> int:
@@ -168,7 +172,9 @@ def _current_stream(device: int) -> tuple[int, int, int]:
 def _set_stream(stream_id: int, device_index: int, device_type: int) -> None:
     """Makes a stream current, and its device with it."""
     torch._C._accelerator_setDeviceIndex(device_index)
-    stream = torch._C.Stream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+    stream = torch._C.Stream(
+        stream_id=stream_id, device_index=device_index, device_type=device_type
+    )
     torch._C._accelerator_setStream(stream)
 
 
@@ -176,7 +182,9 @@ def _init() -> None:
     """``torch._C._cuda_init``: what torch.cuda expects to find after its first use."""
     torch.ops.simcuda.initialize()  # until then at::is_pinned answers False for everything
     count = sim().sim_device_count()
-    torch.cuda.default_generators = tuple(torch.ops.simcuda.seed_source(index) for index in range(count))
+    torch.cuda.default_generators = tuple(
+        torch.ops.simcuda.seed_source(index) for index in range(count)
+    )
     torch.cuda.__dict__["_get_device_properties"] = device_properties
 
 
@@ -211,7 +219,9 @@ def install_bindings() -> None:
         "_cuda_isCurrentStreamCapturing": lambda: False,
         "_cuda_init": _init,
         "_cuda_isInBadFork": _is_in_bad_fork,
-        "_cuda_getDeviceCount": lambda: int(sim().sim_device_count()),  # torch._dynamo hashes it, which ctypes refuses
+        "_cuda_getDeviceCount": lambda: int(
+            sim().sim_device_count()
+        ),  # torch._dynamo hashes it, which ctypes refuses
         "_cuda_getDevice": c._accelerator_getDeviceIndex,
         "_cuda_setDevice": c._accelerator_setDeviceIndex,
         "_cuda_exchangeDevice": c._accelerator_exchangeDevice,

@@ -1,67 +1,17 @@
-"""The one place where tests get their device: a real GPU if there is one, else simulated ones."""
+"""The fixtures of all tests: the devices, and what no test may leave behind."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 import simcuda
+from tests.builders.device import GPU, SIMULATED
 
-
-def _torch_is_a_cpu_build() -> bool:
-    """Looked up without importing torch: the simulator has to come first."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is not installed: run `make test`, which sets it up"
-    return "cuda: Optional[str] = None" in (Path(spec.origin).parent / "version.py").read_text()
-
-
-# Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-if _torch_is_a_cpu_build() and not simcuda.is_active():
-    # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes; uncompiled they do as well.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    simcuda.activate(devices=2, memory="4GiB")
-
-import torch  # noqa: E402
-
-SIMULATED = simcuda.is_active()
-if not SIMULATED and not torch.cuda.is_available():
-    pytest.exit(
-        "This torch is a CUDA build, but there is no GPU. Run `make test`: it sets up a CPU build, for the simulated GPU.",
-        returncode=2,
-    )
-
-
-@dataclass(frozen=True)
-class GPU:
-    """What a test asks of the device; the same on a simulated and on a real one.
-
-    Attributes:
-        before: bytes that lay there before the test, such as tables that bitsandbytes keeps for the whole process.
-    """
-
-    device: torch.device
-    before: int
-
-    def allocated(self) -> int:
-        """Bytes of live tensors that the test has on the device."""
-        gc.collect()
-        return torch.cuda.memory_allocated(self.device) - self.before
-
-    def peak(self) -> int:
-        """The most bytes the test had there since `reset_peak`."""
-        return torch.cuda.max_memory_allocated(self.device) - self.before
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
+import torch  # isort: skip  (after the simulated device)
 
 
 @pytest.fixture
@@ -97,12 +47,13 @@ def _set_imports_aside() -> None:
 def _no_test_leaves_anything_behind() -> Iterator[None]:
     """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no host memory kept by it."""
     import qmove_core as qmove
-    from qmove_core import arena, arrival
+    from qmove_core.memory import arena
+    from qmove_core.parking import streaming
 
     arena.LOOK_SECONDS = 3600.0  # nothing is given back behind a test's back
     _set_imports_aside()
     yield
-    arrival.settle()
+    streaming.settle()
     gc.collect()
     qmove.configure(ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None)
     qmove.trim()
@@ -113,7 +64,9 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "simulated: needs the simulated GPU (faults, exact counters)")
+    config.addinivalue_line(
+        "markers", "simulated: needs the simulated GPU (faults, exact counters)"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -121,7 +74,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("simulated") or "simcuda" in item.path.parts:
-            item.add_marker(pytest.mark.skip(reason="runs on the simulated GPU only; this machine has a real one"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="runs on the simulated GPU only; this machine has a real one"
+                )
+            )
 
 
 def pytest_report_header() -> str:

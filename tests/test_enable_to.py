@@ -16,16 +16,22 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from conftest import GPU
-from models import layers, llama_inputs, quanto_layers, snapshot, tiny_llama
+from tests.builders.device import GPU
+from tests.builders.models import layers, llama_inputs, quanto_layers, snapshot, tiny_llama
 
 Call = Callable[[Any], Any]
 
 
 def linear_4bit(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float16, **options).half().eval()
-    return nn.Sequential(layer.cuda(), nn.LayerNorm(32, device="cuda", dtype=torch.float16)).requires_grad_(False)
+    layer = (
+        bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float16, **options)
+        .half()
+        .eval()
+    )
+    return nn.Sequential(
+        layer.cuda(), nn.LayerNorm(32, device="cuda", dtype=torch.float16)
+    ).requires_grad_(False)
 
 
 def linear_8bit() -> nn.Module:
@@ -71,7 +77,9 @@ def test_the_models_own_methods_move_it_where_transformers_forbids_it(
 
 def contents(model: nn.Module) -> dict[str, bytes]:
     """The bytes by name, but those of the outlier columns that bitsandbytes notes in each forward."""
-    return {name: seen[1] for name, seen in snapshot(model).items() if not name.endswith("state.idx")}
+    return {
+        name: seen[1] for name, seen in snapshot(model).items() if not name.endswith("state.idx")
+    }
 
 
 def test_without_enable_to_transformers_forbids_it(tmp_path: Path) -> None:
@@ -141,13 +149,16 @@ def _with_parameter(tensor: torch.Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("build", QUANTIZED.values(), ids=QUANTIZED.keys())
-def test_a_cast_of_quantized_weights_is_refused_and_changes_nothing(build: Callable[[], nn.Module]) -> None:
+def test_a_cast_of_quantized_weights_is_refused_and_changes_nothing(
+    build: Callable[[], nn.Module],
+) -> None:
     model = qmove.enable_to(build())
     before = snapshot(model)
 
     for name, cast in CASTS.items():
         with pytest.raises(
-            qmove.DtypeCastRefused, match=r"weights are quantized, first '.*weight'.*Nothing was changed"
+            qmove.DtypeCastRefused,
+            match=r"weights are quantized, first '.*weight'.*Nothing was changed",
         ):
             cast(model)
         assert snapshot(model) == before, name
@@ -179,7 +190,9 @@ def _with_statistics() -> nn.Module:
 
 def test_channels_last_reaches_the_convolutions_of_a_quantized_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, device="cuda"), *linear_4bit()).requires_grad_(False)
-    codes = torch.arange(54, dtype=torch.uint8, device="cuda").reshape(2, 3, 3, 3)  # such as a packed convolution has
+    codes = torch.arange(54, dtype=torch.uint8, device="cuda").reshape(
+        2, 3, 3, 3
+    )  # such as a packed convolution has
     model[0].codes = nn.Parameter(codes, requires_grad=False)
     packed = model[1].weight.data.clone()
 
@@ -244,7 +257,9 @@ def test_a_parked_model_wakes_and_stays_enabled(gpu: GPU) -> None:
 def test_accelerates_own_to_is_put_aside_and_put_back(tmp_path: Path) -> None:
     from accelerate import dispatch_model
 
-    model = dispatch_model(tiny_llama("int8", tmp_path), {"model": 0, "lm_head": 1}, force_hooks=True)
+    model = dispatch_model(
+        tiny_llama("int8", tmp_path), {"model": 0, "lm_head": 1}, force_hooks=True
+    )
     wrapped = {name: vars(model)[name] for name in ("to", "cuda")}
 
     qmove.enable_to(model)
@@ -259,14 +274,18 @@ def test_accelerates_own_to_is_put_aside_and_put_back(tmp_path: Path) -> None:
 def test_a_wrapper_made_while_it_was_enabled_outlives_disable_to() -> None:
     model = qmove.enable_to(layers())
     enabled_to = model.to
-    model.__dict__["to"] = lambda *args: enabled_to(*args)  # what accelerate does when it dispatches
+    model.__dict__["to"] = lambda *args: enabled_to(
+        *args
+    )  # what accelerate does when it dispatches
 
     qmove.disable_to(model)
 
     assert model.to(torch.float16)[0].weight.dtype == torch.float16
     bare = model[0].weight.data
     model.to("cpu")
-    assert bare.device.type == "cuda"  # PyTorch's own `to` moves parameters, not the tensors that alias them
+    assert (
+        bare.device.type == "cuda"
+    )  # PyTorch's own `to` moves parameters, not the tensors that alias them
 
 
 @pytest.mark.parametrize("was_parked", [False, True], ids=["resident", "parked"])

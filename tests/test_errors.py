@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from conftest import GPU, SIMULATED
-from models import layers, snapshot
+from tests.builders.device import GPU, SIMULATED
+from tests.builders.models import layers, snapshot
 
 ACTIONS = [qmove.park, qmove.restore, lambda model: qmove.move(model, "cpu")]
 
 
 @pytest.mark.parametrize(
-    "nothing", [object(), {}, [], nn.ReLU(), "a path", 7, None], ids=lambda thing: type(thing).__name__
+    "nothing",
+    [object(), {}, [], nn.ReLU(), "a path", 7, None],
+    ids=lambda thing: type(thing).__name__,
 )
 @pytest.mark.parametrize("act", ACTIONS, ids=["park", "restore", "move"])
 def test_an_object_without_tensors(gpu: GPU, act, nothing: object) -> None:  # type: ignore[no-untyped-def]
@@ -31,7 +33,9 @@ def test_a_module_that_only_refers_to_others_names_them(gpu: GPU) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "gpu", "cuda:-1", "xpu:0", 9, "", "cuda:0:1"])
-def test_an_unknown_device_is_refused_and_the_known_ones_are_named(gpu: GPU, device: str | int) -> None:
+def test_an_unknown_device_is_refused_and_the_known_ones_are_named(
+    gpu: GPU, device: str | int
+) -> None:
     model = layers(1)
     qmove.park(model)
 
@@ -75,7 +79,9 @@ class NoFlatten(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> NoFlatten:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -96,15 +102,25 @@ class CapturedGraph(torch.cuda.CUDAGraph):
 UNMOVABLE = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "to_dense"),
     "nested": (lambda: torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)]), "jagged"),
-    "quantized by torch itself": (lambda: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "torchao"),
-    "a wrapper without __tensor_flatten__": (lambda: NoFlatten(torch.ones(3)), "__tensor_flatten__"),
+    "quantized by torch itself": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8),
+        "torchao",
+    ),
+    "a wrapper without __tensor_flatten__": (
+        lambda: NoFlatten(torch.ones(3)),
+        "__tensor_flatten__",
+    ),
     "a CUDA graph": (CapturedGraph, "raw addresses"),
 }
 
 
 @pytest.mark.parametrize("kind", UNMOVABLE)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:.*quantize_per_tensor")
-def test_what_cannot_be_moved_is_named_with_the_reason_and_nothing_moves(gpu: GPU, kind: str) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors:UserWarning", "ignore:.*quantize_per_tensor"
+)
+def test_what_cannot_be_moved_is_named_with_the_reason_and_nothing_moves(
+    gpu: GPU, kind: str
+) -> None:
     build, reason = UNMOVABLE[kind]
     model = layers(1, device="cpu")
     model.odd = build()
@@ -129,12 +145,18 @@ def test_a_cuda_graph_over_the_weights_stops_a_park(gpu: GPU) -> None:
     model = layers(1)
     model.graph = CapturedGraph()
 
-    with pytest.raises(qmove.CannotMove, match=r"graph: a CapturedGraph replays kernels with the raw addresses"):
+    with pytest.raises(
+        qmove.CannotMove, match=r"graph: a CapturedGraph replays kernels with the raw addresses"
+    ):
         qmove.park(model)
 
 
 def test_all_errors_are_qmove_errors() -> None:
-    errors = [value for value in vars(qmove).values() if isinstance(value, type) and issubclass(value, Exception)]
+    errors = [
+        value
+        for value in vars(qmove).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
 
     assert len(errors) >= 9
     assert all(issubclass(error, qmove.QMoveError) for error in errors)

@@ -46,7 +46,12 @@ def _bring_chromium() -> None:
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run([*quiet, "update"], check=False, env=environment)
         install = [*quiet, "install", "--yes", "--no-install-recommends", *missing]
-        if subprocess.run(install, check=False, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
+        if (
+            subprocess.run(
+                install, check=False, env=environment, stdout=subprocess.DEVNULL
+            ).returncode
+            != 0
+        ):
             stop(f"apt could not install {', '.join(missing)} (see above)")
     elif not at_hand:
         stop(
@@ -62,7 +67,10 @@ def _missing_packages() -> list[str]:
     if dpkg is None:
         return []
     ask = [dpkg, "--show", "--showformat=${db:Status-Status}"]
-    answers = {name: subprocess.run([*ask, name], capture_output=True, text=True).stdout for name in SYSTEM_PACKAGES}
+    answers = {
+        name: subprocess.run([*ask, name], capture_output=True, text=True).stdout
+        for name in SYSTEM_PACKAGES
+    }
     return [name for name, status in answers.items() if status != "installed"]
 
 

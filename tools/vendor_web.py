@@ -60,7 +60,14 @@ def main() -> None:
         sys.exit("vendor_web: npm is needed (Debian, Ubuntu: apt install npm)")
     for package in PACKAGES:
         with tempfile.TemporaryDirectory() as folder:
-            command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", folder, "--silent"]
+            command = [
+                npm,
+                "pack",
+                f"{package.name}@{package.version}",
+                "--pack-destination",
+                folder,
+                "--silent",
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             (archive,) = Path(folder).glob("*.tgz")
             unpack(package, archive, VENDOR / package.name)
@@ -71,12 +78,16 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
     """Takes the named files out of a package's archive, after its digest and its license were compared."""
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if digest != package.integrity:
-        sys.exit(f"vendor_web: {package.name} {package.version} is not what it was: {digest}, not {package.integrity}")
+        sys.exit(
+            f"vendor_web: {package.name} {package.version} is not what it was: {digest}, not {package.integrity}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         declared = json.loads(_read(tar, "package/package.json"))
         if declared["license"] != package.license:
-            sys.exit(f"vendor_web: {package.name} is now under {declared['license']}, not {package.license}")
+            sys.exit(
+                f"vendor_web: {package.name} is now under {declared['license']}, not {package.license}"
+            )
         content = {target: _read(tar, source) for source, target in package.files.items()}
     for name, data in content.items():
         (folder / name).write_bytes(data)
@@ -86,7 +97,9 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
         "license": package.license,
         "homepage": declared.get("homepage"),
         "integrity": package.integrity,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(content.items())},
+        "sha256": {
+            name: hashlib.sha256(data).hexdigest() for name, data in sorted(content.items())
+        },
     }
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 

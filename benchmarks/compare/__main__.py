@@ -27,28 +27,51 @@ from . import contenders, machine, page, plots, terminal, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = [contender.name for contender in contenders.ALL]
-MOST_RAM = 14e9  # bytes that a measurement may take together with its simulated VRAM; --large lifts it
+MOST_RAM = (
+    14e9  # bytes that a measurement may take together with its simulated VRAM; --large lifts it
+)
 TIMEOUT = 1800  # seconds for one process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models: does it all work?")
-    parser.add_argument("--large", action="store_true", help="also what takes more than 14 GB of RAM (a model of 8 GB)")
     parser.add_argument(
-        "--out", type=Path, help="where to write docs/ and benchmarks/results/ (default: this checkout)"
+        "--large",
+        action="store_true",
+        help="also what takes more than 14 GB of RAM (a model of 8 GB)",
     )
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="the share of the layers that the models of the swaps have"
+        "--out",
+        type=Path,
+        help="where to write docs/ and benchmarks/results/ (default: this checkout)",
     )
-    parser.add_argument("--scratch", type=Path, help="where the models are written (default: the temporary folder)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="only this contender; may be repeated")
     parser.add_argument(
-        "--from", dest="kept", type=Path, metavar="FILE", help="measure nothing, show kept results again"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="the share of the layers that the models of the swaps have",
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="where the models are written (default: the temporary folder)"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="only this contender; may be repeated"
+    )
+    parser.add_argument(
+        "--from",
+        dest="kept",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing, show kept results again",
     )
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 200)
-    results = json.loads(options.kept.read_text(encoding="utf-8")) if options.kept else Run(console, options).all()
+    results = (
+        json.loads(options.kept.read_text(encoding="utf-8"))
+        if options.kept
+        else Run(console, options).all()
+    )
     terminal.show(console, results)
     out = options.out or (None if options.quick else ROOT)
     if out is not None:
@@ -80,8 +103,12 @@ def scaled(workload: workloads.Workload, share: float) -> workloads.Workload:
 def without_tracebacks(results: Any) -> Any:
     """They name folders of this machine, and are for the terminal."""
     if isinstance(results, dict):
-        return {key: without_tracebacks(value) for key, value in results.items() if key != "traceback"}
-    return [without_tracebacks(value) for value in results] if isinstance(results, list) else results
+        return {
+            key: without_tracebacks(value) for key, value in results.items() if key != "traceback"
+        }
+    return (
+        [without_tracebacks(value) for value in results] if isinstance(results, list) else results
+    )
 
 
 class Run:
@@ -104,16 +131,28 @@ class Run:
         sizes = [10**6] if quick else [10**7, 10**8, 10**9, 2 * 10**9, 4 * 10**9, 8 * 10**9]
         rounds = 1 if quick else 3
         beside = {"tensors": 120, "nbytes": 10**6 if quick else 500 * 10**6, "rounds": rounds}
-        by_tensors = [{"tensors": count, "nbytes": 128 * count, "rounds": rounds} for count in counts]
-        by_bytes = [{"tensors": 64, "nbytes": size, "rounds": 1 if size > 10**9 else rounds} for size in sizes]
-        steps = len(models) * (1 + len(self.contenders) + len(self.moves_on)) + 1 + len(counts) + len(sizes)
+        by_tensors = [
+            {"tensors": count, "nbytes": 128 * count, "rounds": rounds} for count in counts
+        ]
+        by_bytes = [
+            {"tensors": 64, "nbytes": size, "rounds": 1 if size > 10**9 else rounds}
+            for size in sizes
+        ]
+        steps = (
+            len(models) * (1 + len(self.contenders) + len(self.moves_on))
+            + 1
+            + len(counts)
+            + len(sizes)
+        )
         self.progress.update(self.bar, total=steps)
         with self.progress, ThreadPoolExecutor(2 if quick else 1) as self.pool:
             return {
                 "simulated": self.simulated,
                 "quick": quick,
                 "links": self.links,
-                "machine": machine.describe("a simulated GPU (simcuda)" if self.simulated else _gpu_name()),
+                "machine": machine.describe(
+                    "a simulated GPU (simcuda)" if self.simulated else _gpu_name()
+                ),
                 "workloads": [self._workload(workload) for workload in models],
                 "beside a copy": self._child("beside a copy", beside, "beside a plain copy"),
                 "by tensors": list(self.pool.map(self._size, by_tensors)),
@@ -125,14 +164,21 @@ class Run:
             request = {"workload": asdict(workload), "folder": folder}
             prepared = self._child("prepare", request, f"{workload.name}: writing the models")
             if "error" in prepared:
-                raise SystemExit(f"the models could not be made: {prepared['error']}\n{prepared.get('traceback', '')}")
+                raise SystemExit(
+                    f"the models could not be made: {prepared['error']}\n{prepared.get('traceback', '')}"
+                )
             swaps = {
-                name: self.pool.submit(self._child, "swaps", {**request, "contender": name}, f"{workload.name}: {name}")
+                name: self.pool.submit(
+                    self._child, "swaps", {**request, "contender": name}, f"{workload.name}: {name}"
+                )
                 for name in self.contenders
             }
             moves = {
                 link or "wall": self.pool.submit(
-                    self._child, "moves", {**request, "link": link}, f"{workload.name}: qmove alone, {link or ''}"
+                    self._child,
+                    "moves",
+                    {**request, "link": link},
+                    f"{workload.name}: qmove alone, {link or ''}",
                 )
                 for link in self.moves_on
             }
@@ -151,13 +197,24 @@ class Run:
             self.progress.advance(self.bar)
             why = f"not measured: needs {needed / 1e9:.1f} GB of RAM, {limit / 1e9:.1f} GB may be used"
             return {**request, "error": why + ("" if self.options.large else " (--large uses all)")}
-        return self._child("one size", request, f"{request['tensors']:,} tensors, {request['nbytes'] / 1e6:,.3g} MB")
+        return self._child(
+            "one size",
+            request,
+            f"{request['tensors']:,} tensors, {request['nbytes'] / 1e6:,.3g} MB",
+        )
 
     def _child(self, task: str, request: dict[str, Any], what: str) -> dict[str, Any]:
         """What the process answered; how it died, if it did."""
         self.progress.update(self.bar, description=what)
         simulation = ["-m", "simcuda", "--memory", "24GiB"] if self.simulated else []
-        command = [sys.executable, *simulation, "-m", "benchmarks.compare.child", task, json.dumps(request)]
+        command = [
+            sys.executable,
+            *simulation,
+            "-m",
+            "benchmarks.compare.child",
+            task,
+            json.dumps(request),
+        ]
         # Threads that wait without spinning (see the Makefile); and without CUDA kernels bitsandbytes compiles its own for each
         # shape, which takes minutes, where uncompiled ones do as well.
         environment = {
@@ -168,13 +225,21 @@ class Run:
         started = time.perf_counter()
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=TIMEOUT, check=False
+                command,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+                timeout=TIMEOUT,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return {"error": f"took longer than {TIMEOUT} s"}
         finally:
             self.progress.advance(self.bar)
-            self.progress.print(f"{time.perf_counter() - started:6.1f} s  {what}", markup=False, highlight=False)
+            self.progress.print(
+                f"{time.perf_counter() - started:6.1f} s  {what}", markup=False, highlight=False
+            )
         lines = done.stdout.strip().splitlines()
         if done.returncode != 0 or not lines:
             last = (done.stderr.strip().splitlines() or [""])[-1]

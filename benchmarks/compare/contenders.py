@@ -104,7 +104,10 @@ class AccelerateHook(Contender):
         from accelerate import cpu_offload_with_hook
 
         pairs = [cpu_offload_with_hook(load(index, "cpu"), "cuda:0") for index in range(2)]
-        self.models, self.hooks = [model for model, _hook in pairs], [hook for _model, hook in pairs]
+        self.models, self.hooks = (
+            [model for model, _hook in pairs],
+            [hook for _model, hook in pairs],
+        )
 
     def use(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self.models[index].device != x.device:
@@ -185,7 +188,11 @@ class Mmgp(Contender):
         pipe = {"first": self.models[0], "second": self.models[1]}
         with contextlib.redirect_stdout(io.StringIO()):
             self.manager = offload.all(
-                pipe, pinnedMemory=True, quantizeTransformer=False, convertWeightsFloatTo=None, verboseLevel=0
+                pipe,
+                pinnedMemory=True,
+                quantizeTransformer=False,
+                convertWeightsFloatTo=None,
+                verboseLevel=0,
             )
         torch.set_default_device(None)  # it sets "cuda" for the whole process
 

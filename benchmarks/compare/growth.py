@@ -20,7 +20,7 @@ def one_size(request: dict[str, Any]) -> dict[str, Any]:
     The first park happens once.
     """
     import qmove_core as qmove
-    from qmove_core.digest import digest_storages
+    from qmove_core.digests.digest import digest_storages
 
     torch.cuda.init()
     meter.use_link(meter.LINKS[0])
@@ -32,9 +32,15 @@ def one_size(request: dict[str, Any]) -> dict[str, Any]:
         "restore": lambda: qmove.restore(model),
     }
     rounds = [_readings(steps) for _ in range(request["rounds"] + 1)]
-    result: dict[str, Any] = {"tensors": request["tensors"], "nbytes": held.nbytes, "first park": rounds[0]["park"]}
+    result: dict[str, Any] = {
+        "tensors": request["tensors"],
+        "nbytes": held.nbytes,
+        "first park": rounds[0]["park"],
+    }
     for step in steps:
-        result[step if step != "park" else "second park"] = min((r[step] for r in rounds[1:]), key=lambda r: r["wall"])
+        result[step if step != "park" else "second park"] = min(
+            (r[step] for r in rounds[1:]), key=lambda r: r["wall"]
+        )
     storages = [holding.storage for holding in qmove.inventory(model).holdings]
     digests = [_readings({"digest": lambda: digest_storages(storages)})["digest"] for _ in rounds]
     return result | {"digest": min(digests, key=lambda reading: reading["wall"])}
@@ -83,10 +89,14 @@ def beside_a_copy(request: dict[str, Any]) -> dict[str, Any]:
     sources.clear()
     qmove.configure(keep_mirrors=False)
     rounds = [
-        (_wall(lambda: qmove.park(model)), _wall(lambda: qmove.restore(model))) for _ in range(request["rounds"] + 1)
+        (_wall(lambda: qmove.park(model)), _wall(lambda: qmove.restore(model)))
+        for _ in range(request["rounds"] + 1)
     ]
     result["qmove fresh"] = {"out": rounds[0][0], "back": rounds[0][1]}
-    result["qmove again"] = {"out": min(out for out, _ in rounds[1:]), "back": min(back for _, back in rounds[1:])}
+    result["qmove again"] = {
+        "out": min(out for out, _ in rounds[1:]),
+        "back": min(back for _, back in rounds[1:]),
+    }
     return result
 
 

@@ -24,16 +24,26 @@ def virtual_kernels(seconds: float) -> Iterator[None]:
     from simcuda import clock
 
     def run(x: torch.Tensor, *operands: torch.Tensor | None) -> torch.Tensor:
-        elsewhere = {operand.device for operand in operands if operand is not None and operand.device != x.device}
+        elsewhere = {
+            operand.device
+            for operand in operands
+            if operand is not None and operand.device != x.device
+        }
         if elsewhere:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {x.device} and {elsewhere}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found {x.device} and {elsewhere}"
+            )
         clock.compute(seconds)
         return x
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return run(x, weight, bias)
 
-    def matmul(x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None, state: Any) -> torch.Tensor:
+    def matmul(
+        x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None, state: Any
+    ) -> torch.Tensor:
         return run(x, state.CB if state.CB is not None else weight, state.SCB, bias)
 
     def matmul_4bit(

@@ -13,7 +13,16 @@ import torch
 
 import simcuda
 
-PACKAGES = ("qmove", "torch", "bitsandbytes", "accelerate", "diffusers", "mmgp", "safetensors", "numpy")
+PACKAGES = (
+    "qmove",
+    "torch",
+    "bitsandbytes",
+    "accelerate",
+    "diffusers",
+    "mmgp",
+    "safetensors",
+    "numpy",
+)
 
 
 def describe(device: str) -> dict[str, object]:
@@ -32,7 +41,9 @@ def describe(device: str) -> dict[str, object]:
 
 def has_gpu_build() -> bool:
     """Whether this torch is a build for a GPU; where it is not, the simulated one serves."""
-    return not simcuda.is_active() and (torch.version.cuda is not None or torch.version.hip is not None)
+    return not simcuda.is_active() and (
+        torch.version.cuda is not None or torch.version.hip is not None
+    )
 
 
 def _version(package: str) -> str | None:
@@ -45,5 +56,7 @@ def _version(package: str) -> str | None:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    named = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+    )
     return named or platform.processor()

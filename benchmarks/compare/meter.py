@@ -70,7 +70,10 @@ class _SimulatedCounter:
         self._before, self._clock = simcuda.counters(), simcuda.clock.now()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         import simcuda
 

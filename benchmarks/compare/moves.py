@@ -12,7 +12,11 @@ from . import meter, workloads
 from .kernels import virtual_kernels
 
 SAMPLE = 256 << 20  # bytes copied and pinned to learn what the link and the host can do
-COMPUTE = (0.5, 1.0, 2.0)  # the forward's time in the streaming measurement, as a share of the transfer's
+COMPUTE = (
+    0.5,
+    1.0,
+    2.0,
+)  # the forward's time in the streaming measurement, as a share of the transfer's
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +50,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _stream(qmove: Any, model: Any, x: torch.Tensor, share: float, result: dict[str, Any]) -> dict[str, float]:
+def _stream(
+    qmove: Any, model: Any, x: torch.Tensor, share: float, result: dict[str, Any]
+) -> dict[str, float]:
     """A streaming restore and the first forward after it, whose kernels take `share` of the transfer's time together.
 
     "compute" is that forward on the resident model, launches included: it cannot be faster than that.
@@ -60,7 +66,12 @@ def _stream(qmove: Any, model: Any, x: torch.Tensor, share: float, result: dict[
             qmove.restore(model, stream=True)
             model(x)
     compute = float(alone.link or 0.0)
-    return {"share": share, "transfer": transfer, "compute": compute, "both": float(both.link or 0.0)}
+    return {
+        "share": share,
+        "transfer": transfer,
+        "compute": compute,
+        "both": float(both.link or 0.0),
+    }
 
 
 def _rates() -> dict[str, float]:

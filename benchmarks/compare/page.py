@@ -39,13 +39,24 @@ def page(results: dict[str, Any]) -> str:
         READING,
         *([SIMULATED] if results["simulated"] else []),
     ]
-    parts += [_machine(results["machine"]), "## Ten swaps of two models", "![Seconds of ten swaps](benchmark.svg)"]
+    parts += [
+        _machine(results["machine"]),
+        "## Ten swaps of two models",
+        "![Seconds of ten swaps](benchmark.svg)",
+    ]
     for workload in results["workloads"]:
-        parts += [f"### {workload['name']}, {rows.readable(workload['nbytes'])} each", _swaps(results, workload)]
+        parts += [
+            f"### {workload['name']}, {rows.readable(workload['nbytes'])} each",
+            _swaps(results, workload),
+        ]
         parts += ["\n".join(f"- {remark}" for remark in rows.remarks(workload))]
     parts += ["## What was to be reached", REACHED, _table(*_split(rows.reached_by_link(results)))]
     parts += ["Wall time of this machine:", _table(*_split(rows.reached_on_the_wall(results)))]
-    parts += ["## As it grows", "![Seconds by tensors and by bytes](benchmark-growth.svg)", _missing(results)]
+    parts += [
+        "## As it grows",
+        "![Seconds by tensors and by bytes](benchmark-growth.svg)",
+        _missing(results),
+    ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 from .rows import readable
 
 GREY, OURS, PEERS = "#7d8590", "#2f81f7", "#9aa4af"
-COLOURS = {"inventory": "#8957e5", "first park": "#d9822b", "second park": "#2da44e", "restore": "#2f81f7"}
+COLOURS = {
+    "inventory": "#8957e5",
+    "first park": "#d9822b",
+    "second park": "#2da44e",
+    "restore": "#2f81f7",
+}
 STYLE = {
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "xtick.color": GREY,
     "ytick.color": GREY, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "qmove",
@@ -31,7 +36,9 @@ def swaps(results: dict[str, Any], path: Path) -> None:
             zip(figure.subplots(rows, 2).flat, results["workloads"], strict=False)
         ):
             _bars(axes, workload, key, clock, named=place % 2 == 0)
-        where = "PCIe 4, in the link model of a simulated GPU" if link else results["machine"]["device"]
+        where = (
+            "PCIe 4, in the link model of a simulated GPU" if link else results["machine"]["device"]
+        )
         figure.suptitle(f"Seconds of ten swaps of two models ({where})", color=GREY)
         _save(figure, path)
 
@@ -39,7 +46,11 @@ def swaps(results: dict[str, Any], path: Path) -> None:
 def _bars(axes: Any, workload: dict[str, Any], key: str, clock: str, named: bool) -> None:
     entries = list(workload["contenders"].items())[::-1]
     seconds = [figures[key][clock] if key in figures else 0.0 for _name, figures in entries]
-    axes.barh(range(len(entries)), seconds, color=[OURS if name.startswith("qmove") else PEERS for name, _ in entries])
+    axes.barh(
+        range(len(entries)),
+        seconds,
+        color=[OURS if name.startswith("qmove") else PEERS for name, _ in entries],
+    )
     axes.set_yticks(range(len(entries)), [name if named else "" for name, _figures in entries])
     for place, ((_name, figures), value) in enumerate(zip(entries, seconds, strict=True)):
         text = f" {value:.3g} s" if key in figures else " fails"
@@ -47,7 +58,9 @@ def _bars(axes: Any, workload: dict[str, Any], key: str, clock: str, named: bool
             text += f", {readable(figures['left'])} stay in VRAM"
         axes.text(value, place, text, va="center", color=GREY, fontsize=9)
     axes.set_xlim(0, (max(seconds) or 1) * 1.7)  # room for what is written beside the bars
-    axes.set_title(f"{workload['name']}, {readable(workload['nbytes'])} each", fontsize=10, loc="left")
+    axes.set_title(
+        f"{workload['name']}, {readable(workload['nbytes'])} each", fontsize=10, loc="left"
+    )
 
 
 def growth(results: dict[str, Any], path: Path) -> None:
@@ -66,7 +79,14 @@ def _lines(axes: Any, points: list[dict[str, Any]], axis: str, unit: float, labe
     points = [point for point in points if "error" not in point]
     at = [point[axis] / unit for point in points]
     for step, colour in COLOURS.items():
-        axes.plot(at, [point[step]["wall"] for point in points], "o-", color=colour, label=step, markersize=4)
+        axes.plot(
+            at,
+            [point[step]["wall"] for point in points],
+            "o-",
+            color=colour,
+            label=step,
+            markersize=4,
+        )
     if points:
         start = points[-1]["first park"]["wall"]
         axes.plot(at, [start * x / at[-1] for x in at], ":", color=GREY, linewidth=1)
@@ -76,4 +96,6 @@ def _lines(axes: Any, points: list[dict[str, Any]], axis: str, unit: float, labe
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(
+        path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None
+    )

@@ -47,7 +47,9 @@ def remarks(workload: dict[str, Any]) -> list[str]:
         if "error" in figures:
             found.append(f"{name}, {figures.get('stage', 'at once')}: {figures['error']}")
         if figures.get("left"):
-            found.append(f"{name} leaves {readable(figures['left'])} in VRAM when both models are put away")
+            found.append(
+                f"{name} leaves {readable(figures['left'])} in VRAM when both models are put away"
+            )
         if figures.get("wrong"):
             found.append(f"{name}: other bytes than in the file in {', '.join(figures['wrong'])}")
         if figures.get("same_output") is False:
@@ -71,7 +73,9 @@ def reached_on_the_wall(results: dict[str, Any]) -> list[list[str]]:
     """Headings, and a line for each target; bold is what was not reached."""
     lines = [["", "at most", "figure", "where"]]
     for target in on_the_wall(results):
-        lines.append([target.what, f"{target.limit:g} {target.unit}", _figure(target), target.where])
+        lines.append(
+            [target.what, f"{target.limit:g} {target.unit}", _figure(target), target.where]
+        )
     return lines
 
 
@@ -84,7 +88,9 @@ def _figure(target: Target) -> str:
 
 def readable(nbytes: float) -> str:
     """In GB, MB or kB."""
-    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if nbytes >= pair[0]), (1e3, "kB"))
+    unit, name = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB")) if nbytes >= pair[0]), (1e3, "kB")
+    )
     return f"{nbytes / unit:.3g} {name}"
 
 
@@ -97,8 +103,18 @@ def _seconds(reading: dict[str, Any] | None, clock: str) -> str:
 
 
 def _moved(reading: dict[str, Any] | None, way: str) -> str:
-    return "" if reading is None else f"{reading[f'{way}_bytes'] / 1e9:.3g} ({reading[f'{way}_copies']:,})"
+    return (
+        ""
+        if reading is None
+        else f"{reading[f'{way}_bytes'] / 1e9:.3g} ({reading[f'{way}_copies']:,})"
+    )
 
 
 def _bytes(count: int | None, unit: float) -> str:
-    return "" if count is None else f"{count / unit:,.3g}" if count < 1e3 * unit else f"{count / unit:,.0f}"
+    return (
+        ""
+        if count is None
+        else f"{count / unit:,.3g}"
+        if count < 1e3 * unit
+        else f"{count / unit:,.0f}"
+    )

@@ -14,9 +14,7 @@ from . import contenders, meter, workloads
 from .kernels import virtual_kernels
 
 SWAPS = 10
-SWAPS_ON_FURTHER_LINKS = (
-    2  # there and back: only the simulated link's speed differs, and its clock repeats itself exactly
-)
+SWAPS_ON_FURTHER_LINKS = 2  # there and back: only the simulated link's speed differs, and its clock repeats itself exactly
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +32,12 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _run(kind: type[contenders.Contender], workload: workloads.Workload, folder: Path, result: dict[str, Any]) -> None:
+def _run(
+    kind: type[contenders.Contender],
+    workload: workloads.Workload,
+    folder: Path,
+    result: dict[str, Any],
+) -> None:
     x = workloads.inputs(workload, "cuda:0")
     before, ram = meter.vram(), meter.PeakRam()
     try:
@@ -55,7 +58,9 @@ def _run(kind: type[contenders.Contender], workload: workloads.Workload, folder:
                 with meter.measured() as reading:
                     for swap in range(number):
                         contender.use((swap + 1) % 2, x)
-                result[f"swaps {link}" if link else "swaps"] = reading.as_dict() | {"number": number}
+                result[f"swaps {link}" if link else "swaps"] = reading.as_dict() | {
+                    "number": number
+                }
             result["peak_vram"] = torch.cuda.max_memory_allocated() - before
             with meter.measured() as again:
                 contender.use(0, x)
@@ -69,7 +74,11 @@ def _run(kind: type[contenders.Contender], workload: workloads.Workload, folder:
 
 
 def _compare(
-    contender: contenders.Contender, workload: workloads.Workload, folder: Path, x: torch.Tensor, result: dict[str, Any]
+    contender: contenders.Contender,
+    workload: workloads.Workload,
+    folder: Path,
+    x: torch.Tensor,
+    result: dict[str, Any],
 ) -> None:
     """Real forwards against that of a fresh model, then every byte against the files."""
     expected = torch.load(folder / "expected.pt")

@@ -57,9 +57,13 @@ def _moves(workload: dict[str, Any], link: str | None, where: str) -> Iterator[T
     yield Target("restore / link", 1.05, seconds["restore"] / bare["in"], where=where)
     yield Target("second restore / link", 1.05, seconds["second restore"] / bare["in"], where=where)
     slower = max(bare["out"], bare["pinning"])
-    yield Target("first park / max(link, pinning)", 1.3, seconds["first park"] / slower, where=where)
+    yield Target(
+        "first park / max(link, pinning)", 1.3, seconds["first park"] / slower, where=where
+    )
     yield Target("second park, bytes", 0, moves["second park"]["copied_bytes"], "bytes", where)
-    yield Target("second park / first", 0.01, seconds["second park"] / seconds["first park"], where=where)
+    yield Target(
+        "second park / first", 0.01, seconds["second park"] / seconds["first park"], where=where
+    )
     for stream in moves.get("streaming", []):
         best = max(stream["transfer"], stream["compute"])
         what = f"streaming, kernels {stream['share']:g} x / max(transfer, compute)"
@@ -68,7 +72,9 @@ def _moves(workload: dict[str, Any], link: str | None, where: str) -> Iterator[T
 
 def _swaps(workload: dict[str, Any], link: str | None, where: str) -> Iterator[Target]:
     key = f"swaps {link}" if link else "swaps"
-    ours, plain = (workload["contenders"].get(name, {}).get(key) for name in ("qmove", "plain .to()"))
+    ours, plain = (
+        workload["contenders"].get(name, {}).get(key) for name in ("qmove", "plain .to()")
+    )
     if ours is None or plain is None:
         return
     moved = [reading["h2d_bytes"] + reading["d2h_bytes"] for reading in (ours, plain)]
@@ -80,11 +86,19 @@ def _walls(results: dict[str, Any]) -> Iterator[Target]:
     copy = results["beside a copy"]
     for when, memory in (("fresh", "new memory"), ("again", "memory used before, no mirror")):
         for step, way in (("park", "out"), ("restore", "back")):
-            figure = copy[f"qmove {when}"][way] / copy[f"copy {when}"][way] if f"qmove {when}" in copy else None
-            yield Target(f"{step} / a plain copy", 1.15, figure, where=memory, note=copy.get("error", ""))
+            figure = (
+                copy[f"qmove {when}"][way] / copy[f"copy {when}"][way]
+                if f"qmove {when}" in copy
+                else None
+            )
+            yield Target(
+                f"{step} / a plain copy", 1.15, figure, where=memory, note=copy.get("error", "")
+            )
     sizes = {point["tensors"]: point for point in results["by tensors"] if "error" not in point}
     many, some = sizes.get(10_000), sizes.get(1_000)
-    yield Target("inventory of 10,000 tensors", 100, many["inventory"]["wall"] * 1e3 if many else None, "ms")
+    yield Target(
+        "inventory of 10,000 tensors", 100, many["inventory"]["wall"] * 1e3 if many else None, "ms"
+    )
     rest = (some["second park"]["wall"] - some["digest"]["wall"]) * 1e3 if some else None
     yield Target("second park of 1,000 tensors, besides the digest", 30, rest, "ms")
 
@@ -96,10 +110,20 @@ def _growth(results: dict[str, Any]) -> Iterator[Target]:
         if len(points) < 2:
             continue
         last = points[-1]
-        first = max((p for p in points if p[axis] * 9 <= last[axis]), key=lambda p: p[axis], default=points[0])
+        first = max(
+            (p for p in points if p[axis] * 9 <= last[axis]),
+            key=lambda p: p[axis],
+            default=points[0],
+        )
         for step in ("inventory", "first park", "second park", "restore"):
             exponent = log(last[step]["wall"] / first[step]["wall"]) / log(last[axis] / first[axis])
-            yield Target(f"{step} ~ {name}^x", 1.15, exponent, "", f"{first[axis]:,} to {last[axis]:,} {name}")
+            yield Target(
+                f"{step} ~ {name}^x",
+                1.15,
+                exponent,
+                "",
+                f"{first[axis]:,} to {last[axis]:,} {name}",
+            )
 
 
 def _seconds(reading: dict[str, Any]) -> float:

@@ -14,7 +14,8 @@ def show(console: Console, results: dict[str, Any]) -> None:
     """A table for each workload, what went wrong, and the targets."""
     for workload in results["workloads"]:
         table = Table(
-            title=f"{workload['name']}: two models of {rows.readable(workload['nbytes'])}", title_justify="left"
+            title=f"{workload['name']}: two models of {rows.readable(workload['nbytes'])}",
+            title_justify="left",
         )
         for heading in rows.headings(results):
             table.add_column(heading, justify="right" if heading else "left")
@@ -26,14 +27,23 @@ def show(console: Console, results: dict[str, Any]) -> None:
     for workload in results["workloads"]:
         for name, figures in workload["contenders"].items():
             if name.startswith("qmove") and "traceback" in figures:
-                console.print(f"{workload['name']}: {name}\n{figures['traceback']}", markup=False, highlight=False)
+                console.print(
+                    f"{workload['name']}: {name}\n{figures['traceback']}",
+                    markup=False,
+                    highlight=False,
+                )
     for title, lines in (
-        ("to be reached in the link model" if results["simulated"] else "to be reached", rows.reached_by_link(results)),
+        (
+            "to be reached in the link model" if results["simulated"] else "to be reached",
+            rows.reached_by_link(results),
+        ),
         ("to be reached on this machine, wall", rows.reached_on_the_wall(results)),
     ):
         table = Table(*lines[0], title=f"{title} (red: not reached)", title_justify="left")
         for line in lines[1:]:
-            table.add_row(*(f"[red]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in line))
+            table.add_row(
+                *(f"[red]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in line)
+            )
         console.print(table)
     if results["simulated"]:
         console.print(

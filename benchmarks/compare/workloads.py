@@ -110,7 +110,11 @@ def differing(model: nn.Module, workload: Workload, folder: Path, index: int) ->
     with safe_open(workload.file(folder, index), "pt", device="cpu") as file:
         for name in file.keys():  # noqa: SIM118  (it is no dict)
             there, expected = state.get(name), file.get_tensor(name)
-            if there is None or there.dtype != expected.dtype or not torch.equal(there.cpu(), expected):
+            if (
+                there is None
+                or there.dtype != expected.dtype
+                or not torch.equal(there.cpu(), expected)
+            ):
                 wrong.append(name)
     return wrong
 
@@ -126,7 +130,9 @@ def _template(workload: Workload) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     layer = _empty_layer(workload).float()
     with torch.no_grad():
-        nn.init.orthogonal_(layer.weight)  # thousands of layers must neither blow a signal up nor lose it
+        nn.init.orthogonal_(
+            layer.weight
+        )  # thousands of layers must neither blow a signal up nor lose it
         layer.bias.normal_(std=0.01)
     layer = layer.half().to("cuda")  # here bitsandbytes quantizes
     return {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
@@ -147,7 +153,9 @@ def _empty_layer(workload: Workload) -> nn.Linear:
 
     if workload.precision == "int8":
         return bnb.nn.Linear8bitLt(width, width, has_fp16_weights=False)
-    return bnb.nn.Linear4bit(width, width, compute_dtype=torch.float16, quant_type="nf4", compress_statistics=True)
+    return bnb.nn.Linear4bit(
+        width, width, compute_dtype=torch.float16, quant_type="nf4", compress_statistics=True
+    )
 
 
 def _fill(layer: nn.Linear, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

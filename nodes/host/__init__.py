@@ -6,8 +6,11 @@ import logging
 
 from qmove_core import hosting
 
-from . import auto_parking, comfy, events, residency, routes, settings, stages
+from . import comfy, routes, settings
 from .guard import never_fails
+from .models import residency
+from .panel import events
+from .stages import auto_parking, executor
 
 log = logging.getLogger("qmove")
 
@@ -32,7 +35,7 @@ def listen_to_core() -> None:
 
 @never_fails("follow the stages of a prompt", None)
 def _watch_stages() -> None:
-    stages.install()
+    executor.install()
 
 
 @never_fails("serve its state and settings", None)

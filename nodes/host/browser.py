@@ -6,7 +6,13 @@ from typing import Any
 
 from . import comfy
 
-STATE, SETTINGS, MOVE, HISTORY, RESULT = "qmove.state", "qmove.settings", "qmove.move", "qmove.history", "qmove.result"
+STATE, SETTINGS, MOVE, HISTORY, RESULT = (
+    "qmove.state",
+    "qmove.settings",
+    "qmove.move",
+    "qmove.history",
+    "qmove.result",
+)
 
 
 def send(event: str, data: dict[str, Any]) -> None:

@@ -47,7 +47,9 @@ def progress_bar_class() -> type | None:
 
 def running_node() -> str | None:
     """The node whose code runs now in this thread, None between nodes and outside of a prompt."""
-    get_context: GetExecutingContext | None = getattr(module("comfy_execution.utils"), "get_executing_context", None)
+    get_context: GetExecutingContext | None = getattr(
+        module("comfy_execution.utils"), "get_executing_context", None
+    )
     context = get_context() if get_context is not None else None
     return context.node_id if context is not None else None
 

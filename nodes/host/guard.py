@@ -29,7 +29,9 @@ def log_once(what: str, error: Exception) -> None:
     key = (what, type(error))
     if key not in _told:
         _told.add(key)
-        log.error("qmove could not %s; the prompt goes on without it: %s", what, error, exc_info=error)
+        log.error(
+            "qmove could not %s; the prompt goes on without it: %s", what, error, exc_info=error
+        )
     else:
         log.debug("qmove could not %s again: %s", what, error)
 
@@ -40,7 +42,9 @@ def is_interrupt(error: BaseException) -> bool:
     return host is not None and isinstance(error, host.InterruptProcessingException)
 
 
-def never_fails(what: str, otherwise: Result) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def never_fails(
+    what: str, otherwise: Result
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Makes a function return `otherwise` where it would raise an Exception; `what` is what qmove then could not do.
 
     Ctrl-C and the user's interrupt pass: they are no failures.

@@ -69,7 +69,14 @@ def shown(verb: str, name: str, model: int, nbytes: int) -> Iterator[Move]:
     The host unloads models outside of prompts too (POST /free). An interrupt that was left over must not stop that: raised
     there it would end the host's worker.
     """
-    move = Move(verb, name, model, nbytes, _staged_node.get() or comfy.running_node(), asked_for=_asked_for.get())
+    move = Move(
+        verb,
+        name,
+        model,
+        nbytes,
+        _staged_node.get() or comfy.running_node(),
+        asked_for=_asked_for.get(),
+    )
     with _lock:
         _running[move.number] = move
     move.tell()
@@ -77,7 +84,9 @@ def shown(verb: str, name: str, model: int, nbytes: int) -> Iterator[Move]:
         yield move
         move.state = "done"
     except BaseException as error:
-        move.state = "cancelled" if isinstance(error, Cancelled) or is_interrupt(error) else "failed"
+        move.state = (
+            "cancelled" if isinstance(error, Cancelled) or is_interrupt(error) else "failed"
+        )
         raise
     finally:
         with _lock:
@@ -102,7 +111,9 @@ def cancel(number: int) -> str:
     if move is None:
         raise NoSuchMove(f"Move {number} is not running: it has ended, or never began.")
     if move.cancels is None:
-        raise NoSuchMove(f"ComfyUI itself needs the memory of {move.name}; this move cannot be cancelled.")
+        raise NoSuchMove(
+            f"ComfyUI itself needs the memory of {move.name}; this move cannot be cancelled."
+        )
     move.cancel()
     return move.cancels
 
@@ -117,20 +128,28 @@ class Move:
         result: what the core's call has returned.
     """
 
-    def __init__(self, verb: str, name: str, model: int, nbytes: int, node_id: str | None, *, asked_for: bool) -> None:
+    def __init__(
+        self, verb: str, name: str, model: int, nbytes: int, node_id: str | None, *, asked_for: bool
+    ) -> None:
         self.number = next(_numbers)
         self.verb, self.name, self.model, self.node_id = verb, name, model, node_id
         self.done, self.total = 0, nbytes
         self.state = "running"
         self.result: Any = None
         host = comfy.model_management()
-        self.cancels = "prompt" if node_id is not None and host is not None else "move" if asked_for else None
+        self.cancels = (
+            "prompt" if node_id is not None and host is not None else "move" if asked_for else None
+        )
         self._cancelled = False
         self._began = time.monotonic()
         self._seconds: float | None = None
         self._next_update = 0.0
         bar_class = comfy.progress_bar_class()
-        self._bar = bar_class(1, node_id=node_id) if bar_class is not None and self.cancels == "prompt" else None
+        self._bar = (
+            bar_class(1, node_id=node_id)
+            if bar_class is not None and self.cancels == "prompt"
+            else None
+        )
 
     @property
     def seconds(self) -> float:
@@ -178,7 +197,9 @@ class Move:
             "nbytes": getattr(self.result, "nbytes", None),
             "seconds": round(seconds, 3),
             "bytes_per_second": speed,
-            "seconds_left": round((self.total - self.done) / speed, 3) if speed and running else None,
+            "seconds_left": round((self.total - self.done) / speed, 3)
+            if speed and running
+            else None,
             "node": self.node_id,
             "cancel": self.cancels if running else None,
             "state": self.state,

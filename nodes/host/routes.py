@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ import torch
 from qmove_core import devices
 from qmove_core.errors import QMoveError
 
-from . import browser, comfy, events, history, jobs, moves, node_models, progress, settings, state
-from .adopted import Adopted, adopted_models
+from . import browser, comfy, progress, settings
+from .models import node_models
+from .models.adopted import Adopted, adopted_models
+from .panel import events, history, state
+from .stages import job_queue, requests
 
 log = logging.getLogger("qmove")
 
@@ -29,7 +32,9 @@ def install() -> bool:
     """Adds the routes to the host's server. Returns whether it has one."""
     server = comfy.server()
     if server is None:
-        log.warning("This ComfyUI has no server where qmove looks for it: no settings and no state in the browser.")
+        log.warning(
+            "This ComfyUI has no server where qmove looks for it: no settings and no state in the browser."
+        )
         return False
     from aiohttp import web  # the host's own server runs on it
 
@@ -92,26 +97,26 @@ def read_park(body: Any) -> Callable[[], str]:
     """`{"models": [1, 2]}` or `{"models": "all"}`; or the models of a node: `{"node": "5", "class": "CheckpointLoader"}`."""
     if isinstance(body, dict) and "node" in body:
         found = _models_of_node(_object(body, required={"node", "class"}))
-        return lambda: moves.park_value(found)
+        return lambda: requests.park_value(found)
     body = _object(body, required={"models"})
     if body["models"] == "all":
-        return moves.park_all
+        return requests.park_all
     models = _models(body["models"])
-    return lambda: "\n".join(moves.park_models([model]) for model in models)
+    return lambda: "\n".join(requests.park_models([model]) for model in models)
 
 
 def read_restore(body: Any) -> Callable[[], str]:
     """As for park, and `"device"`: "home" (also when it is left out) or one of the machine's."""
     by_node = isinstance(body, dict) and "node" in body
     body = _object(body, required={"node", "class"} if by_node else {"models"}, optional={"device"})
-    device = _device(body.get("device", moves.HOME), moves.HOME) or moves.HOME
+    device = _device(body.get("device", requests.HOME), requests.HOME) or requests.HOME
     if by_node:
         found = _models_of_node(body)
-        return lambda: moves.restore_value(found, device)
+        return lambda: requests.restore_value(found, device)
     if body["models"] == "all":
-        return lambda: moves.restore_all(device)
+        return lambda: requests.restore_all(device)
     models = _models(body["models"])
-    return lambda: moves.restore_models(models, device)
+    return lambda: requests.restore_models(models, device)
 
 
 def read_free(body: Any) -> Callable[[], str]:
@@ -120,7 +125,7 @@ def read_free(body: Any) -> Callable[[], str]:
     gib, device = body["gib"], _device(body.get("device"), None)
     if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= 1024:
         raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {gib!r}")
-    return lambda: moves.free_vram(int(gib * 2**30), device)
+    return lambda: requests.free_vram(int(gib * 2**30), device)
 
 
 def read_cancel(body: Any) -> int:
@@ -133,7 +138,7 @@ def read_cancel(body: Any) -> int:
 
 def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
     try:
-        has_run, report = jobs.run_or_queue(job)
+        has_run, report = job_queue.run_or_queue(job)
     except progress.Cancelled as cancelled:
         return 409, {"error": str(cancelled), "cancelled": True}
     except (QMoveError, torch.OutOfMemoryError) as error:
@@ -148,7 +153,9 @@ def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
     return 202, {"report": "A node is running; this is done as soon as it has ended."}
 
 
-def _object(body: Any, required: set[str] = frozenset(), optional: set[str] | None = None) -> dict[str, Any]:  # type: ignore[assignment]
+def _object(
+    body: Any, required: Set[str] = frozenset(), optional: Set[str] | None = None
+) -> dict[str, Any]:
     """The body, checked to be an object with these keys; any keys where none are named."""
     if not isinstance(body, dict):
         raise BadRequest(f"the body is to be an object, not {type(body).__name__}")
@@ -178,7 +185,9 @@ def _models_of_node(body: dict[str, Any]) -> list[Any]:
         raise BadRequest("node is the id of a node, class its type; both are strings")
     found = node_models.models_of(node_id, class_name)
     if not found:
-        raise BadRequest(f"Node {node_id} ({class_name}) has no model that is still there. Run the workflow first.")
+        raise BadRequest(
+            f"Node {node_id} ({class_name}) has no model that is still there. Run the workflow first."
+        )
     return found
 
 
@@ -186,5 +195,7 @@ def _device(name: Any, otherwise: str | None) -> str | None:
     if name == otherwise:
         return otherwise
     if not isinstance(name, str) or name not in devices.known():
-        raise BadRequest(f"there is no device {name!r}; this machine has {', '.join(devices.known())}")
+        raise BadRequest(
+            f"there is no device {name!r}; this machine has {', '.join(devices.known())}"
+        )
     return name

@@ -27,7 +27,9 @@ KEEP_MIRRORS = "qmove.keepMirrors"
 RAM_LIMIT = "qmove.ramLimit"
 VRAM_TO_KEEP_FREE = "qmove.vramToKeepFree"
 VERIFY = "qmove.verify"
-NOTIFICATIONS = "qmove.notifications"  # of the browser alone; it is kept here so that two tabs agree
+NOTIFICATIONS = (
+    "qmove.notifications"  # of the browser alone; it is kept here so that two tabs agree
+)
 NEEDED, STAGE = "needed", "stage"
 GIB = 2**30
 
@@ -44,7 +46,9 @@ MOST_GIB: dict[str, int] = {RAM_LIMIT: 65536, VRAM_TO_KEEP_FREE: 1024}
 _CHOICES: dict[str, tuple[Any, ...]] = {AUTO_PARK_WHEN: (NEEDED, STAGE)}
 
 _values: dict[str, Any] = dict(DEFAULTS)
-_lock = threading.Lock()  # two tabs may change settings at once, and what one set must not be half applied
+_lock = (
+    threading.Lock()
+)  # two tabs may change settings at once, and what one set must not be half applied
 
 
 class InvalidSettings(ValueError):
@@ -89,8 +93,14 @@ def check(name: str, value: Any) -> None:
     if name not in DEFAULTS:
         raise InvalidSettings(f"{name!r} is no setting of qmove. It has: {', '.join(DEFAULTS)}.")
     if name in MOST_GIB:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_within(value, MOST_GIB[name]):
-            raise InvalidSettings(f"{name} is a number of GiB from 0 to {MOST_GIB[name]}, not {_shown(value)}.")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not _is_within(value, MOST_GIB[name])
+        ):
+            raise InvalidSettings(
+                f"{name} is a number of GiB from 0 to {MOST_GIB[name]}, not {_shown(value)}."
+            )
         return
     choices = _CHOICES.get(name, (True, False))
     if type(value) is not type(DEFAULTS[name]) or value not in choices:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Playwright, expect, sync_playwright
 
-from conftest import SIMULATED
+from tests.builders.device import SIMULATED
 
 from .servers import Server
 from .tab import ARTEFACTS, Tab
@@ -24,12 +24,16 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-screenshots", action="store_true", help="write the pictures that the README shows to docs/"
+        "--update-screenshots",
+        action="store_true",
+        help="write the pictures that the README shows to docs/",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "every_frontend: runs in each version of the frontend, not only in the newest")
+    config.addinivalue_line(
+        "markers", "every_frontend: runs in each version of the frontend, not only in the newest"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,9 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def chromium() -> str:
     """Where Chromium is."""
     if not SIMULATED:
-        pytest.skip("needs the simulated GPU, whose copies it stops half way; this machine has a real one")
+        pytest.skip(
+            "needs the simulated GPU, whose copies it stops half way; this machine has a real one"
+        )
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    return found or _lacking("Chromium: run `make test` as root on Debian or Ubuntu, or name one in CHROMIUM")
+    return found or _lacking(
+        "Chromium: run `make test` as root on Debian or Ubuntu, or name one in CHROMIUM"
+    )
 
 
 def _lacking(what: str) -> NoReturn:
@@ -87,14 +95,22 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def static_files(version: str) -> Path:
     """The files of a frontend package, beside the environment that this Python belongs to."""
-    folder = Path(sys.prefix) / f"comfyui-frontend-{version}" / "comfyui_frontend_package" / "static"
-    return folder if folder.is_dir() else _lacking(f"ComfyUI's frontend {version}: run `make test`, which sets it up")
+    folder = (
+        Path(sys.prefix) / f"comfyui-frontend-{version}" / "comfyui_frontend_package" / "static"
+    )
+    return (
+        folder
+        if folder.is_dir()
+        else _lacking(f"ComfyUI's frontend {version}: run `make test`, which sets it up")
+    )
 
 
 @pytest.fixture(scope="package")
 def context(browser: Browser, server: Server) -> Iterator[BrowserContext]:
     """What the tabs share: the cache. Nothing outside of this machine is reached."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US", reduced_motion="reduce")
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 800}, locale="en-US", reduced_motion="reduce"
+    )
     context.set_default_timeout(SECONDS * 1000)
     context.route(lambda url: not url.startswith(server.url), lambda route: route.abort())
     yield context
@@ -105,7 +121,9 @@ _tabs: dict[BrowserContext, Tab] = {}
 
 
 @pytest.fixture
-def tab(request: pytest.FixtureRequest, context: BrowserContext, server: Server, frontend: str) -> Iterator[Tab]:
+def tab(
+    request: pytest.FixtureRequest, context: BrowserContext, server: Server, frontend: str
+) -> Iterator[Tab]:
     """The tab of this version, tidied up: dialogs and panel closed, default settings, no model loaded.
 
     It stays open from test to test, as people leave it open; after a failure the next test gets a new one.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comfyui.comfyui_process import ComfyUI
+from tests.nodes.comfyui_process import ComfyUI
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGEHAND = Path(__file__).resolve().parent / "packs" / "stagehand"
@@ -25,7 +25,9 @@ STORED = {
 }
 
 
-def prompt_of(*models: tuple[str, str, int], use: bool = False, first_use: int = 101) -> dict[str, Any]:
+def prompt_of(
+    *models: tuple[str, str, int], use: bool = False, first_use: int = 101
+) -> dict[str, Any]:
     """Nodes 1, 2, ... load the models, nodes `first_use`, ... take them; each waits for the one before it."""
     prompt: dict[str, Any] = {}
     for number, (name, kind, mib) in enumerate(models, 1):
@@ -60,7 +62,17 @@ class Server(ComfyUI):
         self.stored_settings = folder / "user" / "default" / "comfy.settings.json"
         if not REAL:
             self._command = [
-                *(sys.executable, "-m", "simcuda", "--memory", MEMORY, "--devices", "2", "-m", "browser.small_comfyui"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "simcuda",
+                    "--memory",
+                    MEMORY,
+                    "--devices",
+                    "2",
+                    "-m",
+                    "browser.small_comfyui",
+                ),
                 *("--frontend", str(frontend), "--folder", str(folder), "--port", str(self._port)),
             ]
 

@@ -11,9 +11,7 @@ from playwright.sync_api import ConsoleMessage, Error, Locator, Page, Response, 
 from .servers import Server
 
 ARTEFACTS = Path(__file__).resolve().parent / "artefacts"
-READY = (
-    "() => window.app?.vueAppReady && app.graph?._nodes?.length > 0"  # its default workflow is the last thing it loads
-)
+READY = "() => window.app?.vueAppReady && app.graph?._nodes?.length > 0"  # its default workflow is the last thing it loads
 HAS_LIGHT_TEXT = r"""expected => {
     const probe = document.body.appendChild(document.createElement('i'))
     probe.style.color = 'var(--fg-color)'
@@ -69,7 +67,9 @@ class Tab:
 
     def store(self, setting: str, value: Any) -> None:
         """Sets one of the frontend's own settings, as its dialog does."""
-        self.run("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+        self.run(
+            "([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value]
+        )
 
     def value_of(self, setting: str) -> Any:
         return self.run("name => app.extensionManager.setting.get(name)", setting)
@@ -138,7 +138,9 @@ class Tab:
             self._problems.append(problem)
 
     def _note_message(self, message: ConsoleMessage) -> None:
-        if message.type == "error" and "Failed to load resource" not in message.text:  # those are noted as responses
+        if (
+            message.type == "error" and "Failed to load resource" not in message.text
+        ):  # those are noted as responses
             self._note(f"{message.text} ({message.location.get('url', '')})")
 
     def _note_response(self, response: Response) -> None:

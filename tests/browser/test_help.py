@@ -62,7 +62,9 @@ def foreign_tab(tab: Tab, request: pytest.FixtureRequest) -> Iterator[tuple[Tab,
     tab.reload()
 
 
-def test_settings_commands_nodes_and_panel_speak_the_users_language(foreign_tab: tuple[Tab, str]) -> None:
+def test_settings_commands_nodes_and_panel_speak_the_users_language(
+    foreign_tab: tuple[Tab, str],
+) -> None:
     tab, language = foreign_tab
     for key, entry in texts(language, "nodeDefs").items():
         shown = tab.run("type => LiteGraph.registered_node_types[type].title", key)
@@ -74,5 +76,7 @@ def test_settings_commands_nodes_and_panel_speak_the_users_language(foreign_tab:
     english = texts("en", "settings")
     for key, entry in texts(language, "settings").items():
         assert entry["name"] != english[key]["name"]
-        expect(tab.page.locator(f'[id="{key.replace("_", ".", 1)}-label"]')).to_contain_text(entry["name"])
+        expect(tab.page.locator(f'[id="{key.replace("_", ".", 1)}-label"]')).to_contain_text(
+            entry["name"]
+        )
     tab.screenshot(f"settings-{language}")

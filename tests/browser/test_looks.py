@@ -32,7 +32,11 @@ LABELS_STAND_OUT = """dark => {
     for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) drawn.push(data[i + 1])
     return drawn.length > 0 && (dark ? Math.max(...drawn) > 140 : Math.min(...drawn) < 115)
 }"""
-THREE = (("TextEncoder", "nf4", 120), ("DiffusionTransformer", "int8", 400), ("Upscaler", "fp16", 160))
+THREE = (
+    ("TextEncoder", "nf4", 120),
+    ("DiffusionTransformer", "int8", 400),
+    ("Upscaler", "fp16", 160),
+)
 
 
 @pytest.fixture
@@ -86,7 +90,9 @@ def test_the_panel_after_a_run_in_both_themes(themed_tab: Tab, picture_for_readm
     tab = themed_tab
     tab.page.set_viewport_size({"width": 1280, "height": 1130})
     tab.run(OPEN, "generate_upscale_restore_with_auto_parking")
-    tab.run("() => { app.canvas.ds.offset = [430, 90]; app.canvas.ds.scale = 0.85; app.canvas.setDirty(true, true) }")
+    tab.run(
+        "() => { app.canvas.ds.offset = [430, 90]; app.canvas.ds.scale = 0.85; app.canvas.setDirty(true, true) }"
+    )
     tab.store("qmove.autoParkWhen", "stage")
     tab.open_panel()
 

@@ -27,8 +27,12 @@ NEXT_FRAME = """() => new Promise(drawn => {
 def run_in_browser(tab: Tab, prompt: dict[str, Any]) -> None:
     """Puts a prompt on the canvas and presses Run, so that the nodes on the canvas are those that run."""
     tab.run("prompt => app.loadApiJson(prompt, 'test')", prompt)
-    tab.run("() => { app.canvas.ds.offset = [420, 160]; app.canvas.ds.scale = 0.8; app.canvas.setDirty(true, true) }")
-    with tab.page.expect_response(lambda r: r.url.endswith("/prompt") and r.request.method == "POST") as answer:
+    tab.run(
+        "() => { app.canvas.ds.offset = [420, 160]; app.canvas.ds.scale = 0.8; app.canvas.setDirty(true, true) }"
+    )
+    with tab.page.expect_response(
+        lambda r: r.url.endswith("/prompt") and r.request.method == "POST"
+    ) as answer:
         tab.run("() => { app.queuePrompt(0) }")
     tab.server.result(answer.value.json()["prompt_id"])
 

@@ -83,7 +83,9 @@ def test_park_all_parks_every_model(tab: Tab) -> None:
 def test_free_gib_parks_no_more_than_it_takes(tab: Tab) -> None:
     tab.open_panel()
     tab.server.load_resident(ENCODER, TRANSFORMER)
-    free = next(d["free"] for d in tab.server.get("/qmove/state")["devices"] if d["name"] == "cuda:0")
+    free = next(
+        d["free"] for d in tab.server.get("/qmove/state")["devices"] if d["name"] == "cuda:0"
+    )
     expect(tab.part("model-row")).to_have_count(2)
 
     tab.part("free-gib").fill(f"{(free + (1 << 20)) / GIB:.4f}")

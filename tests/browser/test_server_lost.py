@@ -39,7 +39,9 @@ def test_a_panel_opened_without_a_server_says_so_and_comes_to_life_with_it(tab: 
     tab.expect_problems(LOST)
 
 
-def test_the_panel_says_that_it_loads_what_went_wrong_and_tries_again_when_asked_to(tab: Tab) -> None:
+def test_the_panel_says_that_it_loads_what_went_wrong_and_tries_again_when_asked_to(
+    tab: Tab,
+) -> None:
     asked: list[Route] = []
     state = re.compile(r"/qmove/state$")
     tab.page.route(state, lambda route: asked.append(route))

@@ -26,7 +26,9 @@ def set_in_dialog(tab: Tab, name: str, value: Any) -> None:
     """Uses the control as a person does, and waits until qmove's and ComfyUI's own routes have answered."""
     control = tab.setting(name)
     with (
-        tab.page.expect_response(lambda r: r.url.endswith("/qmove/settings") and r.request.method == "POST"),
+        tab.page.expect_response(
+            lambda r: r.url.endswith("/qmove/settings") and r.request.method == "POST"
+        ),
         tab.page.expect_response(lambda r: "/api/settings" in r.url and r.request.method == "POST"),
     ):
         if isinstance(value, bool):
@@ -47,7 +49,9 @@ def expect_shown(tab: Tab, name: str, value: Any) -> None:
     if isinstance(value, bool):
         expect(control).to_have_attribute("aria-checked", str(value).lower())
     elif isinstance(value, str):
-        tab.page.wait_for_function("([n, v]) => app.extensionManager.setting.get(n) === v", arg=[name, value])
+        tab.page.wait_for_function(
+            "([n, v]) => app.extensionManager.setting.get(n) === v", arg=[name, value]
+        )
     else:
         expect(control).to_have_value(re.compile(rf"^{value}(\.0+)?\b"))
 

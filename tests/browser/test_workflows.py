@@ -31,7 +31,10 @@ def test_an_example_workflow_opens_whole(tab: Tab, file: Path) -> None:
     loaded = tab.run(LOADED)
     assert sorted(loaded["nodes"]) == sorted(node["type"] for node in saved["nodes"])
     assert loaded["unknown"] == []
-    linked = {str(n["id"]): sum(i.get("link") is not None for i in n.get("inputs", [])) for n in saved["nodes"]}
+    linked = {
+        str(n["id"]): sum(i.get("link") is not None for i in n.get("inputs", []))
+        for n in saved["nodes"]
+    }
     assert loaded["links"] == linked
     assert loaded["extra"] == 0
     expect(tab.page.get_by_text("Missing Node Packs")).to_have_count(0)

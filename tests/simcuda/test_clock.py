@@ -158,7 +158,9 @@ def test_pinning_costs_by_the_byte_and_touched_pages_cost_less():
     torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True)
     assert clock.now() == pytest.approx((1 << 20) / FREE.pin_untouched, rel=1e-12)
     for touched, rate in ((False, FREE.pin_untouched), (True, FREE.pin_touched)):
-        arena = torch.frombuffer(mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        arena = torch.frombuffer(
+            mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+        )
         if touched:
             arena.fill_(1)
         clock.reset()

@@ -25,12 +25,18 @@ def test_bitsandbytes_runs_with_its_device_neutral_kernels():
 def test_transformers_generate_copies_no_weights():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     model = transformers.LlamaForCausalLM(config).half().cuda()
     tokens = torch.tensor([[1, 2, 3]], device="cuda")
     simcuda.reset_counters()
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False
+    )
     moved = simcuda.counters().h2d_bytes + simcuda.counters().d2h_bytes
     assert out.is_cuda and moved < 1000 < sum(p.nbytes for p in model.parameters())
 

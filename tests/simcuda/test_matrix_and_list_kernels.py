@@ -94,7 +94,9 @@ def whole_numbers(rows: int, columns: int, seed: int, largest: bool = False) -> 
     return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
 
 
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(17, 8, 8), (100, 1024, 8), (600, 2056, 16), (17, 4096, 64)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(17, 8, 8), (100, 1024, 8), (600, 2056, 16), (17, 4096, 64)]
+)
 @pytest.mark.parametrize("largest", [False, True])
 def test_int_products_are_exact(rows, depth, columns, largest):
     left, right = whole_numbers(rows, depth, 1, largest), whole_numbers(depth, columns, 2, largest)

@@ -63,7 +63,9 @@ def test_counters_are_exact_and_count_each_direction():
     assert (c.h2d_bytes, c.d2h_bytes, c.d2d_bytes) == (4000, 4000, 4000)
     assert (c1.h2d_copies, c1.d2h_copies, c1.d2d_copies, c1.d2d_bytes) == (0, 0, 1, 4000)
     assert c.allocations == 1 and c.peak - base.allocated == 4000 and c.allocated == base.allocated
-    assert other.sum().item() == 1000 and simcuda.counters(1).d2h_bytes == 4, "item() is a copy of one element"
+    assert other.sum().item() == 1000 and simcuda.counters(1).d2h_bytes == 4, (
+        "item() is a copy of one element"
+    )
 
 
 def test_converting_copies_move_the_narrow_bytes_once():

@@ -63,7 +63,11 @@ def test_a_copy_across_two_registrations_is_refused():
 
 def test_error_codes_are_cudas(block):
     error = runtime.cudaError
-    assert runtime.cudaHostRegister(block.data_ptr() + 64, 64, 0) == error.hostMemoryAlreadyRegistered == 712
+    assert (
+        runtime.cudaHostRegister(block.data_ptr() + 64, 64, 0)
+        == error.hostMemoryAlreadyRegistered
+        == 712
+    )
     assert runtime.cudaHostRegister(0, 64, 0) == error.invalidValue
     assert runtime.cudaHostUnregister(block.data_ptr() + 1) == error.hostMemoryNotRegistered
     assert "already mapped" in runtime.cudaGetErrorString(712)
@@ -89,7 +93,9 @@ def test_a_limit_on_pinned_memory():
             torch.empty(5000, dtype=torch.uint8, pin_memory=True)
         assert torch.empty(4096, dtype=torch.uint8, pin_memory=True).is_pinned()
         host = torch.zeros(5000, dtype=torch.uint8)
-        assert runtime.cudaHostRegister(host.data_ptr(), 5000, 0) == runtime.cudaError.memoryAllocation
+        assert (
+            runtime.cudaHostRegister(host.data_ptr(), 5000, 0) == runtime.cudaError.memoryAllocation
+        )
         clear_error()
     finally:
         simcuda.set_pinned_limit(None)

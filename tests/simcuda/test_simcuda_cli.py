@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs this interpreter, with the repository importable."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=300
+    )
 
 
 def test_a_script_runs_with_its_own_arguments(tmp_path):
@@ -25,14 +27,20 @@ def test_a_script_runs_with_its_own_arguments(tmp_path):
         "if __name__ == '__main__':\n"
         "    print(sys.argv[1:], torch.cuda.device_count(), torch.cuda.mem_get_info(1)[1], sys.path[0])\n"
     )
-    done = python("-m", "simcuda", "--devices", "2", "--memory", "1GiB", str(script), "--memory", "x", "-m")
+    done = python(
+        "-m", "simcuda", "--devices", "2", "--memory", "1GiB", str(script), "--memory", "x", "-m"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"['--memory', 'x', '-m'] 2 {1 << 30} {tmp_path}"
 
 
 def test_a_module_runs_and_its_exit_status_is_passed_on(tmp_path):
-    (tmp_path / "program.py").write_text("import sys, torch\nsys.exit(torch.cuda.device_count() + len(sys.argv))\n")
-    done = python("-m", "simcuda", "-m", "program", "a", "b", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    (tmp_path / "program.py").write_text(
+        "import sys, torch\nsys.exit(torch.cuda.device_count() + len(sys.argv))\n"
+    )
+    done = python(
+        "-m", "simcuda", "-m", "program", "a", "b", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"
+    )
     assert done.returncode == 1 + 3, done.stderr
 
 
@@ -53,26 +61,49 @@ def test_bad_options_are_told_in_one_line(arguments, message):
 def test_torch_imported_before_is_an_error():
     done = python("-c", "import torch, simcuda; simcuda.activate()")
     assert done.returncode == 1
-    assert "SimulationError: torch is imported already" in done.stderr and "python -m simcuda" in done.stderr
+    assert (
+        "SimulationError: torch is imported already" in done.stderr
+        and "python -m simcuda" in done.stderr
+    )
 
 
 def test_no_compiler_names_the_package_to_install(tmp_path):
-    done = python("-c", "import simcuda; simcuda.activate()", PATH=str(tmp_path), SIMCUDA_CACHE=str(tmp_path), CXX="")
-    assert done.returncode == 1 and "found no C++ compiler" in done.stderr and "apt install g++" in done.stderr
+    done = python(
+        "-c",
+        "import simcuda; simcuda.activate()",
+        PATH=str(tmp_path),
+        SIMCUDA_CACHE=str(tmp_path),
+        CXX="",
+    )
+    assert (
+        done.returncode == 1
+        and "found no C++ compiler" in done.stderr
+        and "apt install g++" in done.stderr
+    )
 
 
 def test_a_failing_compiler_shows_its_own_words(tmp_path):
     compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'cannot do this' >&2\nexit 3\n")
+    compiler.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'cannot do this' >&2\nexit 3\n"
+    )
     compiler.chmod(0o755)
-    done = python("-c", "import simcuda; simcuda.activate()", CXX=str(compiler), SIMCUDA_CACHE=str(tmp_path / "cache"))
+    done = python(
+        "-c",
+        "import simcuda; simcuda.activate()",
+        CXX=str(compiler),
+        SIMCUDA_CACHE=str(tmp_path / "cache"),
+    )
     assert "exit status 3" in done.stderr and "cannot do this" in done.stderr
     assert list((tmp_path / "cache").iterdir()) == [], "a failed build leaves nothing behind"
 
 
 @pytest.mark.parametrize(
     "library, platform, message",
-    [("libtorch_cuda.so", "linux", "needs a CPU build"), ("libtorch_cpu.so", "darwin", "runs on Linux only")],
+    [
+        ("libtorch_cuda.so", "linux", "needs a CPU build"),
+        ("libtorch_cpu.so", "darwin", "runs on Linux only"),
+    ],
 )
 def test_the_wrong_torch_or_platform_is_refused(tmp_path, monkeypatch, library, platform, message):
     from simcuda import build

@@ -92,7 +92,10 @@ def test_a_source_freed_under_a_late_copy_is_an_error(side):
     x = torch.ones(N, device="cuda")
     late_park(x, side)
     del x
-    with pytest.raises(torch.AcceleratorError, match=r"device-to-host copy of 4000 bytes reads freed memory of cuda:0"):
+    with pytest.raises(
+        torch.AcceleratorError,
+        match=r"device-to-host copy of 4000 bytes reads freed memory of cuda:0",
+    ):
         side.synchronize()
 
 
@@ -101,7 +104,9 @@ def test_a_destination_freed_under_a_late_copy_is_an_error(side):
     with torch.cuda.stream(side):
         x.copy_(host, non_blocking=True)
     del x
-    with pytest.raises(torch.AcceleratorError, match=r"host-to-device copy of 4000 bytes writes freed memory"):
+    with pytest.raises(
+        torch.AcceleratorError, match=r"host-to-device copy of 4000 bytes writes freed memory"
+    ):
         side.synchronize()
 
 
@@ -170,7 +175,9 @@ def test_unregistering_under_a_late_copy_is_an_error(arena):
     x = torch.ones(4096, dtype=torch.uint8, device="cuda")
     arena[:4096].copy_(x, non_blocking=True)
     assert runtime.cudaHostUnregister(arena.data_ptr()) == 0
-    with pytest.raises(torch.AcceleratorError, match="writes pinned host memory that was freed or unregistered"):
+    with pytest.raises(
+        torch.AcceleratorError, match="writes pinned host memory that was freed or unregistered"
+    ):
         torch.cuda.synchronize()
 
 
@@ -179,7 +186,14 @@ def test_registered_memory_that_was_unmapped_is_an_error_and_no_crash():
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    address = libc.mmap(None, 1 << 16, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    address = libc.mmap(
+        None,
+        1 << 16,
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+        -1,
+        0,
+    )
     host = torch.frombuffer((ctypes.c_char * (1 << 16)).from_address(address), dtype=torch.uint8)
     assert torch.cuda.cudart().cudaHostRegister(address, 1 << 16, 0) == 0
     host.copy_(torch.ones(1 << 16, dtype=torch.uint8, device="cuda"), non_blocking=True)

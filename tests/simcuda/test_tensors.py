@@ -13,7 +13,15 @@ from torch import nn
 
 import simcuda
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+]
 
 
 def test_a_module_moves_and_its_parameters_stay_the_same_objects():
@@ -40,8 +48,12 @@ OPERATORS = {
     "layer_norm": lambda x: F.layer_norm(x, (8,)),
     "group_norm": lambda x: F.group_norm(x.view(1, 4, 2, 4), 2),
     "conv": lambda x: F.conv2d(x.view(1, 4, 2, 4), torch.ones(4, 4, 1, 1, device=x.device)),
-    "depthwise_conv": lambda x: F.conv2d(x.view(1, 4, 2, 4), torch.ones(4, 1, 1, 1, device=x.device), groups=4),
-    "attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 2, 8)] * 3, is_causal=True),
+    "depthwise_conv": lambda x: F.conv2d(
+        x.view(1, 4, 2, 4), torch.ones(4, 1, 1, 1, device=x.device), groups=4
+    ),
+    "attention": lambda x: F.scaled_dot_product_attention(
+        *[x.view(1, 2, 2, 8)] * 3, is_causal=True
+    ),
     "interpolate": lambda x: F.interpolate(x.view(1, 4, 2, 4), scale_factor=2),
     "embedding": lambda x: F.embedding(torch.tensor([0, 2], device=x.device), x),
     "sort": lambda x: x.sort(),
@@ -63,7 +75,9 @@ OPERATORS = {
 def test_operators_give_what_the_cpu_gives_and_stay_on_the_device(name):
     host = torch.randn(4, 8)
     wanted, got = OPERATORS[name](host), OPERATORS[name](host.cuda())
-    for want, have in zip(*[r if isinstance(r, (tuple, list)) else [r] for r in (wanted, got)], strict=True):
+    for want, have in zip(
+        *[r if isinstance(r, (tuple, list)) else [r] for r in (wanted, got)], strict=True
+    ):
         assert have.is_cuda
         torch.testing.assert_close(have.cpu(), want, rtol=1e-3, atol=1e-4)
 
@@ -167,7 +181,9 @@ def test_random_numbers_follow_the_devices_own_generator():
     torch.manual_seed(1)
     first, host = torch.randn(3, device="cuda"), torch.randn(3)
     torch.manual_seed(1)
-    assert torch.equal(torch.randn(3), host), "the device's draw must not use up the host's generator"
+    assert torch.equal(torch.randn(3), host), (
+        "the device's draw must not use up the host's generator"
+    )
     assert torch.equal(torch.randn(3, device="cuda"), first)
     generator = torch.Generator("cuda").manual_seed(3)
     draw = torch.rand(3, device="cuda", generator=generator)
@@ -177,7 +193,9 @@ def test_random_numbers_follow_the_devices_own_generator():
 
 
 def test_training_and_autocast():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).cuda()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    ).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
     before = model[0].weight.detach().clone()
     with torch.autocast("cuda", dtype=torch.bfloat16):

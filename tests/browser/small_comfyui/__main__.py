@@ -20,8 +20,18 @@ from .server import Server
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frontend", type=Path, required=True, help="the static folder of a comfyui-frontend-package")
-    parser.add_argument("--folder", type=Path, required=True, help="with custom_nodes/ and user/, as ComfyUI has them")
+    parser.add_argument(
+        "--frontend",
+        type=Path,
+        required=True,
+        help="the static folder of a comfyui-frontend-package",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="with custom_nodes/ and user/, as ComfyUI has them",
+    )
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -59,7 +69,9 @@ def _folder_paths(folder: Path) -> ModuleType:
 def _load_pack(path: Path, host: ServedHost) -> Pack:
     """Imports a pack by its folder, under a name that no import statement could give, as ComfyUI does."""
     name = str(path).replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    spec = importlib.util.spec_from_file_location(
+        name, path / "__init__.py", submodule_search_locations=[str(path)]
+    )
     assert spec is not None and spec.loader is not None, f"{path} is no node pack"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-INT, FLOAT, STRING = ("INT", {"default": 0}), ("FLOAT", {"default": 1.0}), ("STRING", {"default": ""})
+INT, FLOAT, STRING = (
+    ("INT", {"default": 0}),
+    ("FLOAT", {"default": 1.0}),
+    ("STRING", {"default": ""}),
+)
 TEXT = ("STRING", {"multiline": True})
 FILE = (["model.safetensors"], {})
 IMAGES = (["example.png"], {"image_upload": True})
@@ -20,7 +24,9 @@ SCHEDULERS = (["normal", "karras", "simple"], {})
 
 def _core(name: str, outputs: str, /, output_node: bool = False, **inputs: Any) -> type:
     """A node class; an input that is a type's name is a socket."""
-    required = {key: (value, {}) if isinstance(value, str) else value for key, value in inputs.items()}
+    required = {
+        key: (value, {}) if isinstance(value, str) else value for key, value in inputs.items()
+    }
 
     def refuse(self: Any, **inputs: Any) -> None:
         raise NotImplementedError(f"{name} is shown only, it does not run here")

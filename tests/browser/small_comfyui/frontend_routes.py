@@ -47,7 +47,9 @@ class Pack:
 
 
 class FrontendRoutes:
-    def __init__(self, server: Server, host: ServedHost, packs: list[Pack], frontend: Path, user: Path) -> None:
+    def __init__(
+        self, server: Server, host: ServedHost, packs: list[Pack], frontend: Path, user: Path
+    ) -> None:
         self._server, self._host, self._packs, self._frontend = server, host, packs, frontend
         self._user = user
         self._settings = user / "comfy.settings.json"
@@ -59,7 +61,9 @@ class FrontendRoutes:
         answer = await handler(request)
         if not answer.prepared:
             hashed = request.path.startswith("/assets/")  # their names change with their content
-            answer.headers["Cache-Control"] = "public, max-age=86400, immutable" if hashed else "no-cache"
+            answer.headers["Cache-Control"] = (
+                "public, max-age=86400, immutable" if hashed else "no-cache"
+            )
             answer.headers["Content-Security-Policy"] = ONLY_FROM_HERE
         return answer
 
@@ -75,17 +79,23 @@ class FrontendRoutes:
             },
             "/i18n": lambda request: self._translations(),
             "/workflow_templates": lambda request: {
-                pack.name: names for pack in self._packs if (names := [f.stem for f in _workflows(pack)])
+                pack.name: names
+                for pack in self._packs
+                if (names := [f.stem for f in _workflows(pack)])
             },
             "/system_stats": lambda request: self._system(),
-            "/prompt": lambda request: {"exec_info": {"queue_remaining": self._host.queue.remaining()}},
+            "/prompt": lambda request: {
+                "exec_info": {"queue_remaining": self._host.queue.remaining()}
+            },
             "/queue": lambda request: {
                 "queue_running": list(self._host.queue.currently_running.values()),
                 "queue_pending": [],
             },
             "/history": lambda request: self._host.queue.history,
             "/history/{id}": lambda request: {
-                key: value for key, value in self._host.queue.history.items() if key == request.match_info["id"]
+                key: value
+                for key, value in self._host.queue.history.items()
+                if key == request.match_info["id"]
             },
             "/userdata": lambda request: self._userdata(request.query["dir"]),
         }
@@ -110,7 +120,9 @@ class FrontendRoutes:
             if pack.web is not None:
                 application.router.add_static(f"/extensions/{pack.name}", pack.web)
             if _workflows(pack):
-                application.router.add_static(f"/api/workflow_templates/{pack.name}", pack.folder / "example_workflows")
+                application.router.add_static(
+                    f"/api/workflow_templates/{pack.name}", pack.folder / "example_workflows"
+                )
         application.router.add_static("/", self._frontend)
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
@@ -122,12 +134,18 @@ class FrontendRoutes:
         paths = [f"/{file.relative_to(self._frontend).as_posix()}" for file in own]
         for pack in self._packs:
             files = sorted(pack.web.rglob("*.js")) if pack.web is not None else []
-            paths += [f"/extensions/{quote(pack.name)}/{f.relative_to(pack.web).as_posix()}" for f in files]  # type: ignore[arg-type]
+            paths += [
+                f"/extensions/{quote(pack.name)}/{f.relative_to(pack.web).as_posix()}"
+                for f in files
+            ]  # type: ignore[arg-type]
         return paths
 
     def _nodes(self) -> dict[str, Any]:
         names = {node: name for pack in self._packs for node, name in pack.display_names.items()}
-        return {node: _node_info(node, names.get(node, node), cls) for node, cls in self._host.classes.items()}
+        return {
+            node: _node_info(node, names.get(node, node), cls)
+            for node, cls in self._host.classes.items()
+        }
 
     def _translations(self) -> dict[str, Any]:
         """By language; main.json lies at the top, the other files under their names."""
@@ -190,16 +208,29 @@ class FrontendRoutes:
         file = self._user / request.match_info["file"]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(await request.read())
-        info = {"path": request.match_info["file"], "size": file.stat().st_size, "modified": file.stat().st_mtime}
+        info = {
+            "path": request.match_info["file"],
+            "size": file.stat().st_size,
+            "modified": file.stat().st_mtime,
+        }
         return web.json_response(info)
 
     async def _prompt(self, request: web.Request) -> web.Response:
         body = await request.json()
-        unknown = sorted({n["class_type"] for n in body["prompt"].values()} - self._host.classes.keys())
+        unknown = sorted(
+            {n["class_type"] for n in body["prompt"].values()} - self._host.classes.keys()
+        )
         if unknown:
-            error = {"type": "invalid_prompt", "message": f"unknown nodes: {unknown}", "details": "", "extra_info": {}}
+            error = {
+                "type": "invalid_prompt",
+                "message": f"unknown nodes: {unknown}",
+                "details": "",
+                "extra_info": {},
+            }
             return web.json_response({"error": error, "node_errors": {}}, status=400)
-        prompt_id = self._host.queue.put(body["prompt"], body.get("client_id"), body.get("prompt_id"))
+        prompt_id = self._host.queue.put(
+            body["prompt"], body.get("client_id"), body.get("prompt_id")
+        )
         return web.json_response({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
 
     async def _interrupt(self, request: web.Request) -> web.Response:

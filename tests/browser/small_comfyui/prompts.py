@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from comfyui.fake_host import FakeHost
+from tests.nodes.fake_host import FakeHost
 
 from .server import Server
 
@@ -96,7 +96,9 @@ class PromptQueue:
         return prompt_id
 
     def _tell_length(self) -> None:
-        self._server.send_sync("status", {"status": {"exec_info": {"queue_remaining": self.remaining()}}})
+        self._server.send_sync(
+            "status", {"status": {"exec_info": {"queue_remaining": self.remaining()}}}
+        )
 
     def _work(self) -> None:
         while True:
@@ -115,7 +117,10 @@ class PromptQueue:
         host.run(prompt)
         error = host.errors[0] if host.errors else None
         interrupted = isinstance(error, host.management.InterruptProcessingException)
-        where = {"node_id": host.node_id, "node_type": prompt[host.node_id]["class_type"] if host.node_id else None}
+        where = {
+            "node_id": host.node_id,
+            "node_type": prompt[host.node_id]["class_type"] if host.node_id else None,
+        }
         if error is None:
             host.tell("execution_success")
         elif interrupted:

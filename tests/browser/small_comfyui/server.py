@@ -31,7 +31,9 @@ class Server:
             application.router.add_get(f"{prefix}/ws", self._websocket)
             for route in self.routes:
                 assert isinstance(route, web.RouteDef)
-                application.router.add_route(route.method, prefix + route.path, route.handler, **route.kwargs)
+                application.router.add_route(
+                    route.method, prefix + route.path, route.handler, **route.kwargs
+                )
 
     def send_sync(self, event: str, data: Any, sid: str | None = None) -> None:
         text = json.dumps({"type": event, "data": data})
@@ -48,10 +50,18 @@ class Server:
         task.add_done_callback(_running.discard)
 
     async def _send(self, message: str | bytes, sid: str | None) -> None:
-        sockets = list(self._sockets.values()) if sid is None else [s for s in [self._sockets.get(sid)] if s]
+        sockets = (
+            list(self._sockets.values())
+            if sid is None
+            else [s for s in [self._sockets.get(sid)] if s]
+        )
         for socket in sockets:
             if not socket.closed:
-                await (socket.send_str(message) if isinstance(message, str) else socket.send_bytes(message))
+                await (
+                    socket.send_str(message)
+                    if isinstance(message, str)
+                    else socket.send_bytes(message)
+                )
 
     async def _websocket(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()

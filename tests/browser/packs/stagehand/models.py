@@ -31,10 +31,17 @@ def _layer(kind: str, width: int) -> nn.Module:
     import bitsandbytes
 
     if kind == "int8":
-        layer: nn.Module = bitsandbytes.nn.Linear8bitLt(width, width, bias=False, has_fp16_weights=False)
+        layer: nn.Module = bitsandbytes.nn.Linear8bitLt(
+            width, width, bias=False, has_fp16_weights=False
+        )
     elif kind == "nf4":
         layer = bitsandbytes.nn.Linear4bit(
-            width, width, bias=False, quant_type="nf4", compute_dtype=torch.float16, compress_statistics=True
+            width,
+            width,
+            bias=False,
+            quant_type="nf4",
+            compute_dtype=torch.float16,
+            compress_statistics=True,
         )
     else:
         layer = nn.Linear(width, width, bias=False)
@@ -46,5 +53,7 @@ def add_routes(routes: Any) -> None:
     async def memory(request: web.Request) -> web.Response:
         """Bytes of live tensors on each device, as the device itself counts them."""
         gc.collect()
-        allocated = [torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())]
+        allocated = [
+            torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())
+        ]
         return web.json_response({"allocated": allocated})

@@ -35,7 +35,9 @@ class StagehandLoad(_Node):
         "device": ("STRING", {"default": "cuda:0"}),
     }
 
-    def run(self, name: str, kind: str, mib: int, device: str = "cuda:0", after: Any = None) -> tuple[Any]:
+    def run(
+        self, name: str, kind: str, mib: int, device: str = "cuda:0", after: Any = None
+    ) -> tuple[Any]:
         return (build(name, kind, mib, device),)
 
 
@@ -78,4 +80,6 @@ class StagehandNothing(_Node):
 
 
 NODE_DISPLAY_NAME_MAPPINGS = {"StagehandLoad": "Load Model", "StagehandUse": "Use Model"}
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (StagehandLoad, StagehandUse, StagehandKeep, StagehandNothing)}
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls for cls in (StagehandLoad, StagehandUse, StagehandKeep, StagehandNothing)
+}

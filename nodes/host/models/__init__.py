@@ -1,0 +1,1 @@
+"""Models that other packs loaded, as entries of ComfyUI's model management."""

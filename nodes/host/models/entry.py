@@ -1,0 +1,129 @@
+"""One adopted model on one device, as ComfyUI's model management sees it.
+
+The host asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models are parked whole:
+`partially_unload` gives nothing, upon which the host detaches the entry, drops it and empties the allocator's cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..guard import is_interrupt, never_fails
+
+if TYPE_CHECKING:
+    from .adopted import Adopted
+
+log = logging.getLogger("qmove")
+
+
+class Entry:
+    """Speaks for the part of a model whose home is `load_device`. It is owned by the model: they die together."""
+
+    parent = None  # the host's own clones have one
+
+    def __init__(self, adopted: Adopted, device: torch.device) -> None:
+        self._adopted = weakref.ref(adopted)
+        self.load_device = device
+        self.offload_device = torch.device("cpu")
+        self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
+        self.model_options: dict[str, Any] = {}
+        self.leaving = False  # while the host is asked to drop the entry although the model stays
+        self.failure: Exception | None = None  # why the last load did not bring the model home
+
+    @property
+    def adopted(self) -> Adopted | None:
+        return self._adopted()
+
+    @property
+    def model(self) -> Any:
+        """The real model. The host watches it die, so it gets no stand-in; None once it is dead."""
+        adopted = self._adopted()
+        return adopted.model if adopted is not None else None
+
+    # Sizes: asked for anew each time, as anybody may move the model --------------------------------------------------
+
+    def model_size(self) -> int:
+        adopted = self._adopted()
+        return adopted.nbytes_of(self.load_device) if adopted is not None else 0
+
+    def loaded_size(self) -> int:
+        adopted = self._adopted()
+        return adopted.resident_on(self.load_device) if adopted is not None else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.loaded_size() else self.offload_device
+
+    # What the host makes it do -----------------------------------------------------------------------------------
+
+    def partially_load(
+        self, device: torch.device, extra: float, force_patch_weights: bool = False
+    ) -> int:
+        """Brings the whole model home, however little room the host offers: half a model does not run.
+
+        Also when the host means its own models and loads ours along, so a failure is kept for whoever did ask for this model.
+        """
+        adopted = self._adopted()
+        self.failure = None
+        if adopted is None:
+            return 0
+        before = self.loaded_size()
+        try:
+            adopted.come_home()
+        except Exception as error:
+            if is_interrupt(error):
+                raise
+            self.failure = error
+            log.warning("%s stays parked: %s", adopted.name, error)
+        return self.loaded_size() - before
+
+    def partially_unload(
+        self, offload_device: torch.device, memory_to_free: float, **options: Any
+    ) -> int:
+        return 0
+
+    @never_fails("park a model for ComfyUI, which needs its memory", None)
+    def detach(self, unpatch_all: bool = True) -> None:
+        """Parks the model. With `unpatch_all=False` the host only takes the entry out, to put it in again at once."""
+        adopted = self._adopted()
+        if unpatch_all and adopted is not None and not self.leaving:
+            adopted.park()
+
+    # What it asks of its own models and an entry has nothing of --------------------------------------------------------
+
+    def is_clone(self, other: object) -> bool:
+        return other is self
+
+    def model_patches_models(self) -> list[Any]:
+        return []
+
+    def get_nested_additional_models(self) -> list[Any]:
+        return []
+
+    def model_patches_to(self, device_or_dtype: Any) -> None:
+        pass
+
+    def model_dtype(self) -> None:
+        return None
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
+        return 0, 0
+
+    def pinned_memory_size(self) -> int:
+        return 0
+
+    def partially_unload_ram(self, ram_to_unload: float, **options: Any) -> int:
+        return 0
+
+    def loaded_ram_size(self) -> int:
+        return 0

@@ -1,0 +1,227 @@
+"""Looks on as ComfyUI's executor stages and completes nodes: the one place where a node's inputs are known before it runs.
+
+The host has no hook for this, so two methods of `ExecutionList` are wrapped, which have had the same signature since 0.3.64,
+and the one that the executor calls with a node's error. Where one is not as expected, the log says so and that feature is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qmove_core.errors import NotEnoughMemory
+
+from .. import comfy, graph, progress
+from ..contract import ExecutionList
+from ..guard import is_interrupt, never_fails
+from ..models import node_models
+from ..panel import events, history
+from . import auto_parking, job_queue
+from .needs import Measurement
+
+log = logging.getLogger("qmove")
+
+
+@dataclass
+class _Run:
+    """What is known of one prompt while it runs.
+
+    Attributes:
+        unfinished: nodes that were staged and put back: they wait for a task, for nodes they expanded into, or for a lazy input.
+        node: the one that runs, with its class.
+        measurement: of that node.
+    """
+
+    unfinished: set[str] = field(default_factory=set)
+    node: tuple[str, str] | None = None
+    measurement: Measurement | None = None
+
+
+_runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
+_latest: weakref.ReferenceType[Any] | None = None
+
+
+def install() -> bool:
+    """Wraps the host's methods. Returns whether stages are seen now; doing it twice changes nothing."""
+    cls = comfy.execution_list_class()
+    if not _has_method(cls, "stage_node_execution", is_async=True) or not _has_method(
+        cls, "complete_node_execution"
+    ):
+        log.warning(
+            "This ComfyUI runs its nodes in another way than qmove knows: nothing is parked or brought home between nodes. "
+            "The nodes of qmove work, and parked models still wake when they are used."
+        )
+        return False
+    _wrap(cls, "stage_node_execution", _wrap_stage)
+    _wrap(cls, "complete_node_execution", _wrap_complete)
+    executor = comfy.prompt_executor_class()
+    if _has_method(executor, "handle_execution_error", parameters=7):
+        _wrap(executor, "handle_execution_error", _wrap_error)
+    else:
+        log.warning(
+            "This ComfyUI tells qmove nothing of errors in nodes: after an out-of-memory only ComfyUI itself makes room."
+        )
+    return True
+
+
+def _has_method(cls: Any, name: str, *, is_async: bool = False, parameters: int = 1) -> bool:
+    method = inspect.unwrap(getattr(cls, name, None) or len)
+    if not inspect.isfunction(method) or inspect.iscoroutinefunction(method) is not is_async:
+        return False
+    return len(inspect.signature(method).parameters) == parameters
+
+
+def _wrap(cls: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    method = getattr(cls, name)
+    if not hasattr(method, "_qmove_wraps"):
+        wrapped = functools.wraps(method)(wrapper(method))
+        wrapped._qmove_wraps = method  # type: ignore[attr-defined]
+        setattr(cls, name, wrapped)
+
+
+def running_graph() -> ExecutionList | None:
+    """The graph of the prompt that runs now, None between prompts."""
+    nodes = _latest() if _latest is not None else None
+    return nodes if nodes is not None and nodes in _runs else None
+
+
+def uninstall() -> None:
+    """Gives the host its own methods back."""
+    for cls in (comfy.execution_list_class(), comfy.prompt_executor_class()):
+        for name in ("stage_node_execution", "complete_node_execution", "handle_execution_error"):
+            original = getattr(getattr(cls, name, None), "_qmove_wraps", None)
+            if original is not None:
+                setattr(cls, name, original)
+
+
+def _wrap_stage(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    async def stage_node_execution(self: ExecutionList) -> Any:
+        staged = await original(self)
+        if isinstance(staged, tuple) and staged and staged[0] is not None:
+            _stage(self, staged[0])
+        return staged
+
+    return stage_node_execution
+
+
+def _wrap_complete(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def complete_node_execution(self: Any) -> Any:
+        _complete(self, self.staged_node_id)
+        try:
+            return original(self)
+        finally:
+            if not self.pendingNodes:
+                _end(self)
+
+    return complete_node_execution
+
+
+def _wrap_error(original: Callable[..., Any]) -> Callable[..., Any]:
+    def handle_execution_error(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _fail(kwargs.get("ex", args[-1] if args else None))
+        return original(self, *args, **kwargs)
+
+    return handle_execution_error
+
+
+@never_fails("prepare for a node", None)
+def _stage(nodes: ExecutionList, node_id: str) -> None:
+    global _latest
+    with job_queue.lock:
+        job_queue.node_ended()  # the last one, where it did not complete
+        runs = not nodes.is_cached(node_id)
+        if runs:
+            history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
+        if runs and not auto_parking.has_nothing_to_do():
+            run = _runs.get(nodes)
+            if run is None:
+                run = _runs[nodes] = _Run()
+                _latest = weakref.ref(nodes)
+            run.node = (node_id, graph.class_name_of(nodes, node_id))
+            run.measurement = None
+            if not _only_collects(run, nodes, node_id):
+                run.measurement = _prepare(nodes, node_id)
+            run.unfinished.add(node_id)
+            history.stage_goes_on(nodes)
+        job_queue.node_begins()
+    events.send_if_due()
+
+
+def _only_collects(run: _Run, nodes: ExecutionList, node_id: str) -> bool:
+    """Whether the node has run, and is staged again only to take up results. One with lazy inputs runs when they have come."""
+    return node_id in run.unfinished and not hasattr(
+        graph.class_of(nodes, node_id), "check_lazy_status"
+    )
+
+
+def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
+    try:
+        with progress.for_node(node_id):
+            return auto_parking.prepare(nodes, node_id)
+    except BaseException as error:
+        host = comfy.model_management()
+        if host is None or not is_interrupt(error):
+            raise
+        # Raised from here it would end the host's worker. Asked for again, the host raises it as the node begins.
+        host.interrupt_current_processing(True)
+        return None
+
+
+@never_fails("look at what a node gave", None)
+def _complete(nodes: ExecutionList, node_id: str) -> None:
+    run = _runs.get(nodes)
+    if run is not None and run.node is not None and run.node[0] == node_id:
+        auto_parking.finish(nodes, node_id, run.measurement)
+        run.unfinished.discard(node_id)
+        run.node = run.measurement = None
+    if history.stage_ends(nodes, node_id):  # it ran, it was not cached
+        node_models.remember(nodes, node_id)
+    job_queue.node_ended()
+
+
+@never_fails("make room after an error", None)
+def _fail(error: BaseException | None) -> None:
+    nodes = _latest() if _latest is not None else None
+    run = _runs.get(nodes) if nodes is not None else None
+    try:
+        if (
+            run is not None
+            and run.node is not None
+            and error is not None
+            and is_out_of_memory(error)
+        ):
+            auto_parking.out_of_memory(*run.node, run.measurement, error)
+    finally:
+        _end(nodes)
+
+
+@never_fails("end a prompt", None)
+def _end(nodes: Any) -> None:
+    if nodes is not None:
+        _runs.pop(nodes, None)
+        history.run_ends(nodes)
+    auto_parking.in_use = auto_parking.Used()
+    job_queue.node_ended()
+    events.send_if_changed()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a device has no room."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, NotEnoughMemory) and error.place != "cpu"
+        ):
+            return True
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

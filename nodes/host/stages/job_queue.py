@@ -1,0 +1,57 @@
+"""Moves that a button or a route asks for wait until no node runs: a model must not leave under one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from .. import browser, progress
+from ..guard import log_once
+
+log = logging.getLogger("qmove")
+
+Job = Callable[[], Any]
+
+lock = threading.RLock()  # held while models are moved between nodes
+_waiting: deque[Job] = deque()
+_node_runs = False
+
+
+def run_or_queue(job: Job) -> tuple[bool, Any]:
+    """Runs `job` now if no node runs, else when the one that runs has ended. Its moves can be cancelled.
+
+    Returns:
+        Whether it has run, and its result. Of a job that waits the browsers are told the result, or why there is none.
+    """
+    with lock:
+        if _node_runs:
+            _waiting.append(job)
+            return False, None
+        with progress.asked_for():
+            return True, job()
+
+
+def node_begins() -> None:
+    """From here on jobs wait. The caller holds the lock."""
+    global _node_runs
+    _node_runs = True
+
+
+def node_ended() -> None:
+    """Does what has waited."""
+    global _node_runs
+    with lock:
+        _node_runs = False
+        while _waiting:
+            job = _waiting.popleft()
+            try:
+                with progress.asked_for():
+                    browser.send(browser.RESULT, {"report": job()})
+            except progress.Cancelled as cancelled:
+                browser.send(browser.RESULT, {"error": str(cancelled), "cancelled": True})
+            except Exception as error:
+                log_once("do what was asked for while a node ran", error)
+                browser.send(browser.RESULT, {"error": str(error)})

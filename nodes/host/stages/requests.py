@@ -1,0 +1,183 @@
+"""What people ask for, in a node or from the browser: park this, restore that, free so much; each says what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+import qmove_core as qmove
+from qmove_core import homes
+from qmove_core.errors import readable_bytes
+
+from .. import comfy
+from ..contract import HostEntry
+from ..models import residency, wires
+from ..models.adopted import Adopted, adopted_models
+from . import auto_parking, executor
+
+HOME = "home"
+
+
+def park_value(value: object) -> str:
+    """Parks all models in a value; returns a line for each."""
+    found = wires.find_models([value])
+    if not found.has_models:
+        return f"{_what(value)} holds no model: nothing to park."
+    models = residency.take_in([*found.modules, *found.keepers], into_books=False)
+    return park_models(models, found.patchers)
+
+
+def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
+    """Parks models; returns a line for each."""
+    with homes.lock:  # what the host's own thread parks just now it has parked then
+        before = {adopted.number: adopted.resident for adopted in models}
+    loaded = {id(patcher): int(patcher.loaded_size()) for patcher in patchers}
+    residency.park([adopted for adopted in models if before[adopted.number]], patchers)
+    lines = []
+    for adopted in models:
+        for device, nbytes in before[adopted.number].items():
+            left = adopted.resident_on(device)
+            stayed = f"; {readable_bytes(left)} stayed, the log says why" if left else ""
+            lines.append(
+                f"Parked {adopted.name}: {readable_bytes(nbytes - left)} left {device}{stayed}."
+            )
+        if not before[adopted.number]:
+            lines.append(f"{adopted.name} was not on a device: {_where(adopted)}.")
+    for patcher in patchers:
+        left = int(patcher.loaded_size())
+        lines.append(
+            f"ComfyUI unloaded {_name(patcher)}: {readable_bytes(loaded[id(patcher)] - left)} left {patcher.load_device}."
+        )
+    return "\n".join(lines)
+
+
+def park_all() -> str:
+    """Parks all adopted models one by one, so that each shows and can be cancelled; returns a line for each."""
+    with homes.lock:
+        models = [adopted for adopted in adopted_models() if adopted.resident]
+    return (
+        "\n".join(park_models([model]) for model in models)
+        or "No model is in VRAM: nothing to park."
+    )
+
+
+def restore_all(device: str = HOME) -> str:
+    """Brings all parked models home, or to `device`; returns a line for each."""
+    with homes.lock:
+        models = [adopted for adopted in adopted_models() if adopted.parked]
+    return restore_models(models, device) if models else "No model is parked: nothing to restore."
+
+
+def restore_value(value: object, device: str = HOME) -> str:
+    """Brings all models in a value home, or to `device`; returns a line for each."""
+    found = wires.find_models([value])
+    if not found.has_models:
+        return f"{_what(value)} holds no model: nothing to restore."
+    models = residency.take_in([*found.modules, *found.keepers], into_books=False)
+    lines = [restore_models(models, device)] if models else []
+    host = comfy.model_management()
+    if found.patchers and host is not None:
+        host.load_models_gpu(found.patchers)
+        lines += [
+            f"ComfyUI loaded {_name(patcher)} on {patcher.load_device}, which it chooses itself."
+            for patcher in found.patchers
+        ]
+    return "\n".join(lines)
+
+
+def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
+    """Brings models home, or to `device`; returns a line for each."""
+    away = {adopted.number: sum(adopted.parked.values()) for adopted in models}
+    if device == HOME:
+        residency.bring_home(models)
+    else:
+        target = torch.device(device)
+        for adopted in models:
+            _move(adopted, target)
+    residency.register(models)
+    return "\n".join(
+        f"Restored {adopted.name}: {readable_bytes(away[adopted.number])}, now {_where(adopted)}."
+        if away[adopted.number]
+        else f"{adopted.name} was not parked; it is {_where(adopted)}."
+        for adopted in models
+    )
+
+
+def _move(adopted: Adopted, target: torch.device) -> None:
+    if target.type != "cpu":
+        elsewhere = (
+            sum(adopted.resident.values())
+            + sum(adopted.parked.values())
+            - adopted.resident_on(target)
+        )
+        if elsewhere > (residency.free_bytes(target) or 0):
+            residency.make_room(target, elsewhere, [adopted])
+    qmove.move(adopted.model, target)
+    adopted.refresh()
+
+
+def materialize_value(value: object, target_device: str = "cpu") -> str:
+    """Gives the meta tensors of all models in a value their real data; returns a line for each."""
+    found = wires.find_models([value])
+    if not found.modules:
+        own = " ComfyUI's own models have no meta tensors." if found.patchers else ""
+        return f"{_what(value)} holds no model that qmove could materialize.{own}"
+    lines = []
+    for module in found.modules:
+        missing = qmove.inventory(module).meta
+        if missing:
+            qmove.materialize_meta_tensors(module, target_device=target_device)
+            nbytes = readable_bytes(sum(tensor.nbytes for tensor in missing))
+            lines.append(
+                f"Materialized {type(module).__name__}: {len(missing)} tensors, {nbytes}, on {target_device}."
+            )
+        else:
+            lines.append(f"{type(module).__name__} has no meta tensors: nothing to materialize.")
+    residency.take_in(found.modules)
+    return "\n".join(lines)
+
+
+def free_vram(nbytes: int, device: str | None = None) -> str:
+    """Parks the least useful models until `nbytes` are free on `device`, or on each one; returns a line for each device."""
+    devices = [torch.device(device)] if device else residency.devices()
+    order = auto_parking.order_to_park(
+        executor.running_graph(), comfy.running_node(), auto_parking.Used()
+    )
+    lines = []
+    for target in devices:
+        there = [model for model in order if auto_parking.is_on(model, target)]
+        parked = residency.park_until_free(there, target, nbytes)
+        free = residency.free_bytes(target) or 0
+        names = ", ".join(
+            model.name if isinstance(model, Adopted) else _name(model) for model in parked
+        )
+        short = (
+            ""
+            if free >= nbytes
+            else f" That is less than the {readable_bytes(nbytes)} asked for: no model is left to park."
+        )
+        lines.append(
+            f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}.{short}"
+        )
+    return "\n".join(lines) or "This machine has no accelerator: there is no VRAM to free."
+
+
+def _where(adopted: Adopted) -> str:
+    places = [
+        f"{readable_bytes(nbytes)} on {device}" for device, nbytes in adopted.resident.items()
+    ]
+    places += [
+        f"{readable_bytes(nbytes)} parked, home is {device}"
+        for device, nbytes in adopted.parked.items()
+    ]
+    return ", ".join(places) or "in CPU memory"
+
+
+def _what(value: object) -> str:
+    name = type(value).__name__
+    return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}"
+
+
+def _name(patcher: HostEntry) -> str:
+    return type(patcher.model).__name__

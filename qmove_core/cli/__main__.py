@@ -1,0 +1,5 @@
+"""`python -m qmove_core.cli`."""
+
+from .app import main
+
+main()

@@ -1,0 +1,161 @@
+"""`qmove` on the command line: doctor, inspect, demo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import QMoveError, readable_bytes
+
+app = typer.Typer(
+    help="Parks big quantized models out of VRAM into CPU RAM, and brings them back bit for bit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print plain data for programs.")]
+
+
+def main() -> None:
+    """The `qmove` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        console.print(f"qmove {_installed_version()}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show devices, versions, memory and its limits, and what they mean."""
+    from .doctor import examine
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    host = report.host
+    table = Table(title="qmove doctor", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("system", host.system + (" (WSL)" if host.wsl else ""))
+    table.add_row("python", host.python)
+    for device in report.devices:
+        table.add_row(
+            device.name, f"{device.model}: {_bytes(device.free)} free of {_bytes(device.total)}"
+        )
+    if not report.devices:
+        table.add_row("devices", "no accelerator")
+    table.add_row("RAM", f"{_bytes(host.ram_available)} available of {_bytes(host.ram_total)}")
+    table.add_row("for parked models", f"{_bytes(host.usable)}, limited by: {host.usable_limit}")
+    table.add_row(
+        "cgroup limit",
+        "none" if host.cgroup_free is None else f"{_bytes(host.cgroup_free)} free under it",
+    )
+    table.add_row("memlock limit", "none" if host.memlock is None else _bytes(host.memlock))
+    for name, version in report.versions.items():
+        build = f" ({report.torch_build})" if name == "torch" else ""
+        table.add_row(name, f"{version}{build}" if version else "[yellow]not installed[/]")
+    console.print(table)
+    for finding in report.findings:
+        console.print(f"- {finding}", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    saved: Annotated[
+        str,
+        typer.Argument(metavar="PATH_OR_PACKAGE", help="A file, a folder or an installed package."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """List what a saved model holds, from its headers: nothing is loaded."""
+    from .doctor import examine
+    from .inspect_saved import inspect_saved
+
+    try:
+        model = inspect_saved(saved)
+    except QMoveError as error:
+        raise _failed(error) from error
+    if as_json:
+        typer.echo(json.dumps(model.to_dict(), indent=2))
+        return
+    table = Table(
+        title=f"{_bytes(model.nbytes)} in {len(model.tensors)} tensors: {model.source}",
+        title_justify="left",
+    )
+    for heading in ("file", "kind", "dtype"):
+        table.add_column(heading)
+    table.add_column("tensors", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("largest", overflow="ellipsis", no_wrap=True)
+    for (file, kind, dtype), members in model.groups().items():
+        largest = max(members, key=lambda tensor: tensor.nbytes)
+        nbytes = sum(tensor.nbytes for tensor in members)
+        table.add_row(file, kind, dtype, str(len(members)), _bytes(nbytes), largest.name)
+    console.print(table)
+    for component, quantization in model.quantization.items():
+        console.print(
+            f"quantization{f' of {component}' if component else ''}: {quantization}", markup=False
+        )
+    if not model.quantization:
+        console.print("quantization: none")
+    for note in model.notes:
+        console.print(f"note: {note}", markup=False)
+    host = examine().host
+    fits = "fits" if model.nbytes <= host.usable else "does not fit"
+    console.print(
+        f"Parked as saved it {fits} in the {_bytes(host.usable)} of RAM that qmove may use ({host.usable_limit})."
+    )
+
+
+@app.command()
+def demo(
+    picture: Annotated[
+        Path, typer.Option(help="Where the picture goes, VRAM and RAM over time.")
+    ] = Path("qmove-demo.png"),
+) -> None:
+    """Park and restore a real quantized model, beside what plain .to() leaves and does."""
+    from .demo import park_and_restore as demonstration
+
+    try:
+        raise typer.Exit(demonstration.main(console, picture))
+    except QMoveError as error:
+        raise _failed(error) from error
+
+
+def _failed(error: QMoveError) -> typer.Exit:
+    Console(stderr=True).print(
+        f"qmove: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
+    return typer.Exit(1)
+
+
+def _bytes(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else readable_bytes(nbytes)
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("qmove")
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # run from a checkout, or inside ComfyUI's custom_nodes
+        return "(not installed as a package)"
+
+
+if __name__ == "__main__":
+    main()

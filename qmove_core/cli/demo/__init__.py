@@ -1,0 +1,1 @@
+"""What `qmove demo` runs and draws."""

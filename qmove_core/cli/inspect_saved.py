@@ -1,0 +1,322 @@
+"""What a saved model holds, read from headers only: a file, a folder, or an installed package that ships weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import struct
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import QMoveError
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+# The last part of a tensor's name, by which the formats call what belongs to a quantized weight.
+QUANTIZATION_STATE = re.compile(
+    r"(\.|^)(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+"
+    r"|scales?|zeros?|qzeros|g_idx|weight_scale(_inv|_2)?|scale_(weight|input)|input_scale|scaled_fp8|comfy_quant)$"
+)
+
+
+class CannotInspect(QMoveError, ValueError):
+    """There is no saved model there, or it cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """One tensor in a file; `nbytes` is what it takes on disk and, loaded as it is, in memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+    @property
+    def kind(self) -> str:
+        """ "weight", or "quantization state": scales, codebooks and the like."""
+        return "quantization state" if QUANTIZATION_STATE.search(self.name) else "weight"
+
+
+@dataclass
+class SavedModel:
+    """What `qmove inspect` shows.
+
+    Attributes:
+        source: the file or folder that was read.
+        tensors: all tensors, in the order of the files.
+        quantization: one sentence for each component ("" is the model itself) that is quantized.
+        notes: what was left out, and why.
+    """
+
+    source: str
+    tensors: list[SavedTensor]
+    quantization: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: what the model takes in VRAM, and in RAM while it is parked."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def groups(self) -> dict[tuple[str, str, str], list[SavedTensor]]:
+        """The tensors by (file, kind, dtype), the largest group first."""
+        grouped: dict[tuple[str, str, str], list[SavedTensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            grouped[tensor.file, tensor.kind, tensor.dtype].append(tensor)
+        return dict(
+            sorted(grouped.items(), key=lambda item: -sum(tensor.nbytes for tensor in item[1]))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"nbytes": self.nbytes, **asdict(self)}
+
+
+def inspect_saved(path_or_package: str | Path) -> SavedModel:
+    """Reads what a saved model holds from the headers of its files. No weight is loaded and no pickled code runs.
+
+    Args:
+        path_or_package: a .safetensors or torch file; a folder of them, as transformers and diffusers save it; or the name
+            of an installed package that ships weights.
+
+    Raises:
+        CannotInspect: nothing is there, nothing in it is a saved model, or a file is broken.
+    """
+    path = Path(path_or_package).expanduser()
+    if not path.exists():
+        return _inspect_package(str(path_or_package))
+    if path.is_file():
+        return _inspect_files(path, path.parent, [path])
+    files = _weight_files(path)
+    if not files:
+        raise CannotInspect(
+            f"No weights in the folder {path}: no file in it ends in {', '.join(SUFFIXES)}."
+        )
+    return _inspect_files(path, path, files)
+
+
+def _inspect_package(name: str) -> SavedModel:
+    folders = _package_folders(name)
+    if not folders:
+        raise CannotInspect(
+            f"{name!r} is no file or folder here and no installed package. "
+            "Give a .safetensors or torch file, a model's folder, or the name of a package that ships weights."
+        )
+    for folder in folders:
+        files = _weight_files(folder)
+        if files:
+            return _inspect_files(folder, folder, files)
+    raise CannotInspect(
+        f"The installed package {name!r} ships no weights: no file in it ends in {', '.join(SUFFIXES)}."
+    )
+
+
+def _package_folders(name: str) -> list[Path]:
+    """The folders of an installed package, given by its name on the index or by its import name."""
+    modules = {name.replace("-", "_")}
+    for module, distributions in importlib.metadata.packages_distributions().items():
+        if any(_normalized(name) == _normalized(distribution) for distribution in distributions):
+            modules.add(module)
+    folders: list[Path] = []
+    for module in sorted(modules):
+        if module.isidentifier() and (spec := importlib.util.find_spec(module)) is not None:
+            folders += [Path(location) for location in spec.submodule_search_locations or ()]
+    return folders
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def _inspect_files(source: Path, root: Path, files: Sequence[Path]) -> SavedModel:
+    kept, notes = _without_doubles(files, root)
+    model = SavedModel(str(source), [], notes=notes)
+    for path in kept:
+        label = path.relative_to(root).as_posix()
+        model.tensors += (
+            _read_safetensors(path, label)
+            if path.suffix == ".safetensors"
+            else _read_torch(path, label, notes)
+        )
+    for folder in dict.fromkeys(path.parent for path in kept):
+        inside = {path.relative_to(root).as_posix() for path in kept if path.parent == folder}
+        found = _quantization_of(
+            folder, [tensor for tensor in model.tensors if tensor.file in inside]
+        )
+        if found:
+            component = folder.relative_to(root).as_posix()
+            model.quantization["" if component == "." else component] = found
+    return model
+
+
+def _without_doubles(files: Sequence[Path], root: Path) -> tuple[list[Path], list[str]]:
+    """Leaves out torch files in folders that hold safetensors: they are the same weights in the older format."""
+    safe = {path.parent for path in files if path.suffix == ".safetensors"}
+    doubles = [path for path in files if path.suffix in TORCH_SUFFIXES and path.parent in safe]
+    notes = [
+        f"{path.relative_to(root).as_posix()} was left out: there are safetensors beside it."
+        for path in doubles
+    ]
+    return [path for path in files if path not in doubles], notes
+
+
+def _read_safetensors(path: Path, label: str) -> list[SavedTensor]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header, and that the file is whole
+            pass
+        header = _safetensors_header(path)
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CannotInspect(
+            f"{path} is no whole safetensors file: {error}. Download or save it again."
+        ) from error
+    return [
+        SavedTensor(
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            label,
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """8 bytes of length, then JSON: https://huggingface.co/docs/safetensors (Format)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
+def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
+    if path.suffix not in SUFFIXES and not zipfile.is_zipfile(path):
+        raise CannotInspect(
+            f"{path} is of no kind that is read here; these are: {', '.join(SUFFIXES)}."
+        )
+    if not zipfile.is_zipfile(path):
+        raise CannotInspect(
+            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then it cannot be read without "
+            "loading it. Save it again with torch.save, or better as safetensors."
+        )
+    try:
+        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises pickle's, its own and RuntimeErrors here
+        notes.append(
+            f"{label} holds pickled objects ({str(error).splitlines()[0]}) and was not unpickled, which could run code: "
+            "only the sizes of its storages are known."
+        )
+        return _torch_storages(path, label)
+    return [
+        SavedTensor(
+            name,
+            str(tensor.dtype).removeprefix("torch."),
+            tuple(tensor.shape),
+            tensor.nbytes,
+            label,
+        )
+        for name, tensor in _tensors_in("", content)
+    ]
+
+
+def _tensors_in(name: str, content: object) -> Iterable[tuple[str, torch.Tensor]]:
+    if isinstance(content, torch.Tensor):
+        yield name, content
+        return
+    if isinstance(content, dict):
+        items: Iterable[tuple[object, object]] = content.items()
+    elif isinstance(content, (list, tuple)):
+        items = enumerate(content)
+    else:
+        return
+    for key, value in items:
+        yield from _tensors_in(f"{name}.{key}" if name else str(key), value)
+
+
+def _torch_storages(path: Path, label: str) -> list[SavedTensor]:
+    with zipfile.ZipFile(path) as archive:
+        entries = [
+            entry for entry in archive.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)
+        ]
+    return [
+        SavedTensor(entry.filename, "bytes", (entry.file_size,), entry.file_size, label)
+        for entry in entries
+    ]
+
+
+def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
+    """How the model in `folder` is quantized: as its config says, else as the names and dtypes show; "" if it is not."""
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            declared = json.loads(config.read_text()).get("quantization_config")
+        except (ValueError, AttributeError) as error:
+            raise CannotInspect(f"{config} is no JSON object: {error}.") from error
+        if declared:
+            return _describe(declared)
+    names = {tensor.name for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in tensors}
+
+    def any_ends(*endings: str) -> bool:
+        return any(name.endswith(endings) for name in names)
+
+    for kind in ("nf4", "fp4"):
+        if any_ends(f".quant_state.bitsandbytes__{kind}"):
+            nested = ", double quantization" if any_ends(".nested_absmax") else ""
+            return f"bitsandbytes {kind}{nested}"
+    if any_ends(".SCB"):
+        return "bitsandbytes int8"
+    if any_ends(".comfy_quant"):
+        return "ComfyUI (comfy-kitchen)"
+    if any_ends(".qweight"):
+        return (
+            "GPTQ"
+            if any_ends(".g_idx")
+            else "AWQ"
+            if any_ends(".qzeros")
+            else "packed weights (.qweight), format unknown"
+        )
+    if any_ends(".weight_scale_inv"):
+        return "fp8, scaled in blocks"
+    if any(dtype.upper().startswith(("F8", "FLOAT8")) for dtype in dtypes):
+        return (
+            "fp8, scaled"
+            if any_ends("scaled_fp8", ".scale_weight", ".weight_scale")
+            else "fp8 weights, without scales"
+        )
+    return ""
+
+
+def _describe(declared: dict[str, Any]) -> str:
+    """transformers' and diffusers' `quantization_config` in words."""
+    method = str(declared.get("quant_method", "unknown method"))
+    if declared.get("load_in_8bit"):
+        return "bitsandbytes int8"
+    if declared.get("load_in_4bit"):
+        nested = ", double quantization" if declared.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes {declared.get('bnb_4bit_quant_type', 'fp4')}{nested}"
+    bits = declared.get("bits", declared.get("weights"))
+    return (
+        method
+        if bits is None
+        else f"{method}, {bits} bit"
+        if isinstance(bits, int)
+        else f"{method}, {bits}"
+    )

@@ -1,0 +1,1 @@
+"""Digests of bytes, computed where the bytes lie."""

@@ -1,0 +1,369 @@
+"""Digests of the bytes of storages, computed where the bytes lie, to tell whether they changed or arrived whole.
+
+Versions of tensors cannot tell: writes through `.data` do not count. Two storages have equal digests if their bytes are equal,
+on whichever device each lies, and unequal ones otherwise, but for odds of 3 x 2^-64 (see `digest_tree.py`, which states for
+which changes) and 2^-128 of the hash that combines the pieces.
+
+What it costs: memory of STAGING bytes at most, whatever the number and size of the storages, plus 32 bytes a piece (512 KiB or a
+smaller storage), which are also what is copied to the host. Storages of IN_PLACE bytes or more are read once, where they lie, in
+one product each. Others are gathered into the staging: read, written and read again, padded by 5 % on average, in 3 or 4 kernels
+for 48 MiB or FEW storages. Then two kernels for each shape of piece that occurs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from ..errors import DigestUnavailable
+from ..storages import as_bytes
+from .digest_tree import (
+    MOST_PADDING,
+    PIECE,
+    PRODUCT,
+    ROW,
+    SHAPES,
+    SPARE,
+    FloatProducts,
+    IntProducts,
+    Products,
+    Shape,
+    Tree,
+    current_stream,
+    matrices,
+    random_bytes,
+    shape_of,
+)
+
+log = logging.getLogger("qmove")
+
+Digest = int
+
+STAGING = 64 << 20
+LEAST_STAGING = 1 << 20
+_TRYING_OUT = 16 << 20  # bytes of a device that the samples take, once
+_tried_out: set[torch.device] = set()
+IN_PLACE = (
+    8 << 20
+)  # reading a smaller storage where it lies saves less than launching a kernel for it costs
+FEW = 512  # storages gathered by one call, whose cost on the host grows faster than their number
+
+
+def digest_storages(storages: Sequence[torch.UntypedStorage]) -> list[Digest]:
+    """The digests of `storages`, which lie on one device. Queued on its current stream, for which it then waits.
+
+    Raises:
+        DigestUnavailable: see `available`.
+        torch.OutOfMemoryError: the device has no room for even 1 MiB of staging. Nothing stays allocated.
+    """
+    return queue_digests(storages).values()
+
+
+@functools.cache
+def _products(device: torch.device) -> type[Products] | None:
+    """How exact products are computed on `device`: the fastest way that stands the test."""
+    if device.type == "cpu":
+        return FloatProducts
+    ways: list[type[Products]] = (
+        [IntProducts, FloatProducts] if hasattr(torch, "_int_mm") else [FloatProducts]
+    )
+    expected = _sample(FloatProducts, torch.device("cpu"))
+    for way in ways:
+        try:
+            if _sample(way, device) == expected:
+                return way
+            reason = "wrong results"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+        log.info("digests on %s do not use %s: %s", device, way.__name__, reason)
+    return None
+
+
+def _sample(way: type[Products], device: torch.device) -> list[Digest]:
+    """The digests of pieces of each shape, of random bytes and of those whose products are the largest."""
+    with torch.no_grad(), torch.inference_mode(False):
+        content = random_bytes(PIECE, device)
+        largest = torch.where(matrices(device) < 0, -128, 127).to(torch.int8)
+        contents = [content[: groups * rows * ROW] for groups, rows in SHAPES] + [
+            largest[: len(largest) // ROW * ROW]
+        ]
+        return _queue_with(way, [part.view(torch.uint8) for part in contents], device).values()
+
+
+def queue_digests(
+    storages: Sequence[torch.UntypedStorage], *, at_most: int | None = None
+) -> Pending:
+    """As `digest_storages`, but only queued. Keep the storages, and what they hold, until `values()` has returned.
+
+    Args:
+        at_most: bytes of memory it may take for staging there, if less than STAGING.
+    """
+    if at_most is not None and storages and at_most < _needed_first(storages[0].device):
+        raise torch.OutOfMemoryError(
+            f"Digests take {LEAST_STAGING} bytes at least; {at_most} were allowed."
+        )
+    with torch.no_grad(), torch.inference_mode(False):
+        return _queue([as_bytes(storage) for storage in storages], at_most)
+
+
+def _needed_first(device: torch.device) -> int:
+    """Bytes without which nothing can be computed there: more of them the first time, for trying it out."""
+    return LEAST_STAGING if device in _tried_out else _TRYING_OUT
+
+
+def available(device: torch.device) -> bool:
+    """Whether digests can be computed on `device`. The first time it is tried out, on one piece of each shape."""
+    return _products(device) is not None
+
+
+class Pending:
+    """Digests that were queued on a device. Until they are read it keeps 32 bytes for each piece there, and 20 KiB."""
+
+    def __init__(self, out: torch.Tensor | None, places: list[tuple[int, list[int]]]) -> None:
+        self._out, self._places = out, places  # (bytes, rows of `out` that belong to them)
+        self._stream = None if out is None else current_stream(out.device)
+        self._numbers = (
+            None if out is None else matrices(out.device)
+        )  # for those that are queued next
+        self._values: list[Digest] | None = None
+
+    def values(self) -> list[Digest]:
+        """Waits until they are computed, and reads them. The order is that of the storages."""
+        if self._values is None:
+            self._take(memoryview(b"") if self._out is None else _read(self._out, self._stream))
+        assert self._values is not None
+        return self._values
+
+    def _take(self, content: memoryview) -> None:
+        self._values = [_combined(nbytes, content, rows) for nbytes, rows in self._places]
+        self._out = self._stream = self._numbers = None
+
+
+def read_together(pendings: Sequence[Pending]) -> None:
+    """Reads what was queued on one stream of one device in one copy, where there is room to put it together."""
+    unread = [(pending, pending._out) for pending in pendings if pending._out is not None]
+    if not unread:
+        return
+    stream = unread[0][0]._stream
+    try:
+        with torch.inference_mode(False), _on(stream):
+            together = torch.cat([out for _pending, out in unread])
+    except torch.OutOfMemoryError:
+        for pending, _out in unread:
+            pending.values()
+        return
+    content, start = _read(together, stream), 0
+    for pending, out in unread:
+        end = start + out.shape[0] * PRODUCT
+        pending._take(content[start:end])
+        start = end
+
+
+def _read(out: torch.Tensor, stream: torch.Stream | None) -> memoryview:
+    # On the stream they were queued on: another one may be busy for long with what has nothing to do with them.
+    with torch.inference_mode(False), _on(stream):
+        return memoryview(out.cpu().numpy().tobytes())
+
+
+def _combined(nbytes: int, content: memoryview, rows: list[int]) -> Digest:
+    digest = hashlib.blake2b(nbytes.to_bytes(8, "little"), digest_size=16)
+    for row in rows:
+        digest.update(content[row * PRODUCT : (row + 1) * PRODUCT])
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _on(stream: torch.Stream | None) -> contextlib.AbstractContextManager[object]:
+    return (
+        contextlib.nullcontext()
+        if stream is None
+        else torch.get_device_module(stream.device).stream(stream)
+    )
+
+
+def _queue(contents: list[torch.Tensor], at_most: int | None = None) -> Pending:
+    """Queues the digests of flat uint8 tensors."""
+    found = {content.device for content in contents}
+    if len(found) > 1:
+        raise ValueError(
+            f"digests are computed on one device at a time, not on {', '.join(sorted(map(str, found)))}"
+        )
+    if not any(content.numel() for content in contents):
+        return Pending(None, [(0, []) for _content in contents])
+    (device,) = found
+    products = _products(device)
+    _tried_out.add(device)
+    if products is None:
+        raise DigestUnavailable(
+            f"{device} multiplies 8-bit numbers inexactly, so that digests computed there mean nothing."
+        )
+    return _queue_with(products, contents, device, at_most)
+
+
+def _queue_with(
+    products: type[Products],
+    contents: list[torch.Tensor],
+    device: torch.device,
+    at_most: int | None = None,
+) -> Pending:
+    plan = _plan(contents)
+    staging = _staging(
+        products, plan, device, STAGING if at_most is None else min(STAGING, at_most)
+    )
+    tree = staging.tree
+    for rows in plan.in_place:
+        for some in rows.split(tree.capacity):
+            tree.add(some, [(SHAPES[-1], len(some) // _PIECE_ROWS)])
+    for batch in plan.batches(staging.rows):
+        staging.add(batch)
+    return Pending(
+        tree.finish(),
+        list(zip([content.numel() for content in contents], plan.places, strict=True)),
+    )
+
+
+_PIECE_ROWS = PIECE // ROW
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Up to PIECE bytes that are gathered: as int64 where that is possible, which is how they are copied fastest."""
+
+    content: torch.Tensor
+    shape: Shape
+    owner: int  # whose index, and
+    index: int  # the how manieth of its pieces
+    rows: int  # padded to this many
+    missing: int  # bytes until then
+    words: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read where it lies, what is gathered, and where the product of each piece comes out.
+
+    Attributes:
+        in_place: int8 rows of whole pieces.
+        gathered: in the order in which they come out, after those.
+        places: for each content, the rows of the result that belong to its pieces.
+    """
+
+    in_place: list[torch.Tensor]
+    gathered: list[_Piece]
+    places: list[list[int]]
+
+    def rows(self) -> int:
+        """Of all pieces, padded."""
+        return sum(map(len, self.in_place)) + self.rows_gathered()
+
+    def rows_gathered(self) -> int:
+        return sum(piece.rows for piece in self.gathered)
+
+    def batches(self, rows: int) -> Iterator[list[_Piece]]:
+        """Pieces of one dtype that fit into `rows` rows."""
+        batch: list[_Piece] = []
+        free = rows
+        for piece in self.gathered:
+            if piece.rows > free or len(batch) == FEW or (batch and batch[0].words != piece.words):
+                yield batch
+                batch, free = [], rows
+            batch.append(piece)
+            free -= piece.rows
+        if batch:
+            yield batch
+
+
+def _plan(contents: list[torch.Tensor]) -> _Plan:
+    in_place, pieces = [], []
+    places: list[list[int]] = []
+    used = 0
+    for owner, content in enumerate(contents):
+        nbytes, whole = content.numel(), 0
+        is_aligned = (content.data_ptr() | int(content.storage_offset())) % 16 == 0
+        if is_aligned and nbytes >= IN_PLACE:
+            whole = nbytes // PIECE
+            in_place.append(content[: whole * PIECE].view(torch.int8).view(-1, ROW))
+        places.append([*range(used, used + whole), *[0] * (-(-nbytes // PIECE) - whole)])
+        used += whole
+        for index in range(whole, -(-nbytes // PIECE)):
+            size = min(PIECE, nbytes - index * PIECE)
+            part = content if size == nbytes else content[index * PIECE : index * PIECE + size]
+            words = is_aligned and size % 8 == 0
+            shape = shape_of(size)
+            rows = shape[0] * shape[1]
+            pieces.append(
+                _Piece(
+                    part.view(torch.int64) if words else part,
+                    shape,
+                    owner,
+                    index,
+                    rows,
+                    rows * ROW - size,
+                    words,
+                )
+            )
+    # Those alike lie side by side: one product for each shape, and one copy for each dtype.
+    pieces.sort(key=lambda piece: (piece.words, piece.shape))
+    for place, piece in enumerate(pieces, used):
+        places[piece.owner][piece.index] = place
+    return _Plan(in_place, pieces, places)
+
+
+class _Staging:
+    """The memory of one run: where pieces are gathered, and the tree."""
+
+    def __init__(
+        self, products: type[Products], plan: _Plan, nbytes: int, device: torch.device
+    ) -> None:
+        gathered, rows = plan.rows_gathered(), plan.rows()
+        workspace = products.workspace(nbytes)
+        self.rows = min((nbytes // 8 * 5 if workspace else nbytes // 4 * 3) // ROW, gathered)
+        self._bytes = torch.empty(
+            max(self.rows, SPARE if gathered else 0) * ROW, dtype=torch.uint8, device=device
+        )
+        self._zeros = torch.zeros(MOST_PADDING if gathered else 0, dtype=torch.uint8, device=device)
+        held = min(nbytes // 8 // PRODUCT, -(-rows // _PIECE_ROWS) * _PIECE_ROWS)
+        self.tree = Tree(
+            products(device, min(workspace, max(rows, SPARE))),
+            held,
+            sum(map(len, plan.places)),
+            device,
+        )
+
+    def add(self, batch: list[_Piece]) -> None:
+        """Gathers the pieces, and gives them to the tree."""
+        dtype = batch[0].content.dtype
+        place, zeros = self._bytes.view(dtype), self._zeros.view(dtype)
+        sources = []
+        for piece in batch:
+            sources.append(piece.content)
+            if piece.missing:
+                sources.append(zeros[: piece.missing // dtype.itemsize])
+        count = sum(piece.rows for piece in batch)
+        torch.cat(sources, out=place[: count * ROW // dtype.itemsize])
+        runs = [
+            (shape, len(list(alike))) for shape, alike in groupby(piece.shape for piece in batch)
+        ]
+        self.tree.add(self._bytes.view(torch.int8).view(-1, ROW)[: max(count, SPARE)], runs)
+
+
+def _staging(products: type[Products], plan: _Plan, device: torch.device, nbytes: int) -> _Staging:
+    reason = f"{nbytes} bytes were allowed"
+    while nbytes >= LEAST_STAGING:
+        try:
+            return _Staging(products, plan, nbytes, device)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        nbytes //= 2
+    # Raised out here, so that no traceback keeps what was allocated.
+    raise torch.OutOfMemoryError(
+        f"No room on {device} for the {LEAST_STAGING} bytes that digests take: {reason}"
+    )

@@ -1,0 +1,1 @@
+"""What accelerate and diffusers keep of a model, and where."""

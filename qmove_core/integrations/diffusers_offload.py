@@ -1,0 +1,169 @@
+"""diffusers' own offloaders: group offload taken off and put back, and what its pipelines note about offloading.
+
+Group offload keeps the Parameter objects and flips their `data`. On the way out of the GPU it goes back to pinned copies in
+`cpu_param_dict`, or stays where `.to()` puts it. With an offload folder it becomes *uninitialized memory* on the CPU, and the
+values lie in a safetensors file: to everybody else that looks like an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MetaTensorsPresent
+from ..storages import exchange, stand_in
+
+_HOOKS = (
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+)  # diffusers.hooks.group_offloading
+
+
+def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Every `ModuleGroup` that these modules are offloaded in."""
+    hooks = (hook for module in modules for hook in _registry_of(module).hooks.values())
+    return list({id(hook.group): hook.group for hook in hooks if hasattr(hook, "group")}.values())
+
+
+def absent(group: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a group that are uninitialized memory now, by their keys in the group's file."""
+    if not group.offload_to_disk_path or not group._is_offloaded_to_disk:
+        return {}
+    onloaded = group.onload_device != group.offload_device
+    return {
+        key: tensor
+        for key, tensor in group.key_to_tensor.items()
+        if tensor.device.type == torch.device(group.offload_device).type or not onloaded
+    }
+
+
+def refuse_absent(action: str, modules: Iterable[nn.Module]) -> None:
+    """Raises MetaTensorsPresent if a group has its values on the disk only."""
+    files = [group.safetensors_file_path for group in groups_of(modules) if absent(group)]
+    if files:
+        raise MetaTensorsPresent(
+            f"{action}: diffusers' group offload has the values of {len(files)} groups on the disk only, the first in "
+            f"{files[0]}. Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
+        )
+
+
+def take_off(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Takes the hooks of group offload off; other hooks stay, and so do all tensors. Returns what puts the same objects back."""
+    undo: list[Callable[[], None]] = []
+    for module in modules:
+        registry = _registry_of(module)
+        for name in reversed([name for name in registry._hook_order if name in _HOOKS]):
+            _take_off_one(module, registry, name, undo)
+
+    def put_on() -> None:
+        while undo:
+            undo.pop()()
+
+    return put_on
+
+
+def _take_off_one(
+    module: nn.Module, registry: Any, name: str, undo: list[Callable[[], None]]
+) -> None:
+    """As `HookRegistry.remove_hook`, which tells the hook, and forgets it."""
+    forward = module.__dict__.get("forward")
+    index = registry._hook_order.index(name)
+    hook, reference = registry.hooks[name], registry._fn_refs[index]
+    inner = (
+        reference.original_forward if reference.original_forward is not None else reference.forward
+    )
+    outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
+    outer_forward = outer.forward if outer is not None else None
+    hooks = dict(registry.hooks)  # with their order
+
+    if outer is not None:
+        outer.forward = inner
+    elif (
+        getattr(inner, "__self__", None) is module
+        and getattr(inner, "__func__", None) is type(module).forward
+    ):
+        module.__dict__.pop("forward")
+    else:
+        module.__dict__["forward"] = inner
+    del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
+
+    def put_on() -> None:
+        registry.hooks.clear()
+        registry.hooks.update(hooks)
+        registry._hook_order.insert(index, name)
+        registry._fn_refs.insert(index, reference)
+        hook.fn_ref = reference
+        if outer is not None:
+            outer.forward = outer_forward
+        else:
+            module.__dict__["forward"] = forward
+
+    undo.append(put_on)
+
+
+def mismatches(groups: Iterable[Any]) -> Iterator[tuple[torch.Tensor, str]]:
+    """(tensor, why) for what the pinned copies of a group cannot hold any more."""
+    for group in groups:
+        for tensor, copy in group.cpu_param_dict.items():
+            if tensor.dtype != copy.dtype or tensor.shape != copy.shape:
+                now, kept = (f"{t.dtype} of shape {list(t.shape)}" for t in (tensor, copy))
+                yield tensor, f"it is {now} now, and the pinned copy that it goes back to is {kept}"
+
+
+def update_pinned_copies(groups: Iterable[Any]) -> None:
+    """Brings the current values into the copies that the groups go back to, and lets offloaded tensors look into them."""
+    for group in groups:
+        for tensor, copy in group.cpu_param_dict.items():
+            if tensor.device == copy.device and tensor.data_ptr() == copy.data_ptr():
+                continue
+            with torch.no_grad(), torch.inference_mode(copy.is_inference()):
+                copy.copy_(tensor)
+            if tensor.device.type == "cpu":
+                exchange(tensor, stand_in(tensor, copy))
+
+
+def write_again(group: Any) -> Callable[[], None]:
+    """Writes what a group has in memory to a file of its own beside the old one. Returns what lets the group use that.
+
+    The old file stays: diffusers takes a file of that name as it is, also for another model and in another process.
+    """
+    from safetensors.torch import save_file
+
+    stem = group.safetensors_file_path.removesuffix(".safetensors").split(".changed-")[0]
+    number = 1
+    while os.path.exists(path := f"{stem}.changed-{os.getpid()}-{number}.safetensors"):
+        number += 1
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in group.key_to_tensor.items()},
+        path,
+    )
+
+    def use() -> None:
+        group.safetensors_file_path = path
+
+    return use
+
+
+def pipelines_in(model: object) -> list[Any]:
+    """The diffusers pipelines among what was given: itself, or the values of a dict or list."""
+    if isinstance(model, nn.Module):
+        return []
+    if isinstance(model, Mapping):
+        return [pipeline for value in model.values() for pipeline in pipelines_in(value)]
+    if isinstance(model, (list, tuple)):
+        return [pipeline for value in model for pipeline in pipelines_in(value)]
+    return [model] if hasattr(model, "components") and hasattr(model, "__dict__") else []
+
+
+class _NoHooks:
+    hooks: dict[str, Any] = {}  # noqa: RUF012
+    _hook_order: tuple[str, ...] = ()
+
+
+def _registry_of(module: nn.Module) -> Any:
+    return module.__dict__.get("_diffusers_hook", _NoHooks)

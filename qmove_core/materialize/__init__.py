@@ -1,0 +1,1 @@
+"""Real data for meta tensors, and the same dispatch again afterwards."""

@@ -1,0 +1,1 @@
+"""Host memory: the arena, page-locking, budgets, mirrors and mapped files."""

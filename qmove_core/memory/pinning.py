@@ -1,0 +1,266 @@
+"""Page-locked host memory: how much of it there may be, and the calls that lock and unlock it.
+
+Memory is touched first and then registered (`cudaHostRegister`), which is several times as fast as letting the driver allocate
+it and is exact to the page, where PyTorch's pinned allocator rounds up to powers of two. Only CUDA and ROCm are asked; on other
+devices host memory stays pageable.
+
+The memlock limit (`ulimit -l`) does not decide: the drivers of NVIDIA and AMD lock pages themselves and do not charge it, and
+its usual 8 MiB would forbid pinning to most people. If a driver refuses, it is named in the message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import threading
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..errors import readable_bytes
+from ..settings import settings
+
+log = logging.getLogger("qmove")
+
+WINDOWS_SHARE = 0.4  # of RAM: what WDDM lets all processes lock together is half of it, and it counts against the GPU
+WSL_BYTES = (
+    768 << 20
+)  # drivers refuse from 0.75 to 1 GiB on (microsoft/WSL#8447, NVIDIA/nvidia-docker#1725)
+SYSTEM_SHARE = 0.9  # of RAM: locked pages cannot be swapped out, and the system needs some that can
+READ_ONLY = 8  # cudaHostRegisterReadOnly: the device only reads, so that the pages may be those of a mapped file
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not only for the current one
+
+
+@dataclass(frozen=True)
+class PinLimit:
+    """Bytes that may be page-locked in all, what that limit is called, and what a user can do about it."""
+
+    nbytes: int
+    name: str
+    advice: str
+
+
+def pin_limit(
+    chosen: int | None = None,
+    *,
+    windows: bool | None = None,
+    wsl: bool | None = None,
+    ram: int | None = None,
+) -> PinLimit:
+    """The limit that holds for page-locked memory.
+
+    Args:
+        chosen: bytes (`qmove.configure(pin_limit=...)`); it takes the place of what is known of Windows and WSL. None: as set.
+        windows, wsl, ram: the system, and its RAM in bytes; None: as found here.
+    """
+    chosen = settings.pin_limit if chosen is None else chosen
+    windows = sys.platform == "win32" if windows is None else windows
+    wsl = is_wsl() if wsl is None else wsl
+    ram = psutil.virtual_memory().total if ram is None else ram
+    limits = [
+        PinLimit(
+            int(ram * SYSTEM_SHARE),
+            f"{SYSTEM_SHARE:.0%} of RAM, so that the system can go on",
+            "Park fewer models at a time, or add RAM.",
+        )
+    ]
+    if chosen is not None:
+        limits.append(
+            PinLimit(
+                chosen,
+                "pin_limit of qmove.configure",
+                "Raise it: qmove.configure(pin_limit=bytes).",
+            )
+        )
+    elif windows:
+        share = f"{WINDOWS_SHARE:.0%} of RAM, about what Windows allows"
+        limits.append(PinLimit(int(ram * WINDOWS_SHARE), share, _TRY_MORE))
+    elif wsl:
+        limits.append(
+            PinLimit(
+                WSL_BYTES,
+                "about what WSL allows",
+                f"Linux or Windows without WSL allow far more. {_TRY_MORE}",
+            )
+        )
+    return min(limits, key=lambda limit: limit.nbytes)
+
+
+_TRY_MORE = "If this machine allows more: qmove.configure(pin_limit=bytes)."
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux under Windows."""
+    return sys.platform.startswith("linux") and "microsoft" in platform.release().lower()
+
+
+def memlock_limit() -> int | None:
+    """Bytes this process may lock by itself (`ulimit -l`); None for no limit or no such notion."""
+    if os.name != "posix":
+        return None
+    import resource  # Unix only
+
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def is_possible() -> bool:
+    """Whether host memory can be page-locked for the devices of this process at all, and may be."""
+    if settings.pin_limit == 0:
+        return False
+    if torch.cuda._is_in_bad_fork():  # CUDA works in the parent only
+        return False
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != "cuda" or not torch.cuda.is_available():
+        _say_once(
+            logging.INFO,
+            "no CUDA",
+            "Parked bytes lie in pageable memory: only CUDA and ROCm can page-lock it.",
+        )
+        return False
+    return True
+
+
+_lock = threading.Lock()  # of the two below; never taken by a finalizer
+_registered: dict[int, tuple[int, int]] = {}  # address: (bytes, device whose context knows them)
+_total = 0
+_said: set[str] = set()
+
+
+def registered_bytes() -> int:
+    """Bytes of host memory that qmove has page-locked now."""
+    return _total
+
+
+def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
+    """Page-locks memory, which begins and ends at a page. False, with a line in the log, where that is refused.
+
+    With `read_only` the device only reads it, so that pages of a private map stay those of the file.
+
+    Call it where no SIGINT can come between it and the note of its result (`interrupts_deferred`).
+    """
+    limit = pin_limit()
+    if not _reserve(nbytes, limit.nbytes):
+        if limit.nbytes > 0:
+            _say_once(
+                logging.WARNING,
+                limit.name,
+                f"{readable_bytes(_total)} of host memory are page-locked, and no more may be: the limit is "
+                f"{readable_bytes(limit.nbytes)} ({limit.name}). {_COST} {limit.advice}",
+            )
+        return False
+    accepted = False
+    try:
+        index = _device_in_use()
+        with torch.cuda.device(index):
+            runtime = torch.cuda.cudart()
+            code = runtime.cudaHostRegister(
+                address, nbytes, PORTABLE | (READ_ONLY if read_only else 0)
+            )
+            accepted = int(code) == 0
+            if accepted:
+                _registered[address] = (nbytes, index)
+            else:
+                _clear_error(index)
+                _say_refused(nbytes, runtime.cudaGetErrorString(code), read_only)
+    finally:
+        if not accepted:
+            _reserve(-nbytes, limit.nbytes)
+    return accepted
+
+
+def unregister(address: int) -> bool:
+    """Unlocks what was registered at `address`. False if the driver refused: then the memory must stay mapped.
+
+    No copy to or from it may be under way.
+    """
+    nbytes, index = _registered[address]
+    with torch.cuda.device(index):
+        runtime = torch.cuda.cudart()
+        code = runtime.cudaHostUnregister(address)
+        del _registered[address]
+        _reserve(-nbytes, 0)
+        if int(code) != 0:
+            _clear_error(index)
+            log.warning(
+                "Page-locked memory could not be unlocked: %s. It stays taken.",
+                runtime.cudaGetErrorString(code),
+            )
+    return int(code) == 0
+
+
+def forget_in_child() -> None:
+    """After a fork: what is registered belongs to the parent, and no lock of the parent's threads holds here."""
+    global _lock, _total
+    _lock, _total = threading.Lock(), 0
+    _registered.clear()
+
+
+def _reserve(nbytes: int, limit: int) -> bool:
+    """Counts `nbytes` as locked, unless that would pass the limit; what is negative always may."""
+    global _total
+    with _lock:
+        if nbytes > 0 and _total + nbytes > limit:
+            return False
+        _total += nbytes
+        return True
+
+
+def _device_in_use() -> int:
+    """The current device, or one that this process uses already: a first call on another would make a context there.
+
+    A context costs hundreds of MB of VRAM. All devices see what is registered on one.
+    """
+    current = torch.cuda.current_device()
+    candidates = [current, *range(torch.cuda.device_count())]
+    return next((index for index in candidates if torch.cuda.memory_reserved(index)), current)
+
+
+def _clear_error(index: int) -> None:
+    """Takes away the error that a refused call leaves behind in this thread, for an operator that has nothing to do with it.
+
+    PyTorch has no binding for cudaGetLastError, but each of its kernels asks it, raises what it finds and so clears it.
+    """
+    try:
+        torch.zeros(1, device=torch.device("cuda", index))
+    except RuntimeError as error:
+        log.debug("cleared the error of a refused call: %s", error)
+
+
+_COST = (
+    "What is parked beyond it lies in pageable memory: that works, but copying it takes several times as long and "
+    "does not overlap with computing."
+)
+
+
+def _say_refused(nbytes: int, reason: str, read_only: bool) -> None:
+    if read_only:  # not every driver can
+        _say_once(
+            logging.INFO,
+            "mapped files",
+            f"The driver would not page-lock {readable_bytes(nbytes)} of a mapped file ({reason}): what is restored from files "
+            "is copied unlocked, which is slower.",
+        )
+        return
+    memlock = memlock_limit()
+    hint = (
+        f" `ulimit -l` is {readable_bytes(memlock)}: raise it if your driver counts it."
+        if memlock is not None
+        else ""
+    )
+    _say_once(
+        logging.WARNING,
+        f"refused: {reason}",
+        f"The driver would not page-lock another {readable_bytes(nbytes)} of host memory ({reason}); "
+        f"{readable_bytes(_total - nbytes)} are locked. {_COST} Close other programs that lock memory, or set a limit that "
+        f"holds: qmove.configure(pin_limit=bytes).{hint}",
+    )
+
+
+def _say_once(level: int, reason: str, message: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        log.log(level, message)

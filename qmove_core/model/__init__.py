@@ -1,0 +1,1 @@
+"""What a model holds: the walk, the inventory, holders, tensor kinds."""

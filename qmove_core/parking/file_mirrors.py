@@ -1,0 +1,200 @@
+"""Mirrors that are the model's own files: `park` then copies nothing and takes no RAM, and a restore reads the mapped file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .. import homes
+from ..digests.digest import digest_storages
+from ..errors import QMoveError, readable_bytes
+from ..memory import arena, mapped_files, mirrors
+from ..memory.mapped_files import MappedFile
+from ..model.inventory import Holding, inventory
+from ..settings import settings
+from . import streaming
+
+log = logging.getLogger("qmove")
+
+# How bitsandbytes calls the parts of a quantized weight in memory, and in a file. Source: its `QuantState` and `Int8Params`.
+_QUANT_STATE = {
+    ".weight.SCB": ".SCB",
+    ".quant_state.absmax": ".absmax",
+    ".quant_state.code": ".quant_map",
+    ".quant_state.state2.absmax": ".nested_absmax",
+    ".quant_state.state2.code": ".nested_quant_map",
+}
+
+
+class CannotMirror(QMoveError):
+    """These files cannot be used as mirrors. Nothing was changed."""
+
+
+def mirror_files(
+    model: object,
+    files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    prefix: str = "",
+) -> int:
+    """Lets the safetensors files that a model was loaded from be its host copy.
+
+    For each storage on an accelerator whose bytes are, digest for digest, those of the tensor of its name in a file, parking
+    copies 0 bytes and takes no RAM: the parked tensors look into the mapped file, of which the system keeps in its page cache
+    what it has room for. Everything else is parked as always, and so is what was changed since. The files are never written.
+    `ram_limit` does not count them; `qmove.stats().file_bytes` does.
+
+    A parked model can still be changed (pages that are written to become private RAM) and comes home with the changes; what was
+    changed is parked as always from then on. While a model is parked its files must not be overwritten in place: a restore
+    then raises MappedFileChanged (see `mapped_files.py` for what it cannot see). Replacing or deleting them does no harm. On
+    Windows mapped files cannot be replaced, and count against the commit limit in full.
+
+    Args:
+        model: as for `qmove.park`; what of it is on an accelerator now.
+        files: one or several safetensors files. All of each is read once, through the page cache.
+        prefix: what names in the files have before the model's own ("model.diffusion_model." for example).
+
+    Returns:
+        Bytes of the model that the files now mirror; 0 if nothing matched, with a line in the log.
+
+    Raises:
+        CannotMirror: a file is missing or no whole safetensors file, or `keep_mirrors` is off.
+        MappedFileChanged: a file was written to meanwhile.
+    """
+    if not settings.keep_mirrors:
+        raise CannotMirror(
+            "qmove.mirror_files keeps mirrors, which are off. Turn them on first: qmove.configure(keep_mirrors=True)."
+        )
+    paths = (
+        [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
+    )
+    saved = [_Saved(path) for path in paths]
+    with homes.lock:
+        held = inventory(model)
+        streaming.settle(tensor for holding in held.holdings for tensor in holding.tensors)
+        left = [
+            holding for holding in held.holdings if holding.device.type != "cpu" and holding.nbytes
+        ]
+        wanted, mirrored = sum(holding.nbytes for holding in left), 0
+        in_ram = _blocks_of_mirrors(left)
+        no_longer = set()
+        for file in saved:
+            done = file.mirror(left, prefix)
+            left = [holding for holding in left if id(holding) not in done]
+            mirrored += sum(done.values())
+            no_longer |= {in_ram[key] for key in done if key in in_ram}
+        # A block is given back only as a whole: what little else lies in it is copied once more.
+        mirrors.take([holding.storage for holding in left if in_ram.get(id(holding)) in no_longer])
+    log.info(
+        "%s of the %s that %s has on accelerators are mirrored by %s%s",
+        readable_bytes(mirrored), readable_bytes(wanted), type(model).__name__, ", ".join(path.name for path in paths),
+        "" if mirrored else ": no tensor there has such a name, size and content (see `prefix`; a cast changes the content)",
+    )  # fmt: skip
+    return mirrored
+
+
+def _blocks_of_mirrors(holdings: Iterable[Holding]) -> dict[int, int]:
+    """For the holdings that have a host copy in RAM, by their ids, the id of the block that it lies in."""
+    copies = [
+        (id(holding), mirror.host)
+        for holding in holdings
+        if (mirror := mirrors.of(holding.storage))
+    ]
+    return {
+        key: id(place[0])
+        for key, host in copies
+        if mapped_files.slice_of(host) is None and (place := arena.place_of(host))
+    }
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One file of saved tensors."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise CannotMirror(
+                f"There is no file {self.path}. Give the safetensors files that the model was loaded from."
+            )
+
+    def mirror(self, holdings: Iterable[Holding], prefix: str) -> dict[int, int]:
+        """Keeps mirrors for what of `holdings` lies in it. Gives the bytes of each, by its id."""
+        tensors = self._tensors()
+        found = [
+            (holding, name) for holding in holdings if (name := _name_in(tensors, holding, prefix))
+        ]
+        if not found:
+            return {}
+        file = self._map()
+        hosts = [file.storage(name, *tensors[name], homes.forget) for _holding, name in found]
+        here = mirrors.current_digests([holding.storage for holding, _name in found])
+        there = digest_storages(hosts)
+        done = {}
+        for (holding, _name), host, on_device, in_file in zip(
+            found, hosts, here, there, strict=True
+        ):
+            if on_device == in_file:
+                mapped_files.note_digest(host, in_file)
+                mirrors.keep(holding.storage, host, in_file)
+                done[id(holding)] = holding.nbytes
+        if not file.is_unchanged():
+            raise mapped_files.MappedFileChanged(
+                self.path, [name for _holding, name in found], "while it was read"
+            )
+        return done
+
+    def _map(self) -> MappedFile:
+        try:
+            return MappedFile(self.path)
+        except (OSError, ValueError) as error:
+            raise CannotMirror(f"{self.path} cannot be mapped into memory: {error}.") from error
+
+    def _tensors(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor begins and ends in the file: 8 bytes of length, a JSON header of it, then the data.
+
+        Source: https://huggingface.co/docs/safetensors (Format).
+        """
+        try:
+            with safe_open(
+                self.path, framework="numpy"
+            ):  # checks the header, and that the file is whole
+                pass
+            with self.path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            raise CannotMirror(
+                f"{self.path} is no whole safetensors file: {error}. Only the files that the model was loaded from, as "
+                "safetensors, can mirror it."
+            ) from error
+        data = 8 + length
+        return {
+            name: (data + entry["data_offsets"][0], data + entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+
+
+def _name_in(tensors: dict[str, tuple[int, int]], holding: Holding, prefix: str) -> str | None:
+    """Under which name a file may have the bytes of a holding, of that many bytes, where its dtypes can be read from."""
+    alignment = max(tensor.dtype.itemsize for tensor in holding.tensors)
+    for name in _saved_names(holding):
+        start, end = tensors.get(prefix + name, (0, 0))
+        if end - start == holding.nbytes and start % alignment == 0:
+            return prefix + name
+    return None
+
+
+def _saved_names(holding: Holding) -> Iterator[str]:
+    for name in holding.names:
+        yield name
+        for in_memory, in_file in _QUANT_STATE.items():
+            if name.endswith(in_memory):
+                yield name.removesuffix(in_memory) + in_file

@@ -1,0 +1,153 @@
+"""Tensors whose bytes are still on their way: whoever uses one waits for it first.
+
+While it is awaited a tensor has a subclass of its own class, whose `__torch_function__` every operator, method and attribute
+goes through, `data_ptr()` for somebody's own kernel among them. What only asks for shape, dtype or device is answered at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_waits: WeakTensorKeyDictionary = (
+    WeakTensorKeyDictionary()
+)  # an awaited tensor -> what waits for it, and releases it
+
+_PROPERTIES = (
+    "shape",
+    "device",
+    "dtype",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+)
+_MORE_PROPERTIES = (
+    "is_sparse",
+    "is_quantized",
+    "is_nested",
+    "is_mkldnn",
+    "is_mps",
+    "is_xpu",
+    "itemsize",
+    "nbytes",
+    "grad",
+)
+# Not `dim()`: it is what vmap asks for before it takes the tensor where no operator is seen.
+_METHODS = (
+    "size",
+    "stride",
+    "numel",
+    "nelement",
+    "element_size",
+    "storage_offset",
+    "is_contiguous",
+    "__len__",
+)
+_MORE_METHODS = (
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "is_inference",
+    "get_device",
+    "_is_view",
+)
+
+
+def _asks_for_no_bytes() -> Iterator[Any]:
+    for name in (*_PROPERTIES, *_MORE_PROPERTIES):
+        yield getattr(torch.Tensor, name).__get__
+    for name in (*_METHODS, *_MORE_METHODS):
+        yield getattr(torch.Tensor, name)
+    yield from (torch.is_floating_point, torch.is_complex, torch.numel)
+
+
+_HARMLESS = frozenset(_asks_for_no_bytes())
+
+
+def await_bytes(tensor: torch.Tensor, wait: Callable[[], None]) -> None:
+    """Makes whoever uses `tensor` call `wait` first, which must `release` it.
+
+    Raises:
+        TypeError: a class that allows no subclass.
+    """
+    if "_qmove_awaited" not in type(tensor).__dict__:
+        cls = _awaited_class(type(tensor))
+        _waits[tensor] = wait
+        tensor.__class__ = cls
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Gives a tensor its own class back."""
+    if "_qmove_awaited" in type(tensor).__dict__:
+        tensor.__class__ = type(tensor).__bases__[-1]
+    _waits.pop(tensor, None)
+
+
+def waiter_of(tensor: torch.Tensor) -> Callable[[], None] | None:
+    """What was given to `await_bytes` for a tensor that is still awaited."""
+    return _waits.get(tensor) if "_qmove_awaited" in type(tensor).__dict__ else None  # type: ignore[no-any-return]
+
+
+class _Awaited:
+    """Comes first among the bases of an awaited tensor's class."""
+
+    def __init_subclass__(cls) -> None:
+        """Past what a tensor's class makes of being subclassed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Waits first: `Parameter` makes a copy of the class that `self` has when it is asked."""
+        _wait_for(self)
+        return copy.deepcopy(self, memo)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs)):
+            if "_qmove_awaited" in type(value).__dict__:
+                _wait_for(value)
+        return func(*args, **kwargs)
+
+
+def _wait_for(tensor: Any) -> None:
+    wait = _waits.get(tensor)
+    if wait is not None:
+        wait()
+    release(tensor)
+
+
+# Weak, since a class can be made for one model only.
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def _awaited_class(cls: type) -> type:
+    awaited = _classes.get(cls)
+    if awaited is None:
+        names = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        }
+        awaited = type.__new__(
+            type(cls), cls.__name__, (_Awaited, cls), {**names, "_qmove_awaited": True}
+        )
+        _classes[cls] = awaited
+    return awaited

@@ -1,0 +1,243 @@
+"""Plans of moves: what goes where, what stands in the way, and what is to be true of the model when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import devices, homes
+from ..devices import Device, DeviceMap
+from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors
+from ..homes import Origin, Record
+from ..integrations import accelerate_dispatch, diffusers_offload
+from ..model import kinds, live_graph
+from ..model.inventory import Holding, Inventory, inventory
+from ..transfer.transaction import Step
+from . import layer_order, sleeping, streaming
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A move of one model.
+
+    Attributes:
+        action: what the user asked for, for error messages ("Parking Llama").
+        steps: one for each storage that changes places; what the model needs first comes first.
+        on_commit: what is to be done when everything lies in its new place.
+    """
+
+    action: str
+    held: Inventory
+    steps: list[Step]
+    on_commit: Callable[[], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that change places."""
+        return sum(step.holding.nbytes for step in self.steps)
+
+    @property
+    def targets(self) -> dict[str, torch.device]:
+        """Where each storage that changes places goes, by its name."""
+        return {step.holding.name: step.target for step in self.steps}
+
+
+def to_park(
+    model: object,
+    bring_home: Callable[[object], object],
+    extra: Iterable[object] = (),
+    *,
+    allow_live_graph: bool = False,
+) -> Plan:
+    """What parking `model` takes: nothing if it is parked already. `bring_home` is called when it is used while it is parked."""
+    before = homes.record_of(model)
+    extra = tuple(extra)
+    held = _inventory_of(model, extra)
+    action = f"Parking {title(model)}"
+    away = [
+        holding for holding in layer_order.holdings_in_order(held) if holding.device.type != "cpu"
+    ]
+    if not away:
+        return Plan(action, held, [], lambda: None)
+    accelerate_dispatch.refuse_lost(action, held)
+    _refuse_immovable(action, held, devices.CPU)
+    if not allow_live_graph:
+        _refuse_live_graph(action, held)
+    home_of = {name: holding.device for holding in away for name in holding.names}
+    if before is not None:  # parked already, and something has come onto a device since
+        home_of, extra = before.homes | home_of, (*before.extra, *extra)
+    record = Record(model, extra, home_of)
+    steps = [
+        Step(holding, devices.CPU, Origin(holding.device, holding.nbytes, record))
+        for holding in away
+    ]
+    return Plan(action, held, steps, lambda: _fall_asleep(record, held, bring_home))
+
+
+def to_restore(model: object, device: Device | DeviceMap | None = None) -> Plan:
+    """What bringing a parked model home takes, or to where `device` says."""
+    choose = _destination(device)
+    record = homes.record_of(model)
+    held = _inventory_of(model, record.extra if record else ())
+    goals = [
+        (holding, choose(holding, home))
+        for holding in layer_order.holdings_in_order(held)
+        if (home := _home(holding, record))
+    ]
+    return _to_bring(f"Restoring {title(model)}", held, goals)
+
+
+def to_move(model: object, device: Device, *, allow_live_graph: bool = False) -> Plan:
+    """What relocating a model takes, so that it can run on `device`."""
+    target = devices.resolve(device)
+    record = homes.record_of(model)
+    held = _inventory_of(model, record.extra if record else ())
+    action = f"Moving {title(model)} to {target}"
+    refuse_meta(action, held)
+    _refuse_immovable(action, held, target, kinds.obstacles(held, target))
+    goals = [
+        (holding, target)
+        for holding in layer_order.holdings_in_order(held)
+        if target.type == "cpu" or _goes_along(holding)
+    ]
+    if not allow_live_graph and any(holding.device != target for holding, _target in goals):
+        _refuse_live_graph(action, held)
+    return _to_bring(action, held, goals)
+
+
+def _to_bring(action: str, held: Inventory, goals: Sequence[tuple[Holding, torch.device]]) -> Plan:
+    """Takes holdings to where they are to run, and wakes the model."""
+    steps, staying = [], []
+    for holding, target in goals:
+        origin = homes.origin_of(holding.storage)
+        strangers = origin.strangers_on(holding.storage) if origin else []
+        if holding.device != target:
+            to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
+            steps.append(Step(holding, target, to_host, strangers))
+        elif origin is not None:
+            staying.append(origin)
+
+    def settle_in() -> None:
+        for origin in staying:
+            origin.record = None
+        sleeping.wake_up(held.modules.values())
+
+    return Plan(action, held, steps, settle_in)
+
+
+def title(model: object) -> str:
+    """What a model is called in messages."""
+    return type(model).__name__
+
+
+def sleep_again(
+    steps: Sequence[Step], bring_home: Callable[[object], object]
+) -> Callable[[], None]:
+    """What parks a model again whose streaming restore fails. It keeps nothing of the model alive."""
+    origins = (homes.origin_of(step.holding.storage) for step in steps)
+    records = {
+        id(origin.record): origin.record
+        for origin in origins
+        if origin is not None and origin.record is not None
+    }
+
+    def fall_asleep() -> None:
+        for record in records.values():
+            model = record.model
+            if model is not None:
+                again = inventory(model, extra=record.extra)
+                kinds.settle(again)
+                _fall_asleep(record, again, bring_home)
+
+    return fall_asleep
+
+
+def _fall_asleep(record: Record, held: Inventory, bring_home: Callable[[object], object]) -> None:
+    def waker(module: nn.Module) -> None:
+        model = record.model
+        if model is not None:
+            bring_home(model)
+        if sleeping.sleeps_by(
+            module, waker
+        ):  # it outlived the pipeline it was parked with, or was taken out of it
+            bring_home(module)
+
+    sleeping.put_to_sleep(held.modules.values(), waker)
+
+
+def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
+    held = inventory(model, extra=extra)
+    streaming.settle(tensor for holding in held.holdings for tensor in holding.tensors)
+    if not held.holdings and not held.meta:
+        hint = (
+            f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."
+            if held.foreign
+            else ""
+        )
+        raise NoTensors(
+            f"{title(model)} holds no tensor that qmove could find. Pass the model itself.{hint}"
+        )
+    return held
+
+
+def refuse_meta(action: str, held: Inventory) -> None:
+    """Raises MetaTensorsPresent if some of the model's data is not in memory."""
+    diffusers_offload.refuse_absent(action, held.modules.values())
+    if held.meta:
+        accelerate_dispatch.refuse_lost(action, held)
+        raise MetaTensorsPresent(
+            f"{action}: a dispatch keeps the data of {len(held.meta)} tensors elsewhere, the first is {held.meta[0].name!r}. "
+            "Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
+        )
+
+
+def _refuse_immovable(
+    action: str, held: Inventory, target: torch.device, obstacles: Sequence[tuple[str, str]] = ()
+) -> None:
+    reasons = [
+        *obstacles,
+        *((item.name, item.reason) for item in held.immovable if item.device != target),
+    ]
+    if reasons:
+        raise CannotMove(action, reasons)
+
+
+def _refuse_live_graph(action: str, held: Inventory) -> None:
+    names = live_graph.tensors_in_live_graph(held)
+    if names:
+        raise LiveAutogradGraph(
+            f"{action}: a live autograd graph needs {len(names)} of its tensors, the first is {names[0]!r}. Nothing was moved. "
+            "Run the model under torch.no_grad() or delete its outputs and losses; or pass allow_live_graph=True: "
+            "then what the graph has saved stays in VRAM, and its backward may meet weights on another device."
+        )
+
+
+def _destination(
+    device: Device | DeviceMap | None,
+) -> Callable[[Holding, torch.device], torch.device]:
+    """What `restore(device=...)` means for a holding with a given home."""
+    if device is None:
+        return lambda holding, home: home
+    place = devices.placement(device)
+    return lambda holding, home: place(holding.name) or home
+
+
+def _home(holding: Holding, record: Record | None) -> torch.device | None:
+    """The home of a parked holding, None for one that is not parked."""
+    if holding.device.type != "cpu":
+        return None
+    origin = homes.origin_of(holding.storage)
+    if origin is not None:
+        return origin.home if origin.record is not None else None
+    # A tensor that was replaced while the model was parked goes to the home of its name.
+    by_name = (record.homes.get(name) for name in holding.names) if record is not None else ()
+    return next((home for home in by_name if home is not None), None)
+
+
+def _goes_along(holding: Holding) -> bool:
+    """Whether a move to an accelerator takes a holding along: not what pipelines and hooks keep on the host on purpose."""
+    on_purpose = holding.kind in ("attribute", "captured") and holding.device.type == "cpu"
+    return not on_purpose or homes.origin_of(holding.storage) is not None

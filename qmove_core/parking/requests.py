@@ -1,0 +1,289 @@
+"""Park, restore, prefetch and move: what a user asks for, and the figures of what was done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import devices, homes
+from ..devices import Device, DeviceMap
+from ..errors import readable_bytes
+from ..memory import arena, budget, mirrors
+from ..memory.allocation import bytes_by_device
+from ..model.holders import Straggler
+from ..model.inventory import inventory
+from ..settings import settings
+from ..transfer.copies import Progress
+from ..transfer.transaction import Relocated, relocate
+from . import plans, stats, streaming
+
+log = logging.getLogger("qmove")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a move did.
+
+    Attributes:
+        nbytes: bytes of all storages that changed places.
+        copied_bytes: bytes that were really copied for it.
+        seconds: wall time.
+        home: for each storage that changed places, by its name, its home: where a park took it from, a restore brought it to.
+        stragglers: storages that did not leave their device, and who holds them.
+        verified: whether digests proved that every byte arrived as it was (`qmove.configure(verify=True)`).
+    """
+
+    nbytes: int
+    copied_bytes: int
+    seconds: float
+    home: dict[str, torch.device] = field(repr=False)
+    stragglers: list[Straggler]
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class Restored(Moved):
+    """What a restore did."""
+
+
+@dataclass(frozen=True)
+class Parked(Moved):
+    """What a park did, and the way back: `parked.restore()`."""
+
+    _model: Any = field(repr=False, default=None)
+
+    def restore(self, device: Device | DeviceMap | None = None) -> Restored:
+        """See `qmove.restore`."""
+        return restore(self._model, device)
+
+
+def park(
+    model: object,
+    *,
+    extra: Iterable[object] = (),
+    allow_live_graph: bool = False,
+    progress: Progress | None = None,
+) -> Parked:
+    """Moves every byte that `model` has on accelerators into host memory. The model wakes by itself when it is used.
+
+    Parking a parked model does nothing; what has come onto a device since then is parked too. What lies on the host stays.
+
+    Args:
+        model: anything that holds tensors: a module, a pipeline, a list or dict of them, another library's wrapper.
+        extra: objects that go with it (an optimizer, a cache). They come home with the model.
+        allow_live_graph: park although an autograd graph still needs the weights. What it saved then stays on the device.
+        progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops the park with nothing moved.
+
+    Returns:
+        A `Parked`. Its `stragglers` name what stayed on a device, and who holds it.
+
+    Raises:
+        NoTensors, MetaTensorsPresent, LiveAutogradGraph: see the messages.
+        NotEnoughMemory: the host has not enough free memory.
+        CannotMove: some tensors cannot be moved, with names and reasons.
+    """
+    started = time.perf_counter()
+    with homes.lock:
+        plan = plans.to_park(model, bring_home, extra, allow_live_graph=allow_live_graph)
+        done = relocate(
+            plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
+        )
+    return parked_result(model, plan, done, time.perf_counter() - started)
+
+
+def restore(
+    model: object,
+    device: Device | DeviceMap | None = None,
+    *,
+    stream: bool = False,
+    progress: Progress | None = None,
+) -> Restored:
+    """Brings a parked model back: every storage to the device it came from, or to where `device` says.
+
+    Restoring a resident model does nothing.
+
+    Args:
+        model: the object that was parked, or a part of it.
+        device: None for home; one device; or a device_map from name prefixes ("" for the rest) to devices.
+        stream: return as soon as the copies are queued. The model can be used at once: each of its layers waits only for
+            its own bytes, which arrive in the order in which the layers were last used. Where that is not possible (compiled
+            modules, wrapper subclasses such as torchao's, `verify`, a `progress`) it waits for all of them.
+        progress: as for `park`; what it raises stops the restore with the model still parked.
+
+    Raises:
+        NotEnoughMemory: the device has not enough free memory; the model stays parked.
+        UnknownDevice: there is no such device.
+    """
+    started = time.perf_counter()
+    with homes.lock:
+        plan = plans.to_restore(model, device)
+        if stream and progress is None and streaming.can_stream(plan.held, plan.steps):
+            failed = plans.sleep_again(plan.steps, bring_home)
+            streaming.bring(
+                plan.action, plan.held, plan.steps, on_commit=plan.on_commit, on_failure=failed
+            )
+            done = Relocated(plan.nbytes, [], verified=False)
+        else:
+            done = relocate(
+                plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
+            )
+    return restored_result(model, plan, done, time.perf_counter() - started)
+
+
+def prefetch(model: object) -> Restored | None:
+    """Begins to bring a parked model home, if there is room for it, and returns at once; see `restore(stream=True)`.
+
+    Nothing is parked for it and nobody is asked to make room: it is for a model that will be needed next, while another
+    one still computes.
+
+    Returns:
+        What was begun; None if some device has too little free memory: then the model stays parked.
+    """
+    with homes.lock:
+        plan = plans.to_restore(model)
+        needed = bytes_by_device([(step.holding.nbytes, step.target) for step in plan.steps])
+        return restore(model, stream=True) if budget.has_room(needed) else None
+
+
+def prepare(model: object) -> int:
+    """Page-locks host memory for parking `model` in the background, while it still computes: the first park then only copies.
+
+    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where there is too little of it.
+
+    Returns:
+        Bytes that are being prepared, or are ready.
+    """
+    with homes.lock:
+        plan = plans.to_park(model, bring_home, allow_live_graph=True)
+        needed = arena.bytes_for(
+            [step.holding.nbytes for step in plan.steps if mirrors.of(step.holding.storage) is None]
+        )
+        return arena.prepare(needed) if needed and budget.has_room_on_host(needed) else 0
+
+
+def move(
+    model: object,
+    device: Device,
+    *,
+    allow_live_graph: bool = False,
+    progress: Progress | None = None,
+) -> Moved:
+    """A better `.to()`: relocates every byte of `model`, quantization kept, and leaves it ready to run on `device`.
+
+    Moved to the CPU, the model is not parked: it runs there, and does not wake. Tensors that plain attributes hold on the
+    host stay there, unless an earlier move brought them.
+
+    Args:
+        model: as for `park`; it may be parked.
+        device: "cpu", "cuda:0", ...
+        allow_live_graph, progress: as for `park`.
+
+    Raises:
+        As `park`; and CannotMove if parts of the model would not run on `device`, with names and reasons.
+    """
+    started = time.perf_counter()
+    with homes.lock:
+        plan = plans.to_move(model, device, allow_live_graph=allow_live_graph)
+        done = relocate(
+            plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
+        )
+    seconds = time.perf_counter() - started
+    moved = Moved(
+        plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
+    )
+    _report(f"moved to {devices.resolve(device)}:", model, moved)
+    return moved
+
+
+@contextmanager
+def parked(model: object, **options: Any) -> Iterator[Parked]:
+    """Keeps `model` out of VRAM inside the body; it is home again after it, also when the body raises."""
+    result = park(model, **options)
+    try:
+        yield result
+    finally:
+        restore(model)
+
+
+@contextmanager
+def resident(model: object) -> Iterator[Restored]:
+    """Keeps `model` home inside the body; if it was parked before, it is parked again after it."""
+    with homes.lock:
+        was_parked, record = is_parked(model), homes.record_of(model)
+        extra = record.extra if record else []
+    try:
+        yield restore(model)
+    finally:
+        if was_parked:
+            park(model, extra=extra)
+
+
+def is_parked(model: object) -> bool:
+    """Whether anything of `model` is parked."""
+    with homes.lock:
+        return any(homes.parked_home(holding.tensors[0]) for holding in inventory(model).holdings)
+
+
+def parked_models() -> list[Any]:
+    """The models that are parked now, the longest parked first. A dict or list appears as a copy of it."""
+    with homes.lock:
+        return homes.parked_models()
+
+
+def parked_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Parked:
+    """Reports a park."""
+    if not plan.steps:
+        return Parked(0, 0, seconds, {}, [], settings.verify, model)
+    came_from = {step.holding.name: step.holding.device for step in plan.steps}
+    result = Parked(
+        plan.nbytes, done.copied_bytes, seconds, came_from, done.stragglers, done.verified, model
+    )
+    _report("parked", model, result)
+    return result
+
+
+def restored_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Restored:
+    """Reports a restore."""
+    result = Restored(
+        plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
+    )
+    _report("restored", model, result)
+    return result
+
+
+def bring_home(model: object) -> None:
+    """What wakes a model: it can begin to run when its first layer is there."""
+    restore(model, stream=True)
+
+
+def _report(done: str, model: object, figures: Moved) -> None:
+    stats.count(done.split()[0], figures.copied_bytes)
+    rate = figures.copied_bytes / figures.seconds / 1e9
+    log.info(
+        "%s %s: %s, %s copied in %.2f s (%.1f GB/s)",
+        *(
+            done,
+            plans.title(model),
+            readable_bytes(figures.nbytes),
+            readable_bytes(figures.copied_bytes),
+            figures.seconds,
+            rate,
+        ),
+    )
+    for straggler in figures.stragglers:
+        log.warning(
+            "%s of %s stays on %s (%s), held by %s",
+            *(
+                straggler.name,
+                plans.title(model),
+                straggler.device,
+                readable_bytes(straggler.nbytes),
+                "; ".join(straggler.holders),
+            ),
+        )

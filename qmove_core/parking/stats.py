@@ -1,0 +1,64 @@
+"""What qmove has done in this process, and what it holds now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from .. import homes
+from ..memory import arena, mapped_files, mirrors
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Attributes:
+    parked_models: models of which anything is parked now.
+    parked_bytes: bytes parked now, by the device they came from.
+    arena_bytes: host memory in which parked models lie, and models moved to the CPU.
+    mirror_bytes: host memory with copies of resident models, so that parking them again copies only what changed.
+    spare_bytes: host memory kept ready for the next park. Both are given back when RAM gets short, or by `qmove.trim()`.
+    pinned_bytes: of all three, bytes that are page-locked.
+    parks, restores, moves: how many there were since the process started.
+    copied_bytes: bytes copied by them.
+    file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They cost page cache, and are in no
+        other figure.
+    """
+
+    parked_models: int
+    parked_bytes: dict[str, int]
+    arena_bytes: int
+    mirror_bytes: int
+    spare_bytes: int
+    pinned_bytes: int
+    parks: int
+    restores: int
+    moves: int
+    copied_bytes: int
+    file_bytes: int
+
+
+_done: Counter[str] = Counter()
+
+
+def count(done: str, copied_bytes: int) -> None:
+    """Counts one move: `done` is "parked", "restored" or "moved"."""
+    _done[done] += 1
+    _done["copied_bytes"] += copied_bytes
+
+
+def stats() -> Stats:
+    """What qmove holds now, and what it has done since the process started."""
+    with homes.lock:
+        return Stats(
+            parked_models=len(homes.records()),
+            parked_bytes=homes.parked_bytes(),
+            arena_bytes=arena.bytes_in_use() - mirrors.nbytes(),
+            mirror_bytes=mirrors.nbytes(),
+            spare_bytes=arena.spare_bytes(),
+            pinned_bytes=arena.pinned_bytes(),
+            parks=_done["parked"],
+            restores=_done["restored"],
+            moves=_done["moved"],
+            copied_bytes=_done["copied_bytes"],
+            file_bytes=mapped_files.nbytes(),
+        )

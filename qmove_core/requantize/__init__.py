@@ -1,0 +1,1 @@
+"""Plain weights out of quantized ones, and the original quantization again."""

@@ -1,0 +1,1 @@
+"""One move as one transaction: copies, proof, commit and rollback."""

@@ -1,0 +1,208 @@
+"""Budgets: what may be used under RAM, cgroup and qmove's own limit, and that it is asked before anything moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qmove_core as qmove
+from qmove_core import devices
+from qmove_core.memory import budget
+from tests.builders.device import GPU
+from tests.builders.models import layers, snapshot
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def cgroup_v2(folder: Path, limit: str, used: int, cached: int = 0) -> None:
+    """Writes what the kernel shows of a cgroup of version 2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(
+        f"anon {used - cached}\nfile {cached}\ninactive_file {cached}\n"
+    )
+
+
+def cgroup_v1(folder: Path, limit: int, used: int, cached: int = 0) -> None:
+    """The same of version 1, where "no limit" is a huge number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(
+        f"cache {cached}\ninactive_file 7\ntotal_inactive_file {cached}\n"
+    )
+
+
+@pytest.fixture
+def membership(tmp_path: Path) -> Path:
+    """Stands for /proc/self/cgroup."""
+    return tmp_path / "self-cgroup"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Stands for /sys/fs/cgroup."""
+    return tmp_path / "cgroup"
+
+
+@pytest.fixture
+def machine_of_64_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(total=64 * GIB, available=40 * GIB)
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: memory)
+
+
+pytestmark = pytest.mark.usefixtures("machine_of_64_gib")
+
+
+class TestCgroups:
+    def test_v2_own_limit_less_what_is_used_with_cache_counted_as_free(
+        self, root: Path, membership: Path
+    ) -> None:
+        membership.write_text("0::/job\n")
+        cgroup_v2(root / "job", limit=str(10 * GIB), used=4 * GIB, cached=1 * GIB)
+        assert budget.cgroup_free(root, membership) == 7 * GIB
+
+    def test_v2_a_tighter_limit_on_an_ancestor_counts(self, root: Path, membership: Path) -> None:
+        membership.write_text("0::/user.slice/job\n")
+        cgroup_v2(root / "user.slice", limit=str(3 * GIB), used=2 * GIB)
+        cgroup_v2(root / "user.slice" / "job", limit=str(10 * GIB), used=1 * GIB)
+        assert budget.cgroup_free(root, membership) == 1 * GIB
+
+    def test_v2_max_is_no_limit(self, root: Path, membership: Path) -> None:
+        membership.write_text("0::/job\n")
+        cgroup_v2(root / "job", limit="max", used=4 * GIB)
+        assert budget.cgroup_free(root, membership) is None
+
+    def test_v2_in_a_container_that_sees_only_its_own_group_at_the_root(
+        self, root: Path, membership: Path
+    ) -> None:
+        membership.write_text("0::/\n")
+        cgroup_v2(root, limit=str(8 * GIB), used=8 * GIB)
+        assert budget.cgroup_free(root, membership) == 0
+
+    def test_used_beyond_the_limit_leaves_nothing_and_never_less(
+        self, root: Path, membership: Path
+    ) -> None:
+        membership.write_text("0::/job\n")
+        cgroup_v2(root / "job", limit=str(1 * GIB), used=2 * GIB)
+        assert budget.cgroup_free(root, membership) == 0
+
+    def test_v1_memory_controller(self, root: Path, membership: Path) -> None:
+        membership.write_text(
+            "12:cpu,cpuacct:/elsewhere\n4:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
+        )
+        cgroup_v1(root / "memory" / "docker" / "abc", limit=6 * GIB, used=2 * GIB, cached=GIB // 2)
+        assert budget.cgroup_free(root, membership) == 4 * GIB + GIB // 2
+
+    def test_v1_container_whose_path_is_only_known_outside(
+        self, root: Path, membership: Path
+    ) -> None:
+        membership.write_text("4:memory:/docker/abc\n")
+        cgroup_v1(root / "memory", limit=2 * GIB, used=1 * GIB)
+        assert budget.cgroup_free(root, membership) == 1 * GIB
+
+    def test_v1_unlimited_is_a_number_beyond_all_ram(self, root: Path, membership: Path) -> None:
+        membership.write_text("4:memory:/\n")
+        cgroup_v1(root / "memory", limit=9223372036854771712, used=1 * GIB)
+        assert budget.cgroup_free(root, membership) is None
+
+    def test_without_cgroups(self, root: Path, membership: Path) -> None:
+        assert budget.cgroup_free(root, membership) is None  # no such file: not Linux
+        membership.write_text("0::/job\n")
+        assert budget.cgroup_free(root, membership) is None  # no memory controller
+
+
+class TestHostLimits:
+    def test_the_tightest_comes_first_and_has_its_name(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(budget, "cgroup_free", lambda: 12 * GIB)
+        limits = budget.host_limits(ram_limit=30 * GIB, arena_bytes=5 * GIB)
+        assert [(limit.free, limit.name) for limit in limits] == [
+            (12 * GIB, "cgroup limit"),
+            (25 * GIB, "ram_limit of qmove.configure"),
+            (40 * GIB, "available RAM"),
+        ]
+
+    def test_a_ram_limit_that_is_used_up_leaves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(budget, "cgroup_free", lambda: None)
+        assert budget.host_limits(ram_limit=1 * GIB, arena_bytes=2 * GIB)[0].free == 0
+
+    def test_exactly_what_is_free_may_be_taken_and_no_byte_more(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(budget, "cgroup_free", lambda: 1 * GIB)
+        budget.require_host("Parking", 1 * GIB, None)
+        with pytest.raises(qmove.NotEnoughMemory) as caught:
+            budget.require_host("Parking", 1 * GIB + 1, None)
+        error = caught.value
+        assert (error.place, error.needed, error.free, error.limit) == (
+            "cpu",
+            GIB + 1,
+            GIB,
+            "cgroup limit",
+        )
+        assert "1.00 GiB" in str(error) and "Nothing was moved" in str(error)
+
+
+class TestBeforeTheFirstByte:
+    """The check stands before the move: a model that does not fit stays where and as it was."""
+
+    def test_a_park_that_a_cgroup_forbids_moves_nothing(
+        self, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = layers()
+        before, allocated = snapshot(model), gpu.allocated()
+        monkeypatch.setattr(budget, "cgroup_free", lambda: 1000)
+        with pytest.raises(qmove.NotEnoughMemory, match="cgroup limit"):
+            qmove.park(model)
+        assert snapshot(model) == before
+        assert gpu.allocated() == allocated
+        assert not qmove.is_parked(model)
+
+    def test_ram_limit_counts_what_is_parked_already(self, gpu: GPU) -> None:
+        first, second = layers(), layers()
+        needed = qmove.inventory(first).nbytes
+        qmove.configure(ram_limit=needed + needed // 2)
+        try:
+            qmove.park(first)
+            with pytest.raises(qmove.NotEnoughMemory, match=r"ram_limit of qmove\.configure"):
+                qmove.park(second)
+            qmove.restore(first)
+            qmove.park(second)
+            assert qmove.is_parked(second)
+        finally:
+            qmove.configure(ram_limit=None)
+
+    def test_a_restore_that_does_not_fit_leaves_the_model_parked(
+        self, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = layers()
+        before = snapshot(model)
+        qmove.park(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(devices, "free_memory", lambda device: 100)
+            with pytest.raises(qmove.NotEnoughMemory, match="free VRAM"):
+                qmove.restore(model)
+        assert qmove.is_parked(model)
+        assert gpu.allocated() == 0
+        qmove.restore(model)
+        assert snapshot(model) == before
+
+    def test_a_backend_that_cannot_say_is_not_guessed_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(devices, "free_memory", lambda device: None)
+        assert budget.host_limits(
+            None, 0
+        )  # the host can say, and what follows is about the device alone
+        budget.require_device(
+            "Restoring", 1 << 60, torch.device("cuda:0")
+        )  # raises NotEnoughMemory if it guesses

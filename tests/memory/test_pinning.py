@@ -1,0 +1,117 @@
+"""How much host memory may be page-locked: each limit, by name."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import pytest
+import torch
+
+import qmove_core as qmove
+from qmove_core.memory import pinning
+
+GIB = 1 << 30
+
+
+def limit(**system: object) -> pinning.PinLimit:
+    """The limit of a Linux machine of 64 GiB, apart from what is named."""
+    return pinning.pin_limit(**({"windows": False, "wsl": False, "ram": 64 * GIB} | system))  # type: ignore[arg-type]
+
+
+def test_linux_leaves_the_system_a_tenth_of_ram() -> None:
+    assert limit().nbytes == int(0.9 * 64 * GIB) and "of RAM" in limit().name
+
+
+def test_windows_allows_two_fifths_of_ram() -> None:
+    found = limit(windows=True)
+    assert (
+        found.nbytes == int(0.4 * 64 * GIB)
+        and "Windows" in found.name
+        and "pin_limit=" in found.advice
+    )
+
+
+def test_wsl_allows_less_than_a_gib() -> None:
+    found = limit(wsl=True)
+    assert found.nbytes == 768 << 20 and "WSL" in found.name and "pin_limit=" in found.advice
+    assert limit(wsl=True, ram=GIB // 2).nbytes == int(0.9 * (GIB // 2)), (
+        "never more than RAM allows"
+    )
+
+
+def test_what_is_configured_takes_the_place_of_what_is_guessed_of_a_system() -> None:
+    assert limit(chosen=5 * GIB).nbytes == 5 * GIB
+    assert limit(chosen=5 * GIB, wsl=True).nbytes == 5 * GIB
+    assert "qmove.configure" in limit(chosen=5 * GIB, windows=True).name
+    assert limit(chosen=80 * GIB).nbytes == int(0.9 * 64 * GIB), "never more than RAM allows"
+
+
+def test_the_setting_is_asked() -> None:
+    qmove.configure(pin_limit=12345)
+    try:
+        assert pinning.pin_limit().nbytes == limit().nbytes == 12345
+    finally:
+        qmove.configure(pin_limit=None)
+
+
+def test_the_memlock_limit_does_not_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = limit()
+    monkeypatch.setattr(pinning, "memlock_limit", lambda: 1)
+    assert limit() == before
+
+
+class TestMemlock:
+    def test_soft_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        resource = pytest.importorskip("resource")
+        monkeypatch.setattr(
+            resource,
+            "getrlimit",
+            lambda which: {resource.RLIMIT_MEMLOCK: (8 << 20, 16 << 20)}[which],
+        )
+        assert pinning.memlock_limit() == 8 << 20
+
+    def test_unlimited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        resource = pytest.importorskip("resource")
+        monkeypatch.setattr(
+            resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+        assert pinning.memlock_limit() is None
+
+    def test_windows_has_no_such_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pinning.os, "name", "nt")
+        assert pinning.memlock_limit() is None
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "expected"),
+    [
+        ("linux", "5.15.167.4-microsoft-standard-WSL2", True),
+        ("linux", "6.8.0-generic", False),
+        ("win32", "11", False),
+    ],
+)
+def test_wsl_is_known_by_its_kernel(
+    system: str, release: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert pinning.is_wsl() is expected
+
+
+@pytest.mark.simulated
+class TestWhere:
+    def test_cuda_can(self) -> None:
+        assert pinning.is_possible()
+
+    def test_a_forked_child_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+        assert not pinning.is_possible()
+
+    def test_no_context_is_made_on_a_device_that_is_not_in_use(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {0: 0, 1: 4096}[device])
+        assert pinning._device_in_use() == 1
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        assert pinning._device_in_use() == torch.cuda.current_device()

@@ -1,0 +1,234 @@
+"""RAM that gets short for others: spares and mirrors go back, parked models stay."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+import qmove_core as qmove
+from qmove_core import homes
+from qmove_core.memory import arena, budget, mirrors, pressure
+from tests.builders.device import GPU
+from tests.builders.models import layers
+from tests.memory.test_mirrors import contents, round_trip
+
+pytestmark = pytest.mark.simulated
+
+MIB, GIB = 1 << 20, 1 << 30
+WIDTH = 512
+MODEL = 4 * (WIDTH * WIDTH * 4 + WIDTH * 4)  # bytes
+ROOT = Path(__file__).parents[2]
+
+Free = Callable[[int], None]
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's own thread does not; and the arena is empty."""
+    monkeypatch.setattr(arena, "looks", [])
+    gc.collect()
+    qmove.trim()
+    assert arena.bytes_in_use() == arena.spare_bytes() == 0
+
+
+@pytest.fixture
+def cgroup(monkeypatch: pytest.MonkeyPatch) -> Free:
+    """Sets what a cgroup of 16 GiB, of which this process has the rest, has free beyond what is to stay free."""
+
+    def free(beyond_reserve: int) -> None:
+        left = pressure.reserve(16 * GIB) + beyond_reserve
+        monkeypatch.setattr(budget, "cgroup_free", lambda: left)
+        monkeypatch.setattr(pressure, "_resident", lambda: 16 * GIB - left)
+        plenty = SimpleNamespace(total=64 * GIB, available=40 * GIB)
+        monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: plenty)
+
+    return free
+
+
+def mirrored() -> nn.Sequential:
+    """A resident model with its host copy in a block of its own."""
+    model = layers(4, width=WIDTH)
+    round_trip(model)
+    return model
+
+
+def has_mirrors(model: nn.Module) -> bool:
+    found = {
+        mirrors.of(parameter.untyped_storage()) is not None for parameter in model.parameters()
+    }
+    assert len(found) == 1, "a block goes as a whole"
+    return found.pop()
+
+
+def test_the_least_recently_used_mirror_goes_and_parked_models_stay(
+    gpu: GPU, cgroup: Free, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "qmove")
+    asleep = layers(4, width=WIDTH)
+    before = contents(asleep)
+    qmove.park(asleep)
+    older, newer = mirrored(), mirrored()
+    round_trip(older)  # and so it is the newer one
+    older, newer = newer, older
+    cgroup(-1)
+    assert pressure.look() == MODEL
+    assert (has_mirrors(older), has_mirrors(newer), arena.spare_bytes()) == (False, True, 0)
+    assert "cgroup limit" in caplog.text and f"gave back {MODEL / MIB:.2f} MiB" in caplog.text
+    cgroup(-64 * MODEL)
+    assert pressure.look() == MODEL
+    assert (has_mirrors(newer), arena.bytes_in_use()) == (False, MODEL)
+    assert pressure.look() == 0, "nothing is left that could go"
+    assert qmove.is_parked(asleep) and contents(asleep) == before
+
+
+def test_spares_go_before_mirrors(gpu: GPU, cgroup: Free) -> None:
+    model = mirrored()
+    arena.prepare(2 * MIB)
+    arena.wait_until_prepared()
+    cgroup(-MIB)
+    assert (pressure.look(), has_mirrors(model), arena.spare_bytes()) == (2 * MIB, True, 0)
+    cgroup(-MIB)
+    assert (pressure.look(), has_mirrors(model)) == (MODEL, False)
+
+
+def test_enough_is_free(gpu: GPU, cgroup: Free) -> None:
+    model = mirrored()
+    arena.prepare(2 * MIB)
+    arena.wait_until_prepared()
+    cgroup(0)
+    assert (pressure.look(), has_mirrors(model), arena.spare_bytes()) == (0, True, 2 * MIB)
+
+
+def test_another_process_takes_the_ram(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mirrored()
+    monkeypatch.setattr(budget, "cgroup_free", lambda: None)
+    monkeypatch.setattr(pressure, "_resident", lambda: 62 * GIB)
+    for available, given in ((4 * GIB, 0), (3 * GIB, MODEL)):
+        memory = SimpleNamespace(total=64 * GIB, available=available)
+        monkeypatch.setattr(budget.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert pressure.look() == given
+    assert not has_mirrors(model)
+
+
+def test_the_limit_of_qmoves_own_is_not_one_for_others(gpu: GPU, cgroup: Free) -> None:
+    model = mirrored()
+    cgroup(0)
+    qmove.configure(ram_limit=MODEL)
+    assert pressure.look() == 0 and has_mirrors(model)
+
+
+def test_while_a_move_runs_nothing_is_given_back_and_nobody_waits(gpu: GPU, cgroup: Free) -> None:
+    model = mirrored()
+    cgroup(-1)
+    given: list[int] = []
+    watch = threading.Thread(target=lambda: given.append(pressure.look()))
+    with homes.lock:
+        watch.start()
+        watch.join(60)
+        assert not watch.is_alive(), "it waits for the move"
+        assert (given, has_mirrors(model)) == ([0], True)
+    assert (pressure.look(), has_mirrors(model)) == (MODEL, False)
+
+
+@pytest.mark.parametrize(
+    ("total", "free"),
+    [
+        (128 * GIB, int(6.4 * GIB)),
+        (32 * GIB, 2 * GIB),
+        (16 * GIB, 2 * GIB),
+        (4 * GIB, GIB // 2),
+        (0, 0),
+    ],
+)
+def test_how_much_is_to_stay_free(total: int, free: int) -> None:
+    assert pressure.reserve(total) == free
+
+
+class TestThread:
+    @pytest.fixture(autouse=True)
+    def own_thread(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """The process's own may be asleep for long."""
+        ending = threading.Event()
+        monkeypatch.setattr(arena, "_ending", ending)
+        monkeypatch.setattr(arena, "_idle_watch", None)
+        monkeypatch.setattr(arena, "LOOK_SECONDS", 0.001)
+        yield
+        ending.set()
+
+    def test_looks_while_the_arena_holds_anything_and_ends_then(
+        self, gpu: GPU, cgroup: Free, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked, short = threading.Event(), threading.Event()
+
+        def look() -> None:
+            if short.is_set():
+                pressure.look()
+            looked.set()
+
+        monkeypatch.setattr(arena, "looks", [look])
+        model = layers(4, width=WIDTH, device="cpu").cuda()
+        assert arena._idle_watch is None, "there is nothing to look after"
+        round_trip(model)
+        watch = arena._idle_watch
+        assert watch is not None and watch.daemon and watch.is_alive()
+        assert looked.wait(60) and has_mirrors(model)
+        cgroup(-1)
+        short.set()
+        watch.join(60)
+        assert not watch.is_alive() and arena._idle_watch is None
+        assert not has_mirrors(model) and arena.bytes_in_use() == arena.spare_bytes() == 0
+
+    def test_starts_again_with_the_next_block(self, gpu: GPU) -> None:
+        for _ in range(3):
+            model = mirrored()
+            watch = arena._idle_watch
+            assert watch is not None and watch.is_alive()
+            del model
+            gc.collect()
+            arena.trim()
+            watch.join(60)
+            assert not watch.is_alive() and arena._idle_watch is None
+
+
+def test_is_looked_after_from_the_import_on() -> None:
+    script = "import qmove_core; from qmove_core.memory import arena, pressure; assert arena.looks == [pressure.look]"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("free", ["plenty", "none"])
+def test_a_process_ends_without_a_word_while_it_looks(free: str) -> None:
+    script = f"""
+        import simcuda; simcuda.activate(devices=1, memory="1GiB")
+        import sys; sys.path.insert(0, ".")
+        import threading
+        from tests.builders.models import layers
+        import qmove_core as qmove
+        from qmove_core.memory import arena, budget
+        arena.LOOK_SECONDS = 0.0001
+        seen = threading.Event()
+        arena.looks.append(seen.set)
+        models = [layers(2), layers(2)]
+        for model in models:
+            qmove.park(model)
+        for model in models:
+            qmove.restore(model)
+        budget.cgroup_free = lambda: {{"plenty": 1 << 40, "none": 0}}[{free!r}]
+        seen.clear()
+        assert seen.wait(60)
+    """
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", textwrap.dedent(script)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not [word for word in ("Error", "Traceback") if word in done.stderr], done.stderr

@@ -1,0 +1,421 @@
+"""A small ComfyUI for tests: model management, execution stages, progress and server, as the contract describes them.
+
+Written from the contract (`nodes/host/contract.py` says what qmove uses), not from ComfyUI's code. `old=True` has the shapes of
+0.3.64: no `get_cache`, outputs without an entry around them, an interrupt that is an Exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+INFERENCE = 16 << 20  # bytes the host keeps free for computing; the real one has 1.2 GiB
+
+
+class Line:
+    """One line of the list of loaded models: it holds the entry weakly, and watches the real model die."""
+
+    def __init__(self, entry: Any, management: FakeModelManagement) -> None:
+        self._entry = weakref.ref(entry)
+        self.device = entry.load_device
+        self.currently_used = True
+        real = entry.model
+        self.real_model = weakref.ref(real)
+        self._finalizer = weakref.finalize(real, management.drop_dead_lines)
+
+    @property
+    def model(self) -> Any:
+        return self._entry()
+
+    def close(self) -> None:
+        self._finalizer.detach()
+
+
+class FakeModelManagement(ModuleType):
+    """`comfy.model_management`."""
+
+    def __init__(self, old: bool) -> None:
+        super().__init__("comfy.model_management")
+        self.current_loaded_models: list[Line] = []
+        self.InterruptProcessingException = type(
+            "InterruptProcessingException", (Exception if old else BaseException,), {}
+        )
+        self._interrupted = False
+        self.emptied = 0
+        self.requests: list[list[str]] = []
+
+    def get_torch_device(self) -> torch.device:
+        return torch.device("cuda:0")
+
+    def minimum_inference_memory(self) -> int:
+        return INFERENCE
+
+    def get_free_memory(self, dev: torch.device) -> int:
+        return (
+            torch.cuda.mem_get_info(dev)[0]
+            + torch.cuda.memory_reserved(dev)
+            - torch.cuda.memory_allocated(dev)
+        )
+
+    def soft_empty_cache(self) -> None:
+        self.emptied += 1
+        torch.cuda.empty_cache()
+
+    def load_models_gpu(
+        self, models: Iterable[Any], memory_required: float = 0, *, force_full_load: bool = False
+    ) -> None:
+        models = list(models)
+        self.requests.append([type(entry.model).__name__ for entry in models])
+        for entry in models:
+            for line in [line for line in self.current_loaded_models if entry.is_clone(line.model)]:
+                self.current_loaded_models.remove(line)
+                line.model.detach(unpatch_all=False)
+                line.close()
+        for device in {entry.load_device for entry in models}:
+            missing = sum(
+                e.model_size() - e.loaded_size() for e in models if e.load_device == device
+            )
+            self.free_memory(missing * 1.1 + max(INFERENCE, memory_required), device)
+        for entry in models:
+            entry.model_patches_to(entry.load_device)
+            entry.model_patches_to(entry.model_dtype())
+            entry.partially_load(entry.load_device, 1e32, force_patch_weights=False)
+            self.current_loaded_models.insert(0, Line(entry, self))
+
+    def free_memory(
+        self, memory_required: float, device: torch.device, keep_loaded: Iterable[Any] = ()
+    ) -> list[Line]:
+        keep = list(keep_loaded)
+        lines = [
+            x
+            for x in self.current_loaded_models
+            if x.device == device and x.model is not None and x not in keep
+        ]
+        gone = []
+        for line in sorted(lines, key=lambda line: line.model.loaded_size(), reverse=True):
+            missing = memory_required - self.get_free_memory(device)
+            if missing <= 0:
+                break
+            if (
+                missing < line.model.loaded_size()
+                and line.model.partially_unload(torch.device("cpu"), missing) >= missing
+            ):
+                continue
+            line.model.detach(True)
+            line.close()
+            gone.append(line)
+        self.current_loaded_models = [
+            line for line in self.current_loaded_models if line not in gone
+        ]
+        if gone:
+            self.soft_empty_cache()
+        return gone
+
+    def unload_all_models(self) -> None:
+        for index in range(torch.cuda.device_count()):
+            self.free_memory(1e30, torch.device("cuda", index))
+
+    def drop_dead_lines(self) -> None:
+        self.current_loaded_models = [
+            x for x in self.current_loaded_models if x.real_model() is not None
+        ]
+
+    def interrupt_current_processing(self, value: bool = True) -> None:
+        self._interrupted = value
+
+    def processing_interrupted(self) -> bool:
+        return self._interrupted
+
+    def throw_exception_if_processing_interrupted(self) -> None:
+        if self._interrupted:
+            self._interrupted = False
+            raise self.InterruptProcessingException
+
+
+class ModelPatcher:
+    """One of the host's own models: it moves whole, by `.to`."""
+
+    parent = None
+
+    def __init__(self, model: nn.Module, device: str = "cuda:0") -> None:
+        self.model = model
+        self.load_device, self.offload_device = torch.device(device), torch.device("cpu")
+
+    def model_size(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def loaded_size(self) -> int:
+        return self.model_size() if next(self.model.parameters()).device == self.load_device else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.loaded_size() else self.offload_device
+
+    def partially_load(
+        self, device: torch.device, extra: float, force_patch_weights: bool = False
+    ) -> int:
+        before = self.loaded_size()
+        self.model.to(device)
+        return self.loaded_size() - before
+
+    def partially_unload(self, offload_device: torch.device, memory_to_free: float) -> int:
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> None:
+        if unpatch_all:
+            self.model.to(self.offload_device)
+
+    def is_clone(self, other: Any) -> bool:
+        return other is not None and getattr(other, "model", None) is self.model
+
+    def model_patches_models(self) -> list[Any]:
+        return []
+
+    def model_patches_to(self, device_or_dtype: Any) -> None:
+        pass
+
+    def model_dtype(self) -> None:
+        return None
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+
+class Cache:
+    """The outputs of nodes. Between prompts it keeps those whose inputs are the same, unless it keeps nothing."""
+
+    def __init__(self, old: bool) -> None:
+        self._old = old
+        self.entries: dict[str, Any] = {}
+
+    def get(self, node_id: str) -> Any:
+        return self.entries.get(node_id)
+
+    def put(self, node_id: str, outputs: list[Any]) -> None:
+        self.entries[node_id] = outputs if self._old else SimpleNamespace(outputs=outputs)
+
+
+class FakeServer:
+    """`server.PromptServer.instance`: keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.client_id = "browser"
+        self.sent: list[tuple[str, Any]] = []
+        self.texts: list[tuple[str, str]] = []
+
+    def send_sync(self, event: str, data: Any, sid: str | None = None) -> None:
+        self.sent.append((event, data))
+
+    def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
+        self.texts.append((node_id, text))
+
+
+class FakeHost:
+    """The modules that a ComfyUI process has, and `run` to run a prompt in it."""
+
+    def __init__(self, *, old: bool = False, keeps_outputs: bool = True) -> None:
+        self.old, self._keeps_outputs = old, keeps_outputs
+        self.management = FakeModelManagement(old)
+        self.server = FakeServer()
+        self.bars: list[tuple[str, int, int]] = []
+        self.ran: list[str] = []
+        self.errors: list[BaseException] = []
+        self.cache = Cache(old)
+        self._signatures: dict[str, Any] = {}
+        self._running: ContextVar[Any] = ContextVar("running", default=None)
+        self.list_class = _execution_list_class(self)
+        self.executor_class = type(
+            "PromptExecutor", (), {"handle_execution_error": self._keep_error()}
+        )
+        self.classes: dict[str, type] = {}
+
+    def modules(self) -> dict[str, ModuleType]:
+        """By the names under which the host imports them."""
+        return {
+            "comfy": _module("comfy"),
+            "comfy.model_management": self.management,
+            "comfy.model_patcher": _module("comfy.model_patcher", ModelPatcher=ModelPatcher),
+            "comfy.utils": _module("comfy.utils", ProgressBar=self._bar_class()),
+            "comfy_execution": _module("comfy_execution"),
+            "comfy_execution.graph": _module(
+                "comfy_execution.graph", ExecutionList=self.list_class
+            ),
+            "comfy_execution.utils": _module(
+                "comfy_execution.utils", get_executing_context=self._running.get
+            ),
+            "execution": _module("execution", PromptExecutor=self.executor_class),
+            "nodes": _module("nodes", NODE_CLASS_MAPPINGS=self.classes),
+            "server": _module("server", PromptServer=SimpleNamespace(instance=self.server)),
+        }
+
+    def add(self, *classes: type, pack: str = "custom_nodes.careless") -> None:
+        """Registers node classes, as parts of a pack or (pack="nodes") as the host's own."""
+        for cls in classes:
+            cls.RELATIVE_PYTHON_MODULE = pack  # type: ignore[attr-defined]
+            self.classes[cls.__name__] = cls
+
+    def run(self, prompt: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Runs a prompt; returns the outputs of the nodes that are there at its end. Errors are in `errors`, and end it."""
+        self.errors = []
+        self.management.interrupt_current_processing(False)
+        self._forget_changed(prompt)
+        with torch.inference_mode():
+            asyncio.run(self._run(prompt))
+        outputs = {
+            node_id: getattr(entry, "outputs", entry)
+            for node_id, entry in self.cache.entries.items()
+        }
+        if not self._keeps_outputs:
+            self.cache.entries.clear()
+        return outputs
+
+    @contextmanager
+    def node_runs(self, node_id: str) -> Any:
+        """Inside, the host says that this node runs."""
+        token = self._running.set(SimpleNamespace(node_id=node_id))
+        try:
+            yield
+        finally:
+            self._running.reset(token)
+
+    async def _run(self, prompt: Mapping[str, Any]) -> None:
+        nodes = self.list_class(
+            SimpleNamespace(get_node=prompt.__getitem__), self.cache, self.classes
+        )
+        for node_id in prompt:
+            nodes.add_node(node_id)
+        while nodes.pendingNodes:
+            node_id, _error, _exception = await nodes.stage_node_execution()
+            if not nodes.is_cached(node_id):
+                try:
+                    self._run_node(prompt, nodes, node_id)
+                except (Exception, self.management.InterruptProcessingException) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        self.management.unload_all_models()
+                    self.executor_class().handle_execution_error(
+                        "prompt", prompt, {}, set(), {"node_id": node_id}, error
+                    )
+                    return
+            nodes.complete_node_execution()
+
+    def _run_node(self, prompt: Mapping[str, Any], nodes: Any, node_id: str) -> None:
+        self.management.throw_exception_if_processing_interrupted()
+        arguments = {}
+        for name, value in prompt[node_id]["inputs"].items():
+            arguments[name] = self.cache.get(value[0]) if isinstance(value, list) else value
+            if isinstance(value, list):
+                arguments[name] = getattr(arguments[name], "outputs", arguments[name])[value[1]][0]
+        cls = self.classes[prompt[node_id]["class_type"]]
+        self.ran.append(node_id)
+        with self.node_runs(node_id):
+            result = getattr(cls(), cls.FUNCTION)(**arguments)  # type: ignore[attr-defined]
+        result = result["result"] if isinstance(result, dict) else result
+        self.cache.put(node_id, [[value] for value in result])
+
+    def _forget_changed(self, prompt: Mapping[str, Any]) -> None:
+        signatures: dict[str, Any] = {}
+
+        def signature(node_id: str) -> Any:
+            node = prompt[node_id]
+            parts = {
+                n: signature(v[0]) if isinstance(v, list) else v for n, v in node["inputs"].items()
+            }
+            return node["class_type"], tuple(sorted(parts.items()))
+
+        for node_id in prompt:
+            signatures[node_id] = signature(node_id)
+            if self._signatures.get(node_id) != signatures[node_id]:
+                self.cache.entries.pop(node_id, None)
+        self.cache.entries = {
+            node_id: e for node_id, e in self.cache.entries.items() if node_id in prompt
+        }
+        self._signatures = signatures
+
+    def _keep_error(host: FakeHost) -> Any:
+        def handle_execution_error(
+            self: Any,
+            prompt_id: str,
+            prompt: Any,
+            current_outputs: Any,
+            executed: Any,
+            error: Any,
+            ex: BaseException,
+        ) -> None:
+            host.errors.append(ex)
+
+        return handle_execution_error
+
+    def _bar_class(host: FakeHost) -> type:
+        class ProgressBar:
+            def __init__(self, total: int, node_id: str | None = None) -> None:
+                self._node_id = node_id
+
+            def update_absolute(self, value: int, total: int | None = None) -> None:
+                host.management.throw_exception_if_processing_interrupted()
+                host.bars.append((self._node_id or "", value, total or 0))
+
+        return ProgressBar
+
+
+def _execution_list_class(host: FakeHost) -> Any:
+    class ExecutionList:
+        """Gives out nodes whose inputs are there; of several, output nodes first."""
+
+        def __init__(self, dynprompt: Any, output_cache: Cache, classes: dict[str, type]) -> None:
+            self.dynprompt, self.output_cache, self._classes = dynprompt, output_cache, classes
+            self.pendingNodes: dict[str, bool] = {}
+            self.blocking: dict[str, dict[str, bool]] = {}
+            self.staged_node_id: str | None = None
+
+        def is_cached(self, node_id: str) -> bool:
+            return self.output_cache.get(node_id) is not None
+
+        def get_input_info(self, unique_id: str, input_name: str) -> tuple[Any, Any, Any]:
+            inputs = self._classes[self.dynprompt.get_node(unique_id)["class_type"]].INPUT_TYPES()  # type: ignore[attr-defined]
+            for category, names in inputs.items():
+                if input_name in names:
+                    return names[input_name][0], category, (*names[input_name], {})[1]
+            return None, None, None
+
+        def add_node(self, node_id: str) -> None:
+            self.pendingNodes[node_id] = True
+            self.blocking.setdefault(node_id, {})
+            for value in self.dynprompt.get_node(node_id)["inputs"].values():
+                if isinstance(value, list) and not self.is_cached(value[0]):
+                    self.blocking.setdefault(value[0], {})[node_id] = True
+
+        async def stage_node_execution(self) -> tuple[str | None, Any, Any]:
+            blocked = {waiting for source in self.pendingNodes for waiting in self.blocking[source]}
+            ready = [node_id for node_id in self.pendingNodes if node_id not in blocked]
+            ready.sort(key=lambda node_id: not getattr(self._class(node_id), "OUTPUT_NODE", False))
+            self.staged_node_id = ready[0]
+            return self.staged_node_id, None, None
+
+        def complete_node_execution(self) -> None:
+            assert self.staged_node_id is not None
+            del self.pendingNodes[self.staged_node_id]
+            del self.blocking[self.staged_node_id]
+            self.staged_node_id = None
+
+        def _class(self, node_id: str) -> type:
+            return self._classes[self.dynprompt.get_node(node_id)["class_type"]]
+
+    if not host.old:
+        ExecutionList.get_cache = lambda self, source, node_id: self.output_cache.get(source)  # type: ignore[attr-defined]
+    return ExecutionList
+
+
+def _module(name: str, **members: Any) -> ModuleType:
+    module = ModuleType(name)
+    module.__dict__.update(members)
+    return module
