@@ -15,12 +15,13 @@ from .errors import (
     QMoveError,
     UnknownDevice,
 )
-from .materialize.dispatching import dispatch_model, redispatch
 from .materialize.materialize import materialize_meta_tensors
 from .materialize.undo import materialized
 from .memory.giving_back import trim
 from .memory.mapped_files import MappedFileChanged
 from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena now looks after others' RAM)
+from .methods.dispatching import dispatch_model, redispatch
+from .methods.to_method import disable_to, enable_to
 from .model.holders import Straggler
 from .model.inventory import Holding, Inventory, MetaTensor, inventory
 from .parking.file_mirrors import CannotMirror, mirror_files
@@ -42,7 +43,6 @@ from .parking.stats import Stats, stats
 from .parking.swapping import swap
 from .requantize.requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
-from .to_method import disable_to, enable_to
 
 __all__ = [
     "CannotMirror",

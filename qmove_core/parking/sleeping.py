@@ -68,7 +68,7 @@ def wake_up(modules: Iterable[nn.Module]) -> None:
 
 
 def own_class(obj: object) -> type:
-    """The class of an object without what qmove has put before it (here, and in `to_method`)."""
+    """The class of an object without what qmove has put before it (here, and in `methods.to_method`)."""
     return next(
         cls
         for cls in type(obj).__mro__

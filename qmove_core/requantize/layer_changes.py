@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import to_method
+from ..methods import to_method
 from ..parking import sleeping
 
 

@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import homes
-from .errors import DtypeCastRefused, QMoveError
-from .integrations.accelerate_dispatch import METHODS_BEFORE
-from .materialize.materialize import materialize, materialize_meta_tensors, roll_back
-from .materialize.undo import materialized
-from .model.inventory import inventory
-from .model.quantized import is_quantized, quantized_weights
-from .parking import sleeping
-from .parking.requests import is_parked, move, restore
+from .. import homes
+from ..errors import DtypeCastRefused, QMoveError
+from ..integrations.accelerate_dispatch import METHODS_BEFORE
+from ..materialize.materialize import materialize, materialize_meta_tensors, roll_back
+from ..materialize.undo import materialized
+from ..model.inventory import inventory
+from ..model.quantized import is_quantized, quantized_weights
+from ..parking import sleeping
+from ..parking.requests import is_parked, move, restore
 
 Model = TypeVar("Model")
 Original = Callable[..., Any]  # what the method would have done without qmove

@@ -13,9 +13,9 @@ from ..errors import MissingDependency, QMoveError
 from ..integrations.accelerate_dispatch import is_dispatched
 from ..integrations.dispatch_options import DispatchOptions, remembered
 from ..integrations.weights_map import Sources, Unusable
+from ..materialize.materialize import materialize_meta_tensors
 from ..parking import requests
-from ..to_method import enable_to
-from .materialize import materialize_meta_tensors
+from .to_method import enable_to
 
 
 def dispatch_model(
