@@ -23,7 +23,8 @@ from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena
 from .methods.dispatching import dispatch_model, redispatch
 from .methods.to_method import disable_to, enable_to
 from .model.holders import Straggler
-from .model.inventory import Holding, Inventory, MetaTensor, inventory
+from .model.holdings import Holding, Inventory, MetaTensor
+from .model.inventory import inventory
 from .parking.file_mirrors import CannotMirror, mirror_files
 from .parking.requests import (
     Moved,

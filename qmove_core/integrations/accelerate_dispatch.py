@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import MetaTensorsPresent
-from ..model.inventory import Inventory
+from ..model.holdings import Inventory
 from ..model.kinds import bitsandbytes_offloaded
 from .weights_map import has_entry
 

@@ -32,7 +32,8 @@ from ..integrations.weights_map import Source
 from ..interrupts import interrupts_deferred
 from ..memory.allocation import allocate
 from ..model import kinds
-from ..model.inventory import Holding, Inventory, inventory
+from ..model.holdings import Holding, Inventory
+from ..model.inventory import inventory
 from ..model.kinds import bitsandbytes_offloaded
 from ..storages import exchange, stand_in, tensor_over
 from ..transfer.copies import Progress

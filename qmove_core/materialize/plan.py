@@ -18,7 +18,7 @@ from ..integrations import diffusers_offload
 from ..integrations.accelerate_dispatch import Slot, part_keys, refuse_lost, slots
 from ..integrations.weights_map import Source, Sources, Unusable
 from ..memory import budget
-from ..model.inventory import Inventory
+from ..model.holdings import Inventory
 from .ties import find_ties
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..digests.checksum import checksum_of
 from ..integrations.accelerate_dispatch import Slot
 from ..integrations.weights_map import Source
-from ..model.inventory import Inventory
+from ..model.holdings import Inventory
 
 
 @dataclass(eq=False)

@@ -18,7 +18,8 @@ from ..integrations import diffusers_offload
 from ..integrations.accelerate_dispatch import Slot
 from ..integrations.weights_map import keep_instead
 from ..memory import budget
-from ..model.inventory import Inventory, inventory
+from ..model.holdings import Inventory
+from ..model.inventory import inventory
 from ..parking import requests
 from ..storages import exchange, stand_in
 from ..transfer.copies import Progress

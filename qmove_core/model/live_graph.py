@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .inventory import Inventory
+from .holdings import Inventory
 
 
 def tensors_in_live_graph(inventory: Inventory) -> list[str]:

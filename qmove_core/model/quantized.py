@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .inventory import Inventory
+from .holdings import Inventory
 
 
 def quantized_weights(held: Inventory) -> list[str]:

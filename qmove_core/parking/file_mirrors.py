@@ -17,7 +17,8 @@ from ..digests.digest import digest_storages
 from ..errors import QMoveError, readable_bytes
 from ..memory import arena, mapped_files, mirrors
 from ..memory.mapped_files import MappedFile
-from ..model.inventory import Holding, inventory
+from ..model.holdings import Holding
+from ..model.inventory import inventory
 from ..settings import settings
 from . import streaming
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..memory import arena
-from ..model.inventory import Holding, Inventory
+from ..model.holdings import Holding, Inventory
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

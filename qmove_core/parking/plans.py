@@ -14,7 +14,8 @@ from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensor
 from ..homes import Origin, Record
 from ..integrations import accelerate_dispatch, diffusers_offload
 from ..model import kinds, live_graph
-from ..model.inventory import Holding, Inventory, inventory
+from ..model.holdings import Holding, Inventory
+from ..model.inventory import inventory
 from ..transfer.transaction import Step
 from . import layer_order, sleeping, streaming
 

@@ -24,7 +24,7 @@ from .. import devices, homes, hosting
 from ..homes import Origin, lock
 from ..interrupts import interrupts_deferred
 from ..memory import mirrors
-from ..model.inventory import Inventory
+from ..model.holdings import Inventory
 from ..settings import settings
 from ..storages import rebind
 from ..transfer.copies import Load

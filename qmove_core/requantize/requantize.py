@@ -17,7 +17,8 @@ from ..devices import Device
 from ..errors import CannotMove, readable_bytes
 from ..interrupts import interrupts_deferred
 from ..memory import budget
-from ..model.inventory import Inventory, inventory
+from ..model.holdings import Inventory
+from ..model.inventory import inventory
 from ..model.quantized import quantized_weights
 from ..model.walk import walk
 from ..parking.plans import refuse_meta

@@ -21,7 +21,7 @@ from ..memory.allocation import allocate, bytes_by_device
 from ..memory.mirrors import Mirror
 from ..model import kinds
 from ..model.holders import Straggler, holders_of, tensors_on
-from ..model.inventory import Holding, Inventory
+from ..model.holdings import Holding, Inventory
 from ..settings import settings
 from ..storages import rebind
 from . import verification

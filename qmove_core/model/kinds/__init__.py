@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Set
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..holdings import Inventory
 from .base import Kind
 from .bitsandbytes import BitsAndBytes
 from .wrappers import WrapperSubclasses
-
-if TYPE_CHECKING:
-    from ..inventory import Inventory
 
 __all__ = ["Kind", "obstacles", "process_wide_tensors", "settle"]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
+from ..holdings import Inventory
 from .base import Kind
-
-if TYPE_CHECKING:
-    from ..inventory import Inventory
 
 NOT_QUANTIZED = (
     "bitsandbytes has not quantized it yet and does so in its own .to(): call model.to(device) once, as without qmove "

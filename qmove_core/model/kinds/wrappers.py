@@ -12,17 +12,12 @@ NF4Tensor).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ...errors import CannotMove
 from ...homes import parked_home
+from ..holdings import Inventory
 from .base import Kind
-
-if TYPE_CHECKING:
-    from ..inventory import Inventory
-
 
 # Classes whose bytes are laid out for the kernels of one device type. Parked and restored they are exact like all others.
 _PACKED_FOR_KERNELS = frozenset(

@@ -1,0 +1,181 @@
+"""The storages, meta tensors and immovable tensors of a model, as `inventory` reports them."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import readable_bytes
+
+
+@dataclass(slots=True)
+class Holding:
+    """One storage of a model, and every tensor object of the model that looks into it.
+
+    Attributes:
+        nbytes: size of the storage, not of one view of it.
+        device: where the storage was when the inventory was taken.
+        kind: "parameter", "buffer", "gradient", "quantization state", "inner tensor", "base of a view"; "state" for plain
+            attributes of modules, "captured" by hooks and functions, "attribute" of other objects, or "tensor".
+        dtype: of the first tensor.
+        names: all names the tensors are reached by, the first met first.
+        tensors: the tensor objects. They stay the same objects wherever the bytes go.
+    """
+
+    nbytes: int
+    device: torch.device
+    kind: str
+    dtype: torch.dtype
+    names: list[str]
+    tensors: list[torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        """The storage the tensors look into now."""
+        return self.tensors[0].untyped_storage()
+
+
+@dataclass(frozen=True, slots=True)
+class MetaTensor:
+    """A tensor without data; `nbytes` is what it would take."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    tensor: torch.Tensor = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Immovable:
+    """A tensor (or an object that points into tensors) whose bytes qmove cannot move; `device` is None if it may be any."""
+
+    name: str
+    device: torch.device | None
+    reason: str
+
+
+@dataclass
+class Inventory:
+    """All holdings of a model. `str()` is a table, `to_dict()` plain data.
+
+    Attributes:
+        holdings: one for each storage, in the order in which the walk met them.
+        meta: tensors on the meta device.
+        immovable: what qmove cannot move, and why.
+        foreign: names of modules that are reached but are not the model's own; pass them as roots to take them along.
+        wrappers: (name, tensor) of wrapper subclasses; their bytes are in the holdings of their inner tensors.
+        modules: the model's own modules by name.
+    """
+
+    holdings: list[Holding]
+    meta: list[MetaTensor] = field(default_factory=list)
+    immovable: list[Immovable] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    wrappers: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, each counted once, on all devices; meta tensors have none."""
+        return sum(holding.nbytes for holding in self.holdings)
+
+    @property
+    def by_device(self) -> dict[str, int]:
+        """Bytes on each device, by its name."""
+        totals: dict[str, int] = defaultdict(int)
+        for holding in self.holdings:
+            totals[str(holding.device)] += holding.nbytes
+        return dict(totals)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for programs and JSON."""
+        return {
+            "nbytes": self.nbytes,
+            "by_device": self.by_device,
+            "holdings": [
+                {
+                    "names": list(holding.names),
+                    "kind": holding.kind,
+                    "dtype": _dtype_name(holding.dtype),
+                    "device": str(holding.device),
+                    "nbytes": holding.nbytes,
+                }
+                for holding in self.holdings
+            ],
+            "meta": [
+                {
+                    "name": m.name,
+                    "shape": list(m.shape),
+                    "dtype": _dtype_name(m.dtype),
+                    "nbytes": m.nbytes,
+                }
+                for m in self.meta
+            ],
+            "immovable": [
+                {"name": i.name, "device": str(i.device), "reason": i.reason}
+                for i in self.immovable
+            ],
+            "foreign": list(self.foreign),
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        groups: dict[tuple[str, str, str], list[Holding]] = defaultdict(list)
+        for holding in self.holdings:
+            groups[str(holding.device), holding.kind, _dtype_name(holding.dtype)].append(holding)
+        table = Table(
+            title=f"{readable_bytes(self.nbytes)} in {len(self.holdings)} storages",
+            title_justify="left",
+        )
+        for heading in ("device", "kind", "dtype"):
+            table.add_column(heading)
+        table.add_column("storages", justify="right")
+        table.add_column("bytes", justify="right")
+        table.add_column("largest", overflow="ellipsis", no_wrap=True)
+        for (device, kind, dtype), members in sorted(
+            groups.items(), key=lambda item: -_total(item[1])
+        ):
+            largest = max(members, key=lambda holding: holding.nbytes)
+            table.add_row(
+                device,
+                kind,
+                dtype,
+                str(len(members)),
+                readable_bytes(_total(members)),
+                largest.name,
+            )
+        for device, nbytes in sorted(self.by_device.items()):
+            count = sum(str(holding.device) == device for holding in self.holdings)
+            table.add_row(device, "all", "", str(count), readable_bytes(nbytes), style="bold")
+        if self.meta:
+            wanted = readable_bytes(sum(m.nbytes for m in self.meta))
+            table.add_row("meta", "no data", "", str(len(self.meta)), wanted, self.meta[0].name)
+        text = io.StringIO()
+        console = Console(file=text, width=110, color_system=None)
+        console.print(table)
+        for item in self.immovable:
+            console.print(f"cannot move: {item.name}: {item.reason}", markup=False)
+        for name in self.foreign:
+            console.print(f"not the model's own, left alone: {name}", markup=False)
+        return text.getvalue().rstrip()
+
+
+def _total(holdings: Iterable[Holding]) -> int:
+    return sum(holding.nbytes for holding in holdings)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
