@@ -176,7 +176,7 @@ def _commit(model: object, held: Inventory, done: Materialized, pipelines: Seque
         done.undo.append(diffusers_offload.take_off(held.modules.values()))
         for piece in done.pieces:
             _settle_in(piece, done.undo)
-        kinds.settle(inventory(model))
+        kinds.refresh(inventory(model))
     except BaseException:
         roll_back(done)
         raise

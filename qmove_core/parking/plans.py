@@ -150,7 +150,7 @@ def sleep_again(
             model = record.model
             if model is not None:
                 again = inventory(model, extra=record.extra)
-                kinds.settle(again)
+                kinds.refresh(again)
                 _fall_asleep(record, again, bring_home)
 
     return fall_asleep

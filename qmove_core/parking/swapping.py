@@ -130,7 +130,7 @@ class _Crossing:
     def arrive(self) -> tuple[Relocated, Relocated]:
         """The one model is home now, and the other one parked."""
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-            kinds.settle(self._out.held)
+            kinds.refresh(self._out.held)
             self._coming.commit(self._into.held, self._into.on_commit)
             watched = [self._watched[index] for index in range(len(self._out.steps))]
             stragglers = self._leaving.take_strangers_along(watched)

@@ -258,12 +258,12 @@ class Freight:
             for step, target in zip(self._steps, self._targets, strict=True):
                 assert target is not None
                 rebind(step.holding.tensors + step.strangers, target)
-            kinds.settle(inventory)
+            kinds.refresh(inventory)
             on_commit()
         except BaseException:
             for step, source in zip(self._steps, self._sources, strict=True):
                 rebind(step.holding.tensors + step.strangers, source)
-            kinds.settle(inventory)
+            kinds.refresh(inventory)
             raise
 
     def hand_over(self) -> Cargo:

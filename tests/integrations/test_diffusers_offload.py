@@ -266,7 +266,7 @@ def test_an_error_in_the_commit_leaves_group_offload_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("qmove_core.model.kinds.settle", fail)
+        patched.setattr("qmove_core.model.kinds.refresh", fail)
         qmove.materialize_meta_tensors(pipe)
 
     assert (hooks_of(pipe), objects_of(pipe)) == (hooks, objects)

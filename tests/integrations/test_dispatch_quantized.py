@@ -183,7 +183,7 @@ def test_an_error_in_the_commit_takes_everything_off_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("qmove_core.model.kinds.settle", fail)
+        patched.setattr("qmove_core.model.kinds.refresh", fail)
         qmove.materialize_meta_tensors(model)
 
     assert objects_of(model) == before

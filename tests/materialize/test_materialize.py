@@ -413,7 +413,7 @@ def test_an_error_in_the_commit_leaves_the_dispatch_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("qmove_core.model.kinds.settle", fail)
+        patched.setattr("qmove_core.model.kinds.refresh", fail)
         qmove.materialize_meta_tensors(model)
 
     assert meta_names(model) == missing

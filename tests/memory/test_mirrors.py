@@ -678,15 +678,15 @@ def test_after_a_park_that_failed_when_all_was_copied_the_next_one_is_right(
     model[1].weight.data.add_(1)
     before = snapshot(model)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
-        settle, calls = kinds.settle, []
+        refresh, calls = kinds.refresh, []
 
         def fails_once(held: Any) -> None:
-            settle(held)
+            refresh(held)
             calls.append(held)
             if len(calls) == 1:
                 raise RuntimeError("planted")
 
-        patched.setattr(kinds, "settle", fails_once)
+        patched.setattr(kinds, "refresh", fails_once)
         qmove.park(model)
     assert snapshot(model) == before
 

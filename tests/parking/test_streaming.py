@@ -706,7 +706,7 @@ def test_a_failed_arrival_does_not_undo_what_the_host_changed(gpu: GPU) -> None:
     assert bytes_of(model) == wanted
 
 
-@pytest.mark.parametrize("at", ["settle", "put_to_sleep", "await_bytes"])
+@pytest.mark.parametrize("at", ["refresh", "put_to_sleep", "await_bytes"])
 def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     gpu: GPU, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,12 +714,12 @@ def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     before, empty = snapshot(model), torch.cuda.memory_allocated() - gpu.allocated()
     qmove.park(model)
     parked = snapshot(model)
-    place = {"settle": kinds, "put_to_sleep": sleeping, "await_bytes": streaming}[at]
+    place = {"refresh": kinds, "put_to_sleep": sleeping, "await_bytes": streaming}[at]
     real, calls = getattr(place, at), []
 
     def fails_at_the_second_call(*arguments: Any) -> None:
         calls.append(at)
-        if len(calls) == (1 if at == "settle" else 2):
+        if len(calls) == (1 if at == "refresh" else 2):
             raise RuntimeError("planted")
         real(*arguments)
 

@@ -508,21 +508,21 @@ def _fail_at(
 
         monkeypatch.setattr(layer_formats.FourBit, method, fail)
     else:  # the bytes of the plain layers have been copied
-        monkeypatch.setattr("qmove_core.model.kinds.settle", _once(fail))
+        monkeypatch.setattr("qmove_core.model.kinds.refresh", _once(fail))
 
 
 def _once(fail: Callable[..., None]) -> Callable[..., None]:
     from qmove_core.model import kinds
 
-    settle, calls = kinds.settle, []
+    refresh, calls = kinds.refresh, []
 
-    def settle_or_fail(inventory: Any) -> None:
+    def refresh_or_fail(inventory: Any) -> None:
         calls.append(inventory)
         if len(calls) == 1:
             fail()
-        settle(inventory)
+        refresh(inventory)
 
-    return settle_or_fail
+    return refresh_or_fail
 
 
 @pytest.mark.simulated

@@ -12,7 +12,7 @@ from .base import Kind
 from .bitsandbytes import BitsAndBytes
 from .wrappers import WrapperSubclasses
 
-__all__ = ["Kind", "obstacles", "process_wide_tensors", "settle"]
+__all__ = ["Kind", "obstacles", "process_wide_tensors", "refresh"]
 
 _KINDS: tuple[Kind, ...] = (WrapperSubclasses(), BitsAndBytes())
 
@@ -27,10 +27,10 @@ def obstacles(inventory: Inventory, device: torch.device) -> list[tuple[str, str
     return [obstacle for kind in _present() for obstacle in kind.obstacles(inventory, device)]
 
 
-def settle(inventory: Inventory) -> None:
+def refresh(inventory: Inventory) -> None:
     """Lets each kind bring what depends on the place in line with where the bytes are now."""
     for kind in _present():
-        kind.settle(inventory)
+        kind.refresh(inventory)
 
 
 def _present() -> list[Kind]:

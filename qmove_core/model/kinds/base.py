@@ -26,7 +26,7 @@ class Kind:
         """(name, reason) of what would not run on `device` if the model were moved there."""
         return []
 
-    def settle(self, inventory: Inventory) -> None:
+    def refresh(self, inventory: Inventory) -> None:
         """Brings whatever depends on the place in line with where the bytes are now.
 
         Called after the bytes have moved, and again after a rollback has moved them back; so it looks at where they are and

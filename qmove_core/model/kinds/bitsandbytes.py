@@ -53,8 +53,8 @@ class BitsAndBytes(Kind):
                     found.append((holding.name, PACKED))
         return found
 
-    def settle(self, inventory: Inventory) -> None:
-        self._settle_tables(inventory)
+    def refresh(self, inventory: Inventory) -> None:
+        self._refresh_tables(inventory)
         was_on = {
             id(tensor): holding.device
             for holding in inventory.holdings
@@ -64,7 +64,7 @@ class BitsAndBytes(Kind):
             if "support_avx512bf16_for_cpu" in module.__dict__ and id(module.weight) in was_on:
                 self._choose_packing(module, was_on[id(module.weight)])
 
-    def _settle_tables(self, inventory: Inventory) -> None:
+    def _refresh_tables(self, inventory: Inventory) -> None:
         """Gives each quant state that uses a shared table one that lies where its weight is.
 
         The table is bitsandbytes' own, used by all models, and must not move with one of them.

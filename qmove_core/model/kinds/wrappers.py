@@ -54,7 +54,7 @@ class WrapperSubclasses(Kind):
                 found.append((name, reason))
         return found
 
-    def settle(self, inventory: Inventory) -> None:
+    def refresh(self, inventory: Inventory) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             misplaced = [(outer, _inner_device(outer)) for _name, outer in inventory.wrappers]
             # All shells first: what can fail fails before anything has changed.
