@@ -134,8 +134,10 @@ def _quant_states(inventory: Inventory) -> Iterator[tuple[Any, torch.device]]:
             if isinstance(tensor, Params4bit):
                 yield from _with_nested(tensor.quant_state, tensor.device)
     for module in inventory.modules.values():  # FSDP leaves the state on the module alone
+        if "quant_state" not in module.__dict__:
+            continue
         weight = module._parameters.get("weight")
-        if "quant_state" in module.__dict__ and weight is not None:
+        if weight is not None:
             yield from _with_nested(module.__dict__["quant_state"], weight.device)
 
 
