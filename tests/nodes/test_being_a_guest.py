@@ -58,7 +58,7 @@ def test_there_is_one_core_which_other_packs_import_by_its_plain_name(tmp_path: 
 pack = load("/comfyui/custom_nodes/qmove_x_1")
 import qmove_core
 from torch import nn
-node_core = sys.modules[pack.__name__ + ".nodes.host.adopted"].qmove
+node_core = sys.modules[pack.__name__ + ".nodes.host.models.adopted"].qmove
 cores = [name for name in sys.modules if name.endswith("qmove_core")]
 print(json.dumps({"same": node_core is qmove_core, "cores": cores, "file": qmove_core.__file__}))
 """,
@@ -77,7 +77,7 @@ def test_a_core_that_is_there_already_is_the_one_that_is_used(tmp_path: Path) ->
         """
 import qmove_core as installed
 pack = load("/comfyui/custom_nodes/qmove_x_1")
-print(json.dumps({"same": sys.modules[pack.__name__ + ".nodes.host.adopted"].qmove is installed,
+print(json.dumps({"same": sys.modules[pack.__name__ + ".nodes.host.models.adopted"].qmove is installed,
                   "cores": [name for name in sys.modules if name.endswith("qmove_core")]}))
 """,
         tmp_path,

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PROJECT_FILE = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT_FILE = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 
 @functools.cache

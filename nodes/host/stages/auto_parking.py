@@ -25,7 +25,7 @@ from . import needs
 
 log = logging.getLogger("qmove")
 
-_OWN_NODES = __name__.removesuffix(".host.auto_parking")
+_OWN_NODES = __name__.rpartition(".host.")[0]
 
 
 @dataclass
