@@ -1,8 +1,10 @@
-"""Every error qmove raises: what was asked, the figures that stand in the way, and what to do now."""
+"""The errors of qmove: what was asked, which figures are in the way, and what to do now."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from .actions import Action
 
 
 def readable_bytes(nbytes: int) -> str:
@@ -17,8 +19,18 @@ def readable_bytes(nbytes: int) -> str:
     return f"{size / 1024:.2f} TiB"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, which takes an s in the plural: "1 tensor", "3 tensors"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names of a list that may be long: "a, b, c, d, e and 12 more"."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 class QMoveError(RuntimeError):
-    """Base of all errors of qmove. The model is whole when one arrives: where it was, or where it was going."""
+    """Base of all errors of qmove. After one the model is whole: in its old place or in its new one."""
 
 
 class NotEnoughMemory(QMoveError):
@@ -27,30 +39,29 @@ class NotEnoughMemory(QMoveError):
     Attributes:
         place: "cuda:0", "cpu", ...
         needed, free: bytes.
-        limit: the bound that decided ("free VRAM", "cgroup limit", "ram_limit of qmove.configure").
+        limit: what decides how much is free ("free VRAM", "cgroup limit", "ram_limit of qmove.configure").
     """
 
     def __init__(
-        self, action: str, place: str, needed: int, free: int, limit: str, advice: str
+        self, action: Action, place: str, needed: int, free: int, limit: str, advice: str
     ) -> None:
         self.place, self.needed, self.free, self.limit = place, needed, free, limit
         super().__init__(
-            f"{action} needs {readable_bytes(needed)} ({needed} bytes) on {place}, but {readable_bytes(free)} "
-            f"({free} bytes) are free there ({limit}). Nothing was moved. {advice}"
+            f"{action.gerund} needs {readable_bytes(needed)} ({counted(needed, 'byte')}) on {place}. "
+            f"Free there: {readable_bytes(free)} ({counted(free, 'byte')}; limit: {limit}). "
+            f"{action.nothing_done.capitalize()}. {advice}"
         )
 
 
 class CorruptedCopy(QMoveError):
-    """What arrived is not what was sent, for the tensors named in `names`. The model stays where it was."""
+    """The copies of the tensors in `names` differ from their sources. The model stays where it was."""
 
-    def __init__(self, action: str, names: Sequence[str]) -> None:
+    def __init__(self, action: Action, names: Sequence[str]) -> None:
         self.names = list(names)
-        shown = ", ".join(self.names[:5]) + (
-            f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        )
         super().__init__(
-            f"{action}: the digest of what arrived differs from what was sent, for {shown}. The model stays where it was and "
-            "keeps its bytes. Try again; if it happens again, suspect the hardware (memory, riser, overclocking) and reload."
+            f"{action.gerund} failed: the digest of the copy differs from that of the source, for "
+            f"{first_of(self.names)}. The model stays where it was and keeps its bytes. Try again; if it "
+            "happens again, suspect the hardware (memory, riser, overclocking) and reload the model."
         )
 
 
@@ -59,7 +70,7 @@ class DigestUnavailable(QMoveError):
 
 
 class UnknownDevice(QMoveError, ValueError):
-    """A device that this machine does not have, or that is none at all."""
+    """A device that this machine does not have, or a name that is no device."""
 
 
 class NoTensors(QMoveError, ValueError):
@@ -67,39 +78,64 @@ class NoTensors(QMoveError, ValueError):
 
 
 class CannotMove(QMoveError):
-    """Some storages cannot be moved; `reasons` says which and why."""
+    """Some storages cannot be moved; `reasons` has (name, reason) for each. Nothing was moved."""
 
-    def __init__(self, action: str, reasons: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, action: Action, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
-        super().__init__(f"Cannot {action}: nothing was moved, because of\n{_listed(self.reasons)}")
+        super().__init__(
+            f"Cannot {action.infinitive}, so {action.nothing_done}:\n{_lines(self.reasons)}"
+        )
 
 
 class MetaTensorsPresent(QMoveError):
     """The model has meta tensors: their data is not in memory, so there are no bytes to move."""
 
+    def __init__(self, action: Action, why: str, advice: str) -> None:
+        super().__init__(
+            f"Cannot {action.infinitive}: {why}. {action.nothing_done.capitalize()}. {advice}"
+        )
+
 
 class OffloadedDataError(QMoveError):
-    """The data of meta tensors is not where a dispatch says, or is not what the model needs; `problems` says which and why."""
+    """The data of meta tensors is not where the dispatch says, or does not fit the model.
 
-    def __init__(self, action: str, problems: Sequence[tuple[str, str]], advice: str) -> None:
+    `problems` has (name, problem) for each.
+    """
+
+    def __init__(self, action: Action, problems: Sequence[tuple[str, str]], advice: str) -> None:
         self.problems = list(problems)
         super().__init__(
-            f"{action}: nothing was changed, because of\n{_listed(self.problems)}\n{advice}"
+            f"Cannot {action.infinitive}, so {action.nothing_done}:\n{_lines(self.problems)}\n{advice}"
         )
 
 
 class ChangesNotKept(QMoveError):
-    """Weights were changed in a way that the dispatch cannot hold; the model stays materialized, with the changes."""
+    """Weights were changed in a way that the dispatch cannot hold; `reasons` has (name, reason) for each.
 
-    def __init__(self, action: str, reasons: Sequence[tuple[str, str]]) -> None:
+    The model stays materialized, with the changes.
+    """
+
+    def __init__(self, action: Action, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
         super().__init__(
-            f"{action}: the model stays as it is, in memory and without its dispatch, because of\n{_listed(self.reasons)}"
+            f"Cannot {action.infinitive}, so the model stays as it is, in memory and without its "
+            f"dispatch:\n{_lines(self.reasons)}"
         )
 
 
 class LiveAutogradGraph(QMoveError):
-    """A live autograd graph needs weights of the model: it would keep their bytes, or meet them on another device."""
+    """A live autograd graph needs weights of the model.
+
+    It would keep their bytes in VRAM, or find them on another device.
+    """
+
+    def __init__(self, action: Action, names: Sequence[str]) -> None:
+        super().__init__(
+            f"Cannot {action.infinitive}: a live autograd graph needs {len(names)} of its tensors, the first "
+            f"is {names[0]!r}. {action.nothing_done.capitalize()}. Run the model under torch.no_grad() or "
+            "delete its outputs and losses; or pass allow_live_graph=True: then what the graph has saved "
+            "stays in VRAM, and its backward may find weights on another device."
+        )
 
 
 class DtypeCastRefused(QMoveError, TypeError):
@@ -107,9 +143,9 @@ class DtypeCastRefused(QMoveError, TypeError):
 
 
 class MissingDependency(QMoveError, ImportError):
-    """An optional package is needed for what was asked."""
+    """What was asked needs an optional package that is not installed."""
 
 
-def _listed(reasons: Sequence[tuple[str, str]]) -> str:
+def _lines(reasons: Sequence[tuple[str, str]]) -> str:
     lines = [f"  {name}: {reason}" for name, reason in reasons[:20]]
     return "\n".join(lines + [f"  ... and {len(reasons) - 20} more"] * (len(reasons) > 20))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import MetaTensorsPresent
+from ..actions import Action
+from ..errors import MetaTensorsPresent, counted
 from ..model.holdings import Inventory
 from ..model.kinds import bitsandbytes_offloaded
 from .weights_map import has_entry
@@ -89,7 +90,7 @@ def slots(modules: Mapping[str, nn.Module]) -> list[Slot]:
     return list(found.values())
 
 
-def refuse_lost(action: str, held: Inventory) -> None:
+def refuse_lost(action: Action, held: Inventory) -> None:
     """Raises MetaTensorsPresent if the model has meta tensors whose data no hook keeps."""
     kept = (
         {id(tensor) for slot in slots(held.modules) for tensor in _with_parts(slot)}
@@ -99,10 +100,12 @@ def refuse_lost(action: str, held: Inventory) -> None:
     lost = [meta for meta in held.meta if id(meta.tensor) not in kept]
     if lost:
         raise MetaTensorsPresent(
-            f"{action}: {len(lost)} tensors are on the meta device and no dispatch knows where their data is, the first is "
-            f"{lost[0].name!r}. Nothing was changed. qmove.materialize_meta_tensors reads what a dispatch keeps elsewhere, so it "
-            "cannot help here: hooks were removed after the dispatch, or the weights were never loaded (init_empty_weights). "
-            "Load the checkpoint again."
+            action,
+            f"no dispatch knows where the data of {counted(len(lost), 'meta tensor')} is, "
+            f"the first is {lost[0].name!r}",
+            "qmove.materialize_meta_tensors reads what a dispatch keeps elsewhere, so it cannot help here: "
+            "hooks were removed after the dispatch, or the weights were never loaded "
+            "(init_empty_weights). Load the checkpoint again.",
         )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import MetaTensorsPresent
+from ..actions import Action
+from ..errors import MetaTensorsPresent, counted
 from ..storages import exchange, stand_in
 
 _HOOKS = (
@@ -42,13 +43,15 @@ def absent(group: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def refuse_absent(action: str, modules: Iterable[nn.Module]) -> None:
+def refuse_absent(action: Action, modules: Iterable[nn.Module]) -> None:
     """Raises MetaTensorsPresent if a group has its values on the disk only."""
     files = [group.safetensors_file_path for group in groups_of(modules) if absent(group)]
     if files:
         raise MetaTensorsPresent(
-            f"{action}: diffusers' group offload has the values of {len(files)} groups on the disk only, the first in "
-            f"{files[0]}. Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
+            action,
+            f"diffusers' group offload has the values of {counted(len(files), 'group')} on the disk only, "
+            f"the first in {files[0]}",
+            "Call qmove.materialize_meta_tensors(model) first.",
         )
 
 

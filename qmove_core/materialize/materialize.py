@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import devices, homes
+from ..actions import Action
 from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import readable_bytes
@@ -103,7 +104,7 @@ def materialize(
     """As `materialize_meta_tensors`, and returns what is needed to undo it; to see changes, that takes digests."""
     started = time.perf_counter()
     with homes.lock:
-        action = f"Materializing {type(model).__name__}"
+        action = Action("materialize", model)
         place = placement(target_device)
         held = inventory(model)
         modules = list(held.modules.values())
@@ -135,7 +136,7 @@ def materialize(
 
 
 def _read(
-    action: str, pieces: Sequence[Piece], progress: Progress | None, wants_digests: bool
+    action: Action, pieces: Sequence[Piece], progress: Progress | None, wants_digests: bool
 ) -> None:
     """Brings the bytes of all pieces in. The model has not changed yet."""
     missing = [piece for piece in pieces if not piece.joins_real]
@@ -156,7 +157,7 @@ def _read(
                 piece.digest = reads[id(piece)].digest
 
 
-def _allocate(action: str, pieces: Sequence[Piece]) -> None:
+def _allocate(action: Action, pieces: Sequence[Piece]) -> None:
     """Memory for every piece that cannot look into its source."""
     needy = [piece for piece in pieces if not piece.is_shared]
     storages = allocate(

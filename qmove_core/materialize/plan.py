@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import devices
+from ..actions import Action
 from ..devices import Device, DeviceMap
 from ..errors import OffloadedDataError
 from ..integrations import diffusers_offload
@@ -65,7 +66,7 @@ class Piece:
         return self.source.is_shared_as(self.tensor.dtype, self.device)
 
 
-def plan(action: str, held: Inventory, place: Callable[[str], torch.device]) -> list[Piece]:
+def plan(action: Action, held: Inventory, place: Callable[[str], torch.device]) -> list[Piece]:
     """A piece for every tensor to be, with its data found and checked.
 
     Raises:
@@ -79,7 +80,7 @@ def plan(action: str, held: Inventory, place: Callable[[str], torch.device]) -> 
         *_of_groups(held, sources, problems, place),
     ]
     if problems:
-        advice = "Mend the offload folder or its index, or load the model again. The offloaded model would fail there as well."
+        advice = "Repair the offload folder or its index, or load the model again. The offloaded model would fail there as well."
         raise OffloadedDataError(action, problems, advice)
     refuse_lost(action, held)
     return pieces
@@ -188,7 +189,7 @@ def _piece(
     )
 
 
-def check_budget(action: str, pieces: Iterable[Piece]) -> None:
+def check_budget(action: Action, pieces: Iterable[Piece]) -> None:
     """Raises NotEnoughMemory if it does not fit. What is mapped from files counts too: it is of use only in RAM."""
     needed: dict[torch.device, int] = defaultdict(int)
     for piece in pieces:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import devices, homes
+from ..actions import Action
 from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import ChangesNotKept
@@ -57,7 +58,7 @@ def materialized(
 
 def put_back(model: object, done: Materialized) -> None:
     """Undoes `materialize`, and keeps changes; see `materialized`."""
-    action = f"Dispatching {type(model).__name__} again"
+    action = Action("dispatch", model, "again")
     with homes.lock:
         if requests.is_parked(model) and not done.was_parked:
             requests.restore(model)
@@ -84,7 +85,9 @@ def put_back(model: object, done: Materialized) -> None:
         ]
         # Nothing is remembered of where the bytes come from: the dispatch says where things belong.
         steps = [Step(holding, home) for holding, home in away]
-        relocate(action, held, steps, on_commit=lambda: _commit(done, changes, use_new_files))
+        relocate(
+            action, held, steps, on_commit=lambda: _commit(action, done, changes, use_new_files)
+        )
     log.info("dispatched %s again: %d weights had changed", type(model).__name__, len(changes))
 
 
@@ -95,7 +98,7 @@ class _Change:
     value: torch.Tensor  # what the model has now
 
 
-def _changes(action: str, done: Materialized, held: Inventory) -> list[_Change]:
+def _changes(action: Action, done: Materialized, held: Inventory) -> list[_Change]:
     """What must be written to where the dispatch keeps its weights."""
     changes, problems = [], []
     for piece in done.pieces:
@@ -143,7 +146,7 @@ def _looks_into_source(piece: Piece, value: torch.Tensor) -> bool:
     return in_ram and piece.is_shared and same_place and value.stride() == piece.opened.stride()
 
 
-def _check_budget(action: str, changes: list[_Change]) -> None:
+def _check_budget(action: Action, changes: list[_Change]) -> None:
     """Changed weights that lie on a device need room on the host; those on the host stay where they are."""
     arriving = {
         id(change.value): change.value for change in changes if change.value.device.type != "cpu"
@@ -153,7 +156,10 @@ def _check_budget(action: str, changes: list[_Change]) -> None:
 
 
 def _commit(
-    done: Materialized, changes: list[_Change], use_new_files: list[Callable[[], None]]
+    action: Action,
+    done: Materialized,
+    changes: list[_Change],
+    use_new_files: list[Callable[[], None]],
 ) -> None:
     kept: dict[int, torch.Tensor] = {}
     refused = []
@@ -170,7 +176,7 @@ def _commit(
         if not keep_instead(change.slot.hook.weights_map, change.slot.key, on_host):
             refused.append((change.slot.full_name, "its weights map takes no new entries"))
     if refused:
-        raise ChangesNotKept("Dispatching again", refused)
+        raise ChangesNotKept(action, refused)
     for use in use_new_files:
         use()
     diffusers_offload.update_pinned_copies(done.groups)

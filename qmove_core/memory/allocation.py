@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from .. import homes
+from ..actions import Action
 from . import arena, budget
 
 
 def allocate(
-    action: str, wanted: Sequence[tuple[int, torch.device]], device_advice: str
+    action: Action, wanted: Sequence[tuple[int, torch.device]], device_advice: str
 ) -> list[torch.UntypedStorage]:
     """A storage for each (bytes, device), in order; those on the host lie in the arena.
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from .. import devices, hosting
+from ..actions import Action
 from ..errors import NotEnoughMemory
 from ..settings import settings
 from . import arena, giving_back
@@ -40,7 +41,10 @@ def host_limits(ram_limit: int | None, arena_bytes: int) -> list[Limit]:
 
 
 def require(
-    action: str, needed: Mapping[torch.device, int], host_advice: str = "", device_advice: str = ""
+    action: Action,
+    needed: Mapping[torch.device, int],
+    host_advice: str = "",
+    device_advice: str = "",
 ) -> None:
     """Raises NotEnoughMemory if the bytes needed on some device do not fit there; on the host qmove's own limit counts too."""
     for device, nbytes in needed.items():
@@ -52,7 +56,7 @@ def require(
             require_device(action, nbytes, device, device_advice)
 
 
-def require_host(action: str, nbytes: int, ram_limit: int | None, advice: str = "") -> None:
+def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` more of host memory would pass a limit.
 
     What qmove holds there only to be faster next time is given back first, as far as it is needed.
@@ -68,7 +72,7 @@ def require_host(action: str, nbytes: int, ram_limit: int | None, advice: str = 
         raise NotEnoughMemory(action, "cpu", nbytes, tightest.free, tightest.name, advice)
 
 
-def require_device(action: str, nbytes: int, device: torch.device, advice: str = "") -> None:
+def require_device(action: Action, nbytes: int, device: torch.device, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` do not fit on `device`."""
     free = devices.free_memory(device)
     if free is not None and nbytes > free:
@@ -95,7 +99,9 @@ def has_room_on_host(nbytes: int) -> bool:
     return nbytes <= host_limits(settings.ram_limit, arena.bytes_held())[0].free
 
 
-def out_of_memory(action: str, device: torch.device, needed: int, advice: str) -> NotEnoughMemory:
+def out_of_memory(
+    action: Action, device: torch.device, needed: int, advice: str
+) -> NotEnoughMemory:
     """The error for an allocation that failed although the figures said that it fits: what is free lies in pieces."""
     free = devices.free_memory(device) or 0
     return NotEnoughMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)

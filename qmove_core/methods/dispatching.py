@@ -165,7 +165,8 @@ def _named_map(
     )
     if name not in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise QMoveError(
-            f"device_map={name!r}: it is 'auto', 'balanced', 'balanced_low_0', 'sequential', or a map from names to devices."
+            f"There is no device_map {name!r}. It is 'auto', 'balanced', 'balanced_low_0', "
+            "'sequential', or a map from names to devices."
         )
     if name != "sequential":
         limits = modeling.get_balanced_memory(

@@ -53,7 +53,8 @@ def enable_to(model: Model) -> Model:
         sleeping.exchange_class(model, _enabled_class)
     except TypeError as error:
         raise QMoveError(
-            f"enable_to cannot give {type(model).__qualname__} other methods ({error}). Call qmove.move(model, device)."
+            f"Cannot give {type(model).__qualname__} other methods ({error}). "
+            "Call qmove.move(model, device)."
         ) from error
     before = {name: model.__dict__.pop(name) for name in _METHODS if name in model.__dict__}
     if before:

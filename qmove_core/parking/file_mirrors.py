@@ -69,7 +69,8 @@ def mirror_files(
     """
     if not settings.keep_mirrors:
         raise CannotMirror(
-            "qmove.mirror_files keeps mirrors, which are off. Turn them on first: qmove.configure(keep_mirrors=True)."
+            "Mirrors are off, and qmove.mirror_files needs them. "
+            "Turn them on first: qmove.configure(keep_mirrors=True)."
         )
     paths = (
         [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]

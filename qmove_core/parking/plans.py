@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .. import devices, homes
+from ..actions import Action
 from ..devices import Device, DeviceMap
-from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors
+from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, counted
 from ..homes import Origin, Record
 from ..integrations import accelerate_dispatch, diffusers_offload
 from ..model import kinds, live_graph
@@ -25,12 +26,12 @@ class Plan:
     """A move of one model.
 
     Attributes:
-        action: what the user asked for, for error messages ("Parking Llama").
+        action: what the caller asked for, for messages.
         steps: one for each storage that changes places; what the model needs first comes first.
         on_commit: what is to be done when everything lies in its new place.
     """
 
-    action: str
+    action: Action
     held: Inventory
     steps: list[Step]
     on_commit: Callable[[], None]
@@ -57,7 +58,7 @@ def to_park(
     before = homes.record_of(model)
     extra = tuple(extra)
     held = _inventory_of(model, extra)
-    action = f"Parking {title(model)}"
+    action = Action("park", model)
     away = [
         holding for holding in layer_order.holdings_in_order(held) if holding.device.type != "cpu"
     ]
@@ -88,7 +89,7 @@ def to_restore(model: object, device: Device | DeviceMap | None = None) -> Plan:
         for holding in layer_order.holdings_in_order(held)
         if (home := _home(holding, record))
     ]
-    return _to_bring(f"Restoring {title(model)}", held, goals)
+    return _to_bring(Action("restore", model), held, goals)
 
 
 def to_move(model: object, device: Device, *, allow_live_graph: bool = False) -> Plan:
@@ -96,7 +97,7 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
     target = devices.resolve(device)
     record = homes.record_of(model)
     held = _inventory_of(model, record.extra if record else ())
-    action = f"Moving {title(model)} to {target}"
+    action = Action("move", model, f"to {target}")
     refuse_meta(action, held)
     _refuse_immovable(action, held, target, kinds.obstacles(held, target))
     goals = [
@@ -109,7 +110,9 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
     return _to_bring(action, held, goals)
 
 
-def _to_bring(action: str, held: Inventory, goals: Sequence[tuple[Holding, torch.device]]) -> Plan:
+def _to_bring(
+    action: Action, held: Inventory, goals: Sequence[tuple[Holding, torch.device]]
+) -> Plan:
     """Takes holdings to where they are to run, and wakes the model."""
     steps, staying = [], []
     for holding, target in goals:
@@ -184,19 +187,21 @@ def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     return held
 
 
-def refuse_meta(action: str, held: Inventory) -> None:
+def refuse_meta(action: Action, held: Inventory) -> None:
     """Raises MetaTensorsPresent if some of the model's data is not in memory."""
     diffusers_offload.refuse_absent(action, held.modules.values())
     if held.meta:
         accelerate_dispatch.refuse_lost(action, held)
         raise MetaTensorsPresent(
-            f"{action}: a dispatch keeps the data of {len(held.meta)} tensors elsewhere, the first is {held.meta[0].name!r}. "
-            "Call qmove.materialize_meta_tensors(model) first. Nothing was moved."
+            action,
+            f"a dispatch keeps the data of {counted(len(held.meta), 'tensor')} elsewhere, "
+            f"the first is {held.meta[0].name!r}",
+            "Call qmove.materialize_meta_tensors(model) first.",
         )
 
 
 def _refuse_immovable(
-    action: str, held: Inventory, target: torch.device, obstacles: Sequence[tuple[str, str]] = ()
+    action: Action, held: Inventory, target: torch.device, obstacles: Sequence[tuple[str, str]] = ()
 ) -> None:
     reasons = [
         *obstacles,
@@ -206,14 +211,10 @@ def _refuse_immovable(
         raise CannotMove(action, reasons)
 
 
-def _refuse_live_graph(action: str, held: Inventory) -> None:
+def _refuse_live_graph(action: Action, held: Inventory) -> None:
     names = live_graph.tensors_in_live_graph(held)
     if names:
-        raise LiveAutogradGraph(
-            f"{action}: a live autograd graph needs {len(names)} of its tensors, the first is {names[0]!r}. Nothing was moved. "
-            "Run the model under torch.no_grad() or delete its outputs and losses; or pass allow_live_graph=True: "
-            "then what the graph has saved stays in VRAM, and its backward may meet weights on another device."
-        )
+        raise LiveAutogradGraph(action, names)
 
 
 def _destination(

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes, hosting
+from ..actions import Action
 from ..homes import Origin, lock
 from ..interrupts import interrupts_deferred
 from ..memory import mirrors
@@ -64,7 +65,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def bring(
-    action: str,
+    action: Action,
     held: Inventory,
     steps: Sequence[Step],
     *,

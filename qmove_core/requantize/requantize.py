@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .. import devices, homes
+from ..actions import Action
 from ..devices import Device
 from ..errors import CannotMove, readable_bytes
 from ..interrupts import interrupts_deferred
@@ -138,7 +139,7 @@ Make = Callable[[_Work, dict[int, nn.Parameter]], Change]
 def _dequantize(
     model: object, target: torch.device, dtype: torch.dtype | None
 ) -> set[torch.device]:
-    held, action = inventory(model), f"Dequantizing {type(model).__name__} to {target}"
+    held, action = inventory(model), Action("dequantize", model, f"to {target}")
     refuse_meta(action, held)
     work = []
     for name, module, working_dtype in _modules(held):
@@ -175,7 +176,7 @@ def _dequantize(
 
 
 def _requantize(model: object, target: torch.device) -> set[torch.device]:
-    held, action = inventory(model), f"Requantizing {type(model).__name__} on {target}"
+    held, action = inventory(model), Action("requantize", model, f"on {target}")
     refuse_meta(action, held)
     work = []
     for name, module, _working_dtype in _modules(held):
@@ -212,7 +213,7 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
 
 def _transform(
     model: object,
-    action: str,
+    action: Action,
     held: Inventory,
     target: torch.device,
     work: Sequence[_Work],
@@ -246,11 +247,15 @@ def _transform(
             raise
     nbytes = readable_bytes(sum(item.nbytes for item in work))
     log.info(
-        "%s: %d layers, now %s, in %.2f s", action, len(work), nbytes, time.perf_counter() - started
+        "%s: %d layers, now %s, in %.2f s",
+        action.gerund,
+        len(work),
+        nbytes,
+        time.perf_counter() - started,
     )
 
 
-def _made(item: _Work, action: str, make: Make, made: dict[int, nn.Parameter]) -> Change:
+def _made(item: _Work, action: Action, make: Make, made: dict[int, nn.Parameter]) -> Change:
     """`make`, with the layer's name in what it raises."""
     try:
         return make(item, made)
@@ -259,13 +264,11 @@ def _made(item: _Work, action: str, make: Make, made: dict[int, nn.Parameter]) -
     except (
         Exception
     ) as error:  # another library's code: whatever it raises, nothing has changed yet
-        raise CannotMove(
-            action.lower(), [(item.name, f"{type(error).__name__}: {error}")]
-        ) from error
+        raise CannotMove(action, [(item.name, f"{type(error).__name__}: {error}")]) from error
 
 
 def _check_budget(
-    action: str,
+    action: Action,
     held: Inventory,
     target: torch.device,
     work: Sequence[_Work],
@@ -346,6 +349,6 @@ def _assign(data: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
             tensor.data = values
 
 
-def _refuse(action: str, reasons: Sequence[tuple[str, str]]) -> None:
+def _refuse(action: Action, reasons: Sequence[tuple[str, str]]) -> None:
     if reasons:
-        raise CannotMove(action.lower(), reasons)
+        raise CannotMove(action, reasons)

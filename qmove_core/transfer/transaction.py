@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes, hosting
+from ..actions import Action
 from ..digests.digest import Digest
 from ..errors import CorruptedCopy
 from ..interrupts import interrupts_deferred
@@ -59,7 +60,7 @@ class Relocated:
 
 
 def relocate(
-    action: str,
+    action: Action,
     inventory: Inventory,
     steps: Sequence[Step],
     *,
@@ -69,7 +70,7 @@ def relocate(
     """Carries out `steps`: all of them, or none.
 
     Args:
-        action: what the user asked for, for error messages ("Parking Llama").
+        action: what the caller asked for, for messages.
         inventory: what the model holds; `steps` are about its holdings.
         on_commit: called when everything lies in its new place; if it raises, all goes back.
         progress: called as (bytes done, bytes in all) while copying.
@@ -98,7 +99,7 @@ def relocate(
 class Freight:
     """The storages of a plan while they change places: where each comes from and goes to, and what is known of its bytes."""
 
-    def __init__(self, action: str, steps: Sequence[Step]) -> None:
+    def __init__(self, action: Action, steps: Sequence[Step]) -> None:
         self.copied = 0
         self._action, self._steps = action, steps
         self._sources = [step.holding.storage for step in steps]

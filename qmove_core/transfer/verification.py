@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import homes
+from ..actions import Action
 from ..digests.digest import Digest, digest_storages
 from ..errors import CorruptedCopy
 from ..memory import mirrors
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prove(
-    action: str,
+    action: Action,
     steps: Sequence[Step],
     sources: Sequence[torch.UntypedStorage],
     targets: Sequence[torch.UntypedStorage | None],

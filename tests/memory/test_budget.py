@@ -10,6 +10,7 @@ import torch
 
 import qmove_core as qmove
 from qmove_core import devices
+from qmove_core.actions import Action
 from qmove_core.memory import budget
 from tests.builders.device import GPU
 from tests.builders.models import layers, snapshot
@@ -139,9 +140,9 @@ class TestHostLimits:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(budget, "cgroup_free", lambda: 1 * GIB)
-        budget.require_host("Parking", 1 * GIB, None)
+        budget.require_host(Action("park", "a model"), 1 * GIB, None)
         with pytest.raises(qmove.NotEnoughMemory) as caught:
-            budget.require_host("Parking", 1 * GIB + 1, None)
+            budget.require_host(Action("park", "a model"), 1 * GIB + 1, None)
         error = caught.value
         assert (error.place, error.needed, error.free, error.limit) == (
             "cpu",
@@ -204,5 +205,5 @@ class TestBeforeTheFirstByte:
             None, 0
         )  # the host can say, and what follows is about the device alone
         budget.require_device(
-            "Restoring", 1 << 60, torch.device("cuda:0")
+            Action("restore", "a model"), 1 << 60, torch.device("cuda:0")
         )  # raises NotEnoughMemory if it guesses

@@ -80,7 +80,9 @@ def draw(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise MissingDependency("matplotlib draws it: pip install 'qmove[demo]'.") from error
+        raise MissingDependency(
+            "The picture needs matplotlib: pip install 'qmove[demo]'."
+        ) from error
 
     figure = Figure(figsize=(10, 2.9 * len(timelines) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)

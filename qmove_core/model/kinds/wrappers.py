@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ...actions import Action
 from ...errors import CannotMove
 from ...homes import parked_home
 from ..holdings import Inventory
@@ -108,7 +109,9 @@ def _unflattened(
         return type(outer).__tensor_unflatten__(inner, context, size, stride)  # type: ignore[attr-defined, no-any-return]
     except Exception as error:
         reason = f"its __tensor_unflatten__ raises {type(error).__name__}: {error}"
-        raise CannotMove(f"rebuild it on {device}", [(type(outer).__qualname__, reason)]) from error
+        raise CannotMove(
+            Action("rebuild", outer, f"on {device}"), [(type(outer).__qualname__, reason)]
+        ) from error
 
 
 def _adopt(outer: torch.Tensor, shell: torch.Tensor) -> None:
