@@ -8,7 +8,8 @@ from torch import nn
 
 import qmove_core as qmove
 from tests.builders.device import GPU, SIMULATED
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 ACTIONS = [qmove.park, qmove.restore, lambda model: qmove.move(model, "cpu")]
 

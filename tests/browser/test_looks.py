@@ -11,10 +11,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from .builders import BIG, ENCODER, HALF, OPEN, TRANSFORMER, expect_state
 from .servers import prompt_of
 from .tab import Tab
-from .test_panel import BIG, ENCODER, HALF, TRANSFORMER, expect_state
-from .test_workflows import OPEN
 
 OVERFLOWING = """panel => {
     const sidebar = []

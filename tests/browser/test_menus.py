@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from .builders import ENCODER, TRANSFORMER, expect_state
 from .servers import prompt_of
 from .tab import Tab
-from .test_panel import ENCODER, TRANSFORMER, expect_state
 
 WHERE = """id => {
     const node = app.graph.getNodeById(id), box = app.canvas.canvas.getBoundingClientRect(), view = app.canvas.ds

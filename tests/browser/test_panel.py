@@ -7,19 +7,11 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from .builders import BIG, ENCODER, HALF, TRANSFORMER, UPSCALER, expect_state
 from .servers import prompt_of
 from .tab import Tab
 
 GIB = 1 << 30
-ENCODER = ("TextEncoder", "nf4", 8)
-TRANSFORMER = ("DiffusionTransformer", "int8", 24)
-UPSCALER = ("Upscaler", "fp16", 34)
-BIG = ("DiffusionTransformer", "fp16", 204)  # more than the core has under way at once
-HALF = 100 << 20  # bytes of it that go over the link before it is held
-
-
-def expect_state(tab: Tab, model: str, state: str) -> None:
-    expect(tab.row(model)).to_have_attribute("data-state", state)
 
 
 @pytest.mark.every_frontend

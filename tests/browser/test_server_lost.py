@@ -6,8 +6,8 @@ import re
 
 from playwright.sync_api import Route, expect
 
+from .builders import ENCODER, expect_state
 from .tab import LOST, Tab
-from .test_panel import ENCODER, expect_state
 
 
 def test_the_panel_says_that_the_server_is_away_and_goes_on_when_it_is_back(tab: Tab) -> None:

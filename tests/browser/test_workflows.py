@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from .builders import OPEN
 from .servers import ROOT
 from .tab import Tab
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-OPEN = "async name => app.loadGraphData(await (await fetch(`/api/workflow_templates/qmove/${name}.json`)).json())"
 LOADED = """() => ({
     nodes: app.graph._nodes.map(node => node.type),
     unknown: app.graph._nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(n => n.type),

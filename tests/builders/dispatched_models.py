@@ -82,6 +82,13 @@ IN_RAM = {
     "head": "cpu",
 }
 ON_DISK = {name: "disk" if place == "cpu" else place for name, place in IN_RAM.items()}
+SOURCES = [
+    pytest.param(IN_RAM, "dat", id="ram"),
+    pytest.param(ON_DISK, "dat", id="dat files"),
+    pytest.param(ON_DISK, "safetensors", id="safetensors"),
+    pytest.param(SPREAD, "dat", id="two GPUs, RAM and dat files"),
+    pytest.param(SPREAD, "safetensors", id="two GPUs, RAM and safetensors"),
+]
 
 
 # accelerate knows tied weights by the addresses that they had before the dispatch. If that memory is freed and a weight loaded
@@ -158,3 +165,37 @@ def spread_llama(folder: Path, place: str) -> Any:
         .eval()
         .requires_grad_(False)
     )
+
+
+def meta_names(model: nn.Module) -> set[str]:
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name for name, tensor in tensors if tensor.is_meta}
+
+
+def objects_of(model: nn.Module) -> dict[str, Any]:
+    """Hooks, wrapped methods, and every parameter and buffer object with its device."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        attributes = ("_hf_hook", "_old_forward", "forward", "to", "cuda", "hf_device_map")
+        found[name] = {
+            key: id(module.__dict__[key]) for key in attributes if key in module.__dict__
+        }
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found[f"{name}.{key}"] = (
+                    id(tensor),
+                    tensor.device,
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.requires_grad,
+                )
+    return found
+
+
+def change_everything(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)

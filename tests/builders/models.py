@@ -157,39 +157,13 @@ def tiny_stable_diffusion(device: Any = "cuda:0") -> Any:
     return pipe
 
 
-def snapshot(model: object) -> dict[str, tuple[Any, ...]]:
-    """Everything a round trip must preserve, by name of each holding: device, bytes, shapes, aliases, identities, attributes.
-
-    Tensors of wrapper subclasses have no bytes of their own; they are listed after the holdings.
-    """
-    from qmove_core import inventory
-
-    held = inventory(model)
-    result: dict[str, tuple[Any, ...]] = {}
-    for holding in held.holdings:
-        content = torch.empty(0, dtype=torch.uint8, device=holding.device).set_(
-            holding.storage, 0, (holding.nbytes,), (1,)
-        )
-        tensors = tuple(_outside(tensor) for tensor in holding.tensors)
-        result[holding.name] = (
-            str(holding.device),
-            bytes(content.cpu().numpy().tobytes()),
-            tensors,
-            tuple(holding.names),
-        )
-    for name, wrapper in held.wrappers:
-        result[f"{name} as a whole"] = (str(wrapper.device), _outside(wrapper))
-    return result
+def inputs(width: int = 64) -> torch.Tensor:
+    """What `layers` take: two rows of `width` numbers, float32."""
+    return torch.linspace(-1, 1, 2 * width, device="cuda").reshape(2, width)
 
 
-def _outside(t: torch.Tensor) -> tuple[Any, ...]:
-    """What a tensor object is apart from its bytes and its device."""
-    with torch._C.DisableTorchFunctionSubclass():
-        # PyTorch sets the ones left out anew each time a jagged tensor is built or asked for its size.
-        attributes = {
-            name: id(value)
-            for name, value in t.__dict__.items()
-            if not name.startswith(("_sym_", "_dynamo_"))
-        }
-        geometry = (t.dtype, t.shape, t.stride(), t.storage_offset(), t.layout)
-        return (id(t), type(t), geometry, t.requires_grad, t.is_leaf, t.is_inference(), attributes)
+def image_of(pipe: Any) -> Any:
+    """The image that a pipeline of this file gives after two steps from a fixed seed."""
+    prompt = {"prompt": "a cat"} if hasattr(pipe, "text_encoder") else {}
+    seed = torch.Generator(pipe._execution_device).manual_seed(0)
+    return pipe(**prompt, generator=seed, num_inference_steps=2, output_type="np").images

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import linecache
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,7 +16,9 @@ from qmove_core.memory import arena
 from qmove_core.model import kinds
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.interrupts import Interrupted, ctrl_c_at_line
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 pytestmark = pytest.mark.simulated
 
@@ -34,10 +30,6 @@ def several_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(copies, "STAGING", 20_000)
     else:
         monkeypatch.setattr(copies, "SMALL", 0)
-
-
-class Interrupted(BaseException):
-    """Like ComfyUI's InterruptProcessingException since 0.33."""
 
 
 def devices_of(model: object) -> set[str]:
@@ -149,43 +141,6 @@ def test_a_failure_after_the_tensors_were_rebound_puts_them_all_back(
     assert calls[0] != calls[1]  # it had moved, and was refreshed again after it had moved back
     assert snapshot(model) == before
     assert [type(module) for module in model.modules()] == classes
-
-
-QMOVE = str(Path(qmove.__file__).parent)
-ONLY_LOOK = (
-    "walk.py",
-    "inventory.py",
-    "errors.py",
-    "autograd.py",
-    "budget.py",
-)  # they cannot leave it half
-
-
-@contextmanager
-def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
-    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields the count of lines."""
-    lines = 0
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal lines
-        if not frame.f_code.co_filename.startswith(QMOVE) or frame.f_code.co_filename.endswith(
-            ONLY_LOOK
-        ):
-            return None
-        # A trace function can raise between the body of a `with` and its `__exit__`; no signal arrives there.
-        if event == "line" and not linecache.getline(
-            frame.f_code.co_filename, frame.f_lineno
-        ).lstrip().startswith("with "):
-            lines += 1
-            if lines == number:
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield lambda: lines
-    finally:
-        sys.settrace(None)
 
 
 def _is_free(lock: Any) -> bool:

@@ -14,7 +14,8 @@ from qmove_core.digests import digest
 from qmove_core.memory import arena, budget
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 
 def test_a_park_takes_no_extra_vram_but_its_staging(gpu: GPU) -> None:

@@ -8,7 +8,8 @@ import torch
 import qmove_core as qmove
 import simcuda
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 pytestmark = pytest.mark.simulated
 

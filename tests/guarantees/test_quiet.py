@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import layers
-
-
-def traces(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Classes, attribute names and hooks of every module, and the attribute names of every parameter."""
-    modules = [
-        (type(m), sorted(vars(m)), len(m._forward_pre_hooks), len(m._forward_hooks))
-        for m in model.modules()
-    ]
-    return [*modules, *((type(p), sorted(vars(p))) for p in model.parameters())]
+from tests.builders.snapshots import traces
 
 
 def test_after_a_restore_nothing_of_qmove_stays_on_the_model(gpu: GPU) -> None:

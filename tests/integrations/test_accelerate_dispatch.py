@@ -18,34 +18,17 @@ from tests.builders.dispatched_models import (
     IN_RAM,
     ON_DISK,
     RELOADED_TIES,
+    SOURCES,
     SPREAD,
+    change_everything,
     dispatched,
+    meta_names,
+    objects_of,
     spread_llama,
     state,
     tokens,
     tower,
 )
-from tests.materialize.test_materialize import SOURCES, meta_names
-
-
-def objects_of(model: nn.Module) -> dict[str, Any]:
-    """Hooks, wrapped methods, and every parameter and buffer object with its device."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        attributes = ("_hf_hook", "_old_forward", "forward", "to", "cuda", "hf_device_map")
-        found[name] = {
-            key: id(module.__dict__[key]) for key in attributes if key in module.__dict__
-        }
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                found[f"{name}.{key}"] = (
-                    id(tensor),
-                    tensor.device,
-                    tensor.dtype,
-                    tensor.shape,
-                    tensor.requires_grad,
-                )
-    return found
 
 
 @pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "after a forward"])
@@ -97,12 +80,6 @@ def test_nothing_is_read_from_the_disk_on_the_way_back(tmp_path: Path, gpu: GPU)
     assert objects_of(model) == before
     shutil.move(tmp_path / "away", tmp_path / "model")
     assert torch.isfinite(model(tokens())).all()
-
-
-def change_everything(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
 
 
 @pytest.mark.parametrize("moved_to", ["cpu", "cuda:0", None])
@@ -164,9 +141,12 @@ def test_a_replaced_parameter_is_kept(tmp_path: Path, gpu: GPU) -> None:
 @pytest.mark.parametrize("source", ["dat", "safetensors"])
 def test_a_cast_is_refused_and_the_model_stays_whole(tmp_path: Path, gpu: GPU, source: str) -> None:
     model = dispatched(tmp_path, ON_DISK, source)
-    with pytest.raises(
-        ChangesNotKept, match=r"blocks\.1\.linear\.weight: it is float16 .* was float32"
-    ), qmove.materialized(model):
+    with (
+        pytest.raises(
+            ChangesNotKept, match=r"blocks\.1\.linear\.weight: it is float16 .* was float32"
+        ),
+        qmove.materialized(model),
+    ):
         model.half()
     assert not meta_names(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}

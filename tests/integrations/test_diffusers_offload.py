@@ -13,8 +13,7 @@ import qmove_core as qmove
 from qmove_core.errors import ChangesNotKept, MetaTensorsPresent, OffloadedDataError
 from qmove_core.integrations.diffusers_offload import groups_of
 from tests.builders.device import GPU
-from tests.builders.dispatched_models import state, tower
-from tests.integrations.test_accelerate_dispatch import change_everything
+from tests.builders.dispatched_models import change_everything, state, tower
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,8 +12,8 @@ import torch
 import qmove_core as qmove
 from qmove_core.errors import ChangesNotKept, MetaTensorsPresent, OffloadedDataError
 from tests.builders.device import GPU
+from tests.builders.dispatched_models import objects_of
 from tests.builders.models import llama_inputs, tiny_llama
-from tests.integrations.test_accelerate_dispatch import objects_of
 
 FORMATS = [
     pytest.param("nf4", {"bnb_4bit_use_double_quant": False}, id="nf4"),

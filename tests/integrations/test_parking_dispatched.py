@@ -16,14 +16,15 @@ from tests.builders.device import GPU
 from tests.builders.dispatched_models import (
     ON_DISK,
     RELOADED_TIES,
+    SOURCES,
     SPREAD,
     dispatched,
+    meta_names,
+    objects_of,
     spread_llama,
     tokens,
     tower,
 )
-from tests.integrations.test_accelerate_dispatch import objects_of
-from tests.materialize.test_materialize import SOURCES, meta_names
 
 
 @pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "after a forward"])

@@ -13,8 +13,7 @@ import torch
 import qmove_core as qmove
 from qmove_core.errors import OffloadedDataError
 from tests.builders.device import GPU
-from tests.builders.dispatched_models import ON_DISK, dispatched, tokens
-from tests.materialize.test_materialize import meta_names
+from tests.builders.dispatched_models import ON_DISK, dispatched, meta_names, tokens
 
 NAME = "blocks.2.linear.weight"
 

@@ -16,14 +16,16 @@ from tests.builders.dispatched_models import (
     IN_RAM,
     ON_DISK,
     RELOADED_TIES,
+    SOURCES,
     SPREAD,
+    change_everything,
     dispatched,
+    meta_names,
+    objects_of,
     spread_llama,
     tokens,
     tower,
 )
-from tests.integrations.test_accelerate_dispatch import change_everything, objects_of
-from tests.materialize.test_materialize import SOURCES, meta_names
 
 
 @RELOADED_TIES

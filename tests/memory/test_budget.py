@@ -13,7 +13,8 @@ from qmove_core import devices
 from qmove_core.actions import Action
 from qmove_core.memory import budget
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 MIB = 1 << 20
 GIB = 1 << 30

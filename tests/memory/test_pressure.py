@@ -19,14 +19,13 @@ import qmove_core as qmove
 from qmove_core import homes
 from qmove_core.memory import arena, budget, mirrors, pressure
 from tests.builders.device import GPU
+from tests.builders.mirrors import MODEL, WIDTH, mirrored, round_trip
 from tests.builders.models import layers
-from tests.memory.test_mirrors import contents, round_trip
+from tests.builders.snapshots import contents
 
 pytestmark = pytest.mark.simulated
 
 MIB, GIB = 1 << 20, 1 << 30
-WIDTH = 512
-MODEL = 4 * (WIDTH * WIDTH * 4 + WIDTH * 4)  # bytes
 ROOT = Path(__file__).parents[2]
 
 Free = Callable[[int], None]
@@ -53,13 +52,6 @@ def cgroup(monkeypatch: pytest.MonkeyPatch) -> Free:
         monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: plenty)
 
     return free
-
-
-def mirrored() -> nn.Sequential:
-    """A resident model with its host copy in a block of its own."""
-    model = layers(4, width=WIDTH)
-    round_trip(model)
-    return model
 
 
 def has_mirrors(model: nn.Module) -> bool:

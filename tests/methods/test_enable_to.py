@@ -17,7 +17,8 @@ from torch import nn
 
 import qmove_core as qmove
 from tests.builders.device import GPU
-from tests.builders.models import layers, llama_inputs, quanto_layers, snapshot, tiny_llama
+from tests.builders.models import layers, llama_inputs, quanto_layers, tiny_llama
+from tests.builders.snapshots import contents, snapshot
 
 Call = Callable[[Any], Any]
 
@@ -59,7 +60,7 @@ def test_the_models_own_methods_move_it_where_transformers_forbids_it(
     model = qmove.enable_to(tiny_llama(precision, tmp_path))
     with torch.no_grad():
         expected = model(llama_inputs()).logits
-    reference = contents(model)
+    reference = lasting_contents(model)
 
     assert leave(model) is model
     assert qmove.inventory(model).by_device.keys() == {"cpu"}
@@ -70,16 +71,14 @@ def test_the_models_own_methods_move_it_where_transformers_forbids_it(
     torch.testing.assert_close(on_cpu, expected.cpu(), rtol=2e-2, atol=2e-2)
 
     assert come_back(model) is model
-    assert contents(model) == reference
+    assert lasting_contents(model) == reference
     with torch.no_grad():
         assert torch.equal(model(llama_inputs()).logits, expected)
 
 
-def contents(model: nn.Module) -> dict[str, bytes]:
+def lasting_contents(model: nn.Module) -> dict[str, bytes]:
     """The bytes by name, but those of the outlier columns that bitsandbytes notes in each forward."""
-    return {
-        name: seen[1] for name, seen in snapshot(model).items() if not name.endswith("state.idx")
-    }
+    return {name: held for name, held in contents(model).items() if not name.endswith("state.idx")}
 
 
 def test_without_enable_to_transformers_forbids_it(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 import qmove_core as qmove
 from qmove_core.memory import arena
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot, tiny_diffusion
+from tests.builders.models import layers, tiny_diffusion
+from tests.builders.snapshots import snapshot
 
 
 def inputs() -> torch.Tensor:

@@ -20,7 +20,8 @@ from torch import nn
 
 import qmove_core as qmove
 from tests.builders.device import GPU
-from tests.builders.models import llama_inputs, snapshot, tiny_llama
+from tests.builders.models import llama_inputs, tiny_llama
+from tests.builders.snapshots import snapshot
 
 WIDTH = 64
 Layer = Callable[[], nn.Module]

@@ -10,6 +10,8 @@ from torch import nn
 
 from tests.builders.models import layers
 
+from .fake_host import FakeHost
+
 MIB = 1 << 20
 
 seen: list[tuple[str, Any]] = []  # what nodes noted while they ran: (node's label, what it saw)
@@ -150,3 +152,9 @@ def forget_all() -> None:
 
 def noted(label: str) -> list[Any]:
     return [what for name, what in seen if name == label]
+
+
+def model_in(host: FakeHost, node_id: str) -> Any:
+    """The model that a node's output in the host's cache holds."""
+    entry = host.cache.entries[node_id]
+    return unwrap(getattr(entry, "outputs", entry)[0][0])

@@ -16,7 +16,7 @@ import simcuda
 from tests.builders.device import GPU
 
 from . import careless_nodes
-from .careless_nodes import MIB, noted, stages
+from .careless_nodes import MIB, model_in, noted, stages
 from .fake_host import FakeHost, ModelPatcher
 
 node = careless_nodes.node
@@ -30,11 +30,6 @@ def _small_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     simcuda.set_memory(128 * MIB)
     if "host" in request.fixturenames:
         request.getfixturevalue("host").add(*careless_nodes.ALL)
-
-
-def model_in(host: FakeHost, node_id: str) -> Any:
-    entry = host.cache.entries[node_id]
-    return careless_nodes.unwrap(getattr(entry, "outputs", entry)[0][0])
 
 
 def parked_nodes(host: FakeHost) -> set[str]:

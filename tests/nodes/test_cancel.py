@@ -14,7 +14,7 @@ from qmove_pack.nodes.host.stages import job_queue
 import qmove_core as qmove
 from qmove_core import homes
 from tests.builders.device import GPU
-from tests.builders.models import snapshot
+from tests.builders.snapshots import snapshot
 
 from .careless_nodes import model_of
 from .fake_host import FakeHost

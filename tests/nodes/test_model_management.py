@@ -16,7 +16,8 @@ import qmove_core as qmove
 import simcuda
 from qmove_core import hosting
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ from qmove_pack.nodes.host.models import residency
 import qmove_core as qmove
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import snapshot
+from tests.builders.snapshots import snapshot
 
 from . import careless_nodes
 from .careless_nodes import model_of

@@ -18,7 +18,7 @@ import qmove_core as qmove
 from tests.builders.device import GPU
 
 from . import careless_nodes
-from .careless_nodes import noted
+from .careless_nodes import model_in, noted
 from .fake_host import FakeHost
 
 node = careless_nodes.node
@@ -30,11 +30,6 @@ def _nodes(request: pytest.FixtureRequest) -> None:
     for name in ("host", "forgetful_host"):
         if name in request.fixturenames:
             request.getfixturevalue(name).add(*careless_nodes.ALL)
-
-
-def model_in(host: FakeHost, node_id: str) -> Any:
-    entry = host.cache.entries[node_id]
-    return careless_nodes.unwrap(getattr(entry, "outputs", entry)[0][0])
 
 
 @pytest.mark.parametrize("shape", ["plain", "list", "dict", "pipeline"])

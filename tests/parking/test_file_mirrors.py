@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -17,55 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, mapped_files, mirrors, pinning
+from qmove_core.memory import arena, mapped_files, pinning
 from qmove_core.memory.pages import PAGE, round_to_pages
-from qmove_core.parking import streaming
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot, tiny_llama
-from tests.memory.test_mirrors import contents, ones
+from tests.builders.file_mirrors import mirrored, saved
+from tests.builders.mirrors import MODEL, WIDTH, ones
+from tests.builders.models import layers, tiny_llama
+from tests.builders.snapshots import contents, snapshot
 
-pytestmark = pytest.mark.simulated
+pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("no_files_mapped")]
 
-WIDTH = 512
-WEIGHT, BIAS = WIDTH * WIDTH * 4, WIDTH * 4  # bytes
-MODEL = 4 * (WEIGHT + BIAS)
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def empty_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts with an arena that holds nothing, and must end without a locked page or an open file."""
-    monkeypatch.setattr(pinning, "_said", set())
-    gc.collect()
-    qmove.trim()
-    simcuda.reset_counters()
-    yield
-    simcuda.set_pinned_limit(None)
-    streaming.settle()
-    gc.collect()
-    qmove.trim()
-    assert (simcuda.host_counters().registered, mapped_files.nbytes()) == (0, 0)
-
-
-def saved(model: nn.Module, folder: Path, prefix: str = "") -> Path:
-    """The model's weights in a file."""
-    path = folder / "model.safetensors"
-    save_file({prefix + name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
-    return path
-
-
-def mirrored(folder: Path) -> tuple[nn.Sequential, Path]:
-    """A resident model of 8 storages, mirrored by its file."""
-    model = layers(4, width=WIDTH)
-    path = saved(model, folder)
-    assert qmove.mirror_files(model, path) == MODEL
-    return model, path
 
 
 @contextmanager
@@ -80,10 +46,6 @@ def locked_while_copying() -> Iterator[list[tuple[str, bool, int]]]:
         yield seen
 
 
-def is_mapped(path: Path) -> bool:
-    return str(path) in Path("/proc/self/maps").read_text()
-
-
 def private_bytes(path: Path) -> int:
     """Bytes of the mapped file that have become RAM of this process's own."""
     total, inside = 0, False
@@ -96,7 +58,7 @@ def private_bytes(path: Path) -> int:
     return total
 
 
-# Parking costs nothing ------------------------------------------------------------------------------------------------
+# Parking costs nothing ---------------------------------------------------------------------------
 
 
 def test_parking_copies_nothing_and_takes_no_memory_of_the_arena(gpu: GPU, tmp_path: Path) -> None:
@@ -343,318 +305,7 @@ def test_prequantized_weights_of_bitsandbytes_lie_in_their_file(
     assert snapshot(model) == before
 
 
-# What matches ---------------------------------------------------------------------------------------------------------
-
-
-def test_names_in_the_file_may_have_a_prefix(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(4, width=WIDTH)
-    path = saved(model, tmp_path, "model.diffusion_model.")
-    assert qmove.mirror_files(model, path) == 0
-    assert qmove.mirror_files(model, str(path), prefix="model.diffusion_model.") == MODEL
-    assert qmove.park(model).copied_bytes == 0
-
-
-def test_tied_weights_are_mirrored_once_whichever_name_is_saved(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(2, width=WIDTH)
-    model[1].weight = model[0].weight
-    path = tmp_path / "tied.safetensors"
-    save_file(
-        {name: model.get_parameter(name).cpu() for name in ("0.bias", "1.weight", "1.bias")}, path
-    )
-    before = snapshot(model)
-    assert qmove.mirror_files(model, path) == WEIGHT + 2 * BIAS
-    assert qmove.park(model).copied_bytes == 0
-    assert model[0].weight is model[1].weight
-    qmove.restore(model)
-    assert snapshot(model) == before
-
-
-def test_several_files_and_what_they_lack(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(4, width=WIDTH)
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    save_file({name: state[name] for name in ("0.weight", "0.bias")}, tmp_path / "a.safetensors")
-    save_file(
-        {"1.weight": state["1.weight"], "2.weight": state["2.weight"].half()},
-        tmp_path / "b.safetensors",
-    )
-    assert (
-        qmove.mirror_files(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
-        == 2 * WEIGHT + BIAS
-    )
-    before = contents(model)
-    assert qmove.park(model).copied_bytes == MODEL - (2 * WEIGHT + BIAS)
-    assert contents(model) == before
-    qmove.restore(model)
-    assert contents(model) == before and qmove.park(model).copied_bytes == 0
-
-
-def test_other_bytes_of_the_same_name_and_size_do_not_match(
-    gpu: GPU, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "qmove")
-    model = layers(4, width=WIDTH)
-    path = saved(model, tmp_path)
-    for parameter in model.parameters():
-        parameter.data[..., 0] += 1
-    assert qmove.mirror_files(model, path) == 0
-    assert "no tensor there has such a name, size and content" in caplog.text
-    assert not is_mapped(path)
-
-
-def test_parked_models_and_models_on_the_cpu_have_nothing_to_mirror(
-    gpu: GPU, tmp_path: Path
-) -> None:
-    model = layers(4, width=WIDTH)
-    path = saved(model, tmp_path)
-    qmove.park(model)
-    assert qmove.mirror_files(model, path) == qmove.mirror_files(layers(1, device="cpu"), path) == 0
-
-
-def test_a_model_that_is_still_arriving_is_waited_for(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(4, width=WIDTH)
-    path = saved(model, tmp_path)
-    qmove.park(model)
-    qmove.restore(model, stream=True)
-    assert qmove.mirror_files(model, path) == MODEL
-    streaming.settle()
-    assert arena.bytes_in_use() == 0, "the copy in RAM came after that of the file"
-
-
-def test_a_mirror_in_ram_makes_way(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(4, width=WIDTH)
-    qmove.park(model)
-    qmove.restore(model)
-    assert mirrors.nbytes() == MODEL
-    assert qmove.mirror_files(model, saved(model, tmp_path)) == MODEL
-    assert mirrors.nbytes() == arena.bytes_in_use() == 0
-
-
-def test_the_rest_of_a_mirror_in_ram_keeps_no_block(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(4, width=WIDTH)
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name != "3.bias"}
-    save_file(state, tmp_path / "most.safetensors")
-    qmove.park(model)
-    qmove.restore(model)
-    assert qmove.mirror_files(model, tmp_path / "most.safetensors") == MODEL - BIAS
-    assert arena.bytes_in_use() == 0
-    assert (qmove.park(model).copied_bytes, arena.bytes_in_use()) == (BIAS, BIAS)
-
-
-def test_unaligned_weights_are_parked_as_always(gpu: GPU, tmp_path: Path) -> None:
-    model, path = layers(4, width=WIDTH), tmp_path / "odd.safetensors"
-    whole = saved(model, tmp_path).read_bytes()
-    header = int.from_bytes(whole[:8], "little")
-    path.write_bytes(
-        (header + 2).to_bytes(8, "little") + whole[8 : 8 + header] + b"  " + whole[8 + header :]
-    )
-    assert qmove.mirror_files(model, path) == 0
-
-
-def test_a_model_that_is_gone_leaves_no_map(gpu: GPU, tmp_path: Path) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
-    resident, path = mirrored(tmp_path)
-    assert is_mapped(path) and len(os.listdir("/proc/self/fd")) > descriptors
-    del resident
-    gc.collect()
-    assert not is_mapped(path) and len(os.listdir("/proc/self/fd")) == descriptors
-    parked, path = mirrored(tmp_path)
-    qmove.park(parked)
-    assert is_mapped(path)
-    del parked
-    gc.collect()
-    assert not is_mapped(path)
-
-
-# Changes of the model -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_parked_model_that_is_changed_comes_home_changed_and_the_file_stays(
-    gpu: GPU, tmp_path: Path, stream: bool
-) -> None:
-    model, path = mirrored(tmp_path)
-    before, in_file = contents(model), path.read_bytes()
-    qmove.park(model)
-    model[1].weight.data.add_(1)
-    model[3].bias.data[5] = 7
-    changed = contents(model)
-    assert {name for name in before if before[name] != changed[name]} == {"1.weight", "3.bias"}
-    for copied in (WEIGHT + BIAS, 0):
-        qmove.restore(model, stream=stream)
-        assert contents(model) == changed
-        assert qmove.park(model).copied_bytes == copied
-        assert arena.bytes_in_use() == WEIGHT + BIAS, (
-            "what was changed lies there now, and no longer in the file"
-        )
-        assert contents(model) == changed
-    assert path.read_bytes() == in_file
-
-
-def test_a_write_after_one_restore_is_seen_by_the_next(gpu: GPU, tmp_path: Path) -> None:
-    """What was locked for the first must not be what the second copies from."""
-    both = nn.ModuleList([layers(1, width=WIDTH), layers(1, width=WIDTH)])
-    qmove.mirror_files(both, saved(both, tmp_path))
-    qmove.park(both[0])
-    qmove.park(both[1])
-    qmove.restore(both[0], stream=True)
-    both[1][0].weight.data.fill_(5)
-    pins = simcuda.host_counters().pins
-    qmove.restore(both[1], stream=True)
-    assert simcuda.host_counters().pins == pins + 1, "locked anew"
-    assert bool((both[1][0].weight == 5).all())
-
-
-def test_a_resident_model_that_is_changed_is_parked_in_the_arena(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    in_file = path.read_bytes()
-    model[2].weight.data.mul_(2)
-    changed = contents(model)
-    parked = qmove.park(model)
-    assert (parked.copied_bytes, arena.bytes_in_use(), mapped_files.nbytes()) == (
-        WEIGHT,
-        WEIGHT,
-        MODEL - WEIGHT,
-    )
-    assert contents(model) == changed and path.read_bytes() == in_file
-    qmove.restore(model)
-    assert contents(model) == changed
-    assert qmove.park(model).copied_bytes == 0
-
-
-def test_the_ram_limit_does_not_count_files_and_trimming_does_not_take_them(
-    gpu: GPU, tmp_path: Path
-) -> None:
-    model, _path = mirrored(tmp_path)
-    qmove.configure(ram_limit=0)
-    assert qmove.trim() == qmove.trim(MODEL) == 0
-    assert qmove.park(model).copied_bytes == 0
-    qmove.restore(model)
-    model[0].weight.data.add_(1)
-    with pytest.raises(qmove.NotEnoughMemory, match="ram_limit"):
-        qmove.park(model)
-
-
-def test_a_parked_model_can_be_copied_and_verified(gpu: GPU, tmp_path: Path) -> None:
-    model, _path = mirrored(tmp_path)
-    before = contents(model)
-    qmove.configure(verify=True)
-    assert qmove.park(model).verified
-    twin = copy.deepcopy(model)
-    assert qmove.restore(model).verified and contents(model) == before
-    assert contents(twin) == before
-
-
-# Changes of the file --------------------------------------------------------------------------------------------------
-
-
-def overwrite(path: Path, position: int, content: bytes) -> None:
-    """In place, a moment later: the clock of a file system has ticks of some milliseconds."""
-    status = path.stat()
-    with path.open("r+b") as file:
-        file.seek(position, os.SEEK_END)
-        file.write(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_file_that_was_overwritten_in_place_is_an_error_that_names_it(
-    gpu: GPU, tmp_path: Path, stream: bool
-) -> None:
-    model, path = mirrored(tmp_path)
-    before, whole = contents(model), path.read_bytes()
-    qmove.park(model)
-    overwrite(path, -8, b"\1\2\3\4")
-    with pytest.raises(qmove.MappedFileChanged, match=r"model\.safetensors") as caught:
-        qmove.restore(model, stream=stream)
-    assert isinstance(caught.value, qmove.QMoveError) and len(caught.value.names) == 1
-    assert qmove.is_parked(model) and gpu.allocated() == 0
-    overwrite(path, -len(whole), whole)
-    qmove.restore(model, stream=stream)
-    assert contents(model) == before
-
-
-def test_a_file_that_became_shorter_is_an_error_and_not_a_crash(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    qmove.park(model)
-    os.truncate(path, 5 * PAGE)
-    with pytest.raises(qmove.MappedFileChanged, match=rf"it has {5 * PAGE} bytes now"):
-        qmove.restore(model)
-    assert qmove.is_parked(model)
-
-
-def test_a_file_that_changes_while_it_is_copied_is_an_error(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    qmove.park(model)
-
-    def overwritten(done: int, total: int) -> None:
-        if done == total:
-            overwrite(path, -8, b"\1\2\3\4")
-
-    with pytest.raises(qmove.MappedFileChanged):
-        qmove.restore(model, progress=overwritten)
-    assert qmove.is_parked(model) and gpu.allocated() == 0
-
-
-def test_a_file_that_was_only_touched_is_none(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    before = contents(model)
-    qmove.park(model)
-    os.utime(path, ns=(0, 0))
-    qmove.restore(model)
-    assert contents(model) == before and qmove.park(model).copied_bytes == 0
-
-
-@pytest.mark.parametrize("how", ["replaced", "deleted"])
-def test_a_file_that_was_replaced_or_deleted_lives_on(gpu: GPU, tmp_path: Path, how: str) -> None:
-    model, path = mirrored(tmp_path)
-    before = contents(model)
-    qmove.park(model)
-    if how == "deleted":
-        path.unlink()
-    else:
-        (tmp_path / "new").write_bytes(b"something else")
-        (tmp_path / "new").replace(path)
-    qmove.restore(model)
-    assert contents(model) == before and qmove.park(model).copied_bytes == 0
-
-
-@pytest.mark.parametrize("how", ["overwritten", "shorter"])
-def test_a_resident_model_whose_file_was_changed_is_parked_in_the_arena(
-    gpu: GPU, tmp_path: Path, how: str
-) -> None:
-    model, path = mirrored(tmp_path)
-    before = contents(model)
-    if how == "shorter":
-        os.truncate(path, 5 * PAGE)
-    else:
-        overwrite(path, -8, b"\1\2\3\4")
-    assert qmove.park(model).copied_bytes == MODEL
-    assert contents(model) == before
-    qmove.restore(model)
-    assert contents(model) == before and qmove.park(model).copied_bytes == 0
-
-
-# Refusals -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_file_and_a_broken_one_are_named(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(1)
-    broken = tmp_path / "broken.safetensors"
-    with pytest.raises(qmove.CannotMirror, match=r"no file .*nothing\.safetensors"):
-        qmove.mirror_files(model, tmp_path / "nothing.safetensors")
-    for content in (b"", b"PK\3\4 no safetensors at all", saved(model, tmp_path).read_bytes()[:-1]):
-        broken.write_bytes(content)
-        with pytest.raises(
-            qmove.CannotMirror, match=r"broken\.safetensors is no whole safetensors file"
-        ):
-            qmove.mirror_files(model, [tmp_path / "model.safetensors", broken])
-
-
-def test_without_mirrors_there_are_none_of_files(gpu: GPU, tmp_path: Path) -> None:
-    model = layers(1)
-    qmove.configure(keep_mirrors=False)
-    with pytest.raises(qmove.CannotMirror, match=r"configure\(keep_mirrors=True\)"):
-        qmove.mirror_files(model, saved(model, tmp_path))
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from qmove_core.memory import arena
 from qmove_core.parking import swapping
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
 pytestmark = pytest.mark.simulated
 

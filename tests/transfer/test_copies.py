@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,80 +10,18 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.digests import digest
 from qmove_core.memory import arena
-from qmove_core.parking import streaming
 from qmove_core.transfer import copies as engine
+from tests.builders.byte_tensors import MIB, equal, on_host, tensors
 from tests.builders.device import GPU
-from tests.builders.models import layers, snapshot
+from tests.builders.link import copies
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
 
-pytestmark = pytest.mark.simulated
-
-MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def tried_out(gpu: GPU) -> Iterator[None]:
-    """Digests are tried out once for each device: what is counted and timed is the model's."""
-    assert digest.available(gpu.device)
-    simcuda.reset_counters()
-    yield
-    simcuda.link.use("pcie4")
+pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("tried_out")]
 
 
-@pytest.fixture
-def no_digests() -> None:
-    """Only the model's own bytes cross the link; conftest.py sets it back."""
-    qmove.configure(keep_mirrors=False)
-
-
-@contextmanager
-def copies() -> Iterator[list[simcuda.CopyNotice]]:
-    """Notes each copy over the link."""
-    seen: list[simcuda.CopyNotice] = []
-    with simcuda.on_copy(seen.append):
-        yield seen
-
-
-@pytest.fixture
-def scaled_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Registrations of 4 MiB, buffers of 2 MiB and "large" from 1 MiB on: a 16th of each."""
-    qmove.trim()
-    monkeypatch.setattr(arena, "PIECE", arena.PIECE // 16)
-    monkeypatch.setattr(engine, "STAGING", engine.STAGING // 16)
-    monkeypatch.setattr(engine, "SMALL", engine.SMALL // 16)
-    assert (arena.PIECE, engine.STAGING, engine.SMALL) == (4 * MIB, 2 * MIB, MIB)
-    yield
-    streaming.settle()
-    gc.collect()
-    qmove.trim()  # what was registered in such pieces must be unregistered so
-
-
-# Of odd length, so that bytes which come to lie at another place show.
-_PATTERN = torch.randint(
-    0, 256, (MIB + 7,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
-
-
-def tensors(*sizes: int) -> list[torch.Tensor]:
-    """Tensors of these many bytes, no two alike."""
-    return [
-        _PATTERN.roll(number).repeat(-(-size // MIB))[:size].to("cuda", copy=True)
-        for number, size in enumerate(sizes)
-    ]
-
-
-def equal(model: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return all(
-        torch.equal(tensor.cpu(), wanted) for tensor, wanted in zip(model, expected, strict=True)
-    )
-
-
-def on_host(model: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.cpu() for tensor in model]
-
-
-# How many copies --------------------------------------------------------------------------------------------------------
+# How many copies ---------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_digests")
@@ -176,7 +112,7 @@ def test_progress_counts_every_byte_once(gpu: GPU) -> None:
         assert {of for _done, of in seen} == {total}
 
 
-# What waits for what ----------------------------------------------------------------------------------------------------
+# What waits for what -----------------------------------------------------------------------------
 
 
 def test_nothing_waits_for_the_whole_device(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +210,7 @@ def test_both_directions_have_streams_of_their_own(gpu: GPU) -> None:
     assert streams["d2h"] != streams["h2d"]
 
 
-# Memory that is not to be had -------------------------------------------------------------------------------------------
+# Memory that is not to be had --------------------------------------------------------------------
 
 
 SIZES = [2 * MIB, 1000, 3 * MIB, 300_000, 500_000, 7]  # a border of registrations inside the third
@@ -328,93 +264,3 @@ def test_on_a_full_device_the_staging_shrinks(gpu: GPU, room: int, copies_at_mos
     assert gpu.peak() - (resident - gpu.before) <= min(room, engine.STAGING)
     qmove.restore(model)
     assert snapshot(model) == before
-
-
-# As fast as the link ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["pcie4", "pcie5"])
-def link(request: pytest.FixtureRequest) -> simcuda.link.Link:
-    simcuda.link.use(request.param)
-    return simcuda.link.current()
-
-
-@pytest.mark.parametrize(
-    ("name", "keep_mirrors", "reached"),
-    [("pcie4", False, 1.05), ("pcie4", True, 1.09), ("pcie5", True, 1.15)],
-)
-def test_ten_thousand_small_tensors_come_home_at_the_speed_of_the_link(
-    gpu: GPU, name: str, keep_mirrors: bool, reached: float
-) -> None:
-    """The aim is 1.05. Each digest that is read by itself takes 15 us, of 3,600 us for all bytes."""
-    qmove.configure(keep_mirrors=keep_mirrors)
-    simcuda.link.use(name)
-    model = [part.clone() for part in tensors(10_000 * 20_000)[0].split(20_000)]
-    expected = [model[number].cpu() for number in (0, 5000, 9999)]
-    parked = qmove.park(model)
-    simcuda.clock.reset()
-
-    qmove.restore(model)
-
-    assert parked.nbytes == 200_000_000
-    assert simcuda.clock.now() <= reached * parked.nbytes / simcuda.link.current().h2d_pinned
-    assert equal([model[number] for number in (0, 5000, 9999)], expected)
-
-
-@pytest.mark.parametrize(
-    ("keep_mirrors", "reached"), [(False, 1.05), (True, 1.08)], ids=["alone", "with digests"]
-)
-def test_large_tensors_come_home_at_the_speed_of_the_link(
-    gpu: GPU, link: simcuda.link.Link, keep_mirrors: bool, reached: float
-) -> None:
-    qmove.configure(keep_mirrors=keep_mirrors)
-    model = tensors(*[20 * MIB] * 10)
-    parked = qmove.park(model)
-    simcuda.clock.reset()
-    qmove.restore(model)
-    assert simcuda.clock.now() <= reached * parked.nbytes / link.h2d_pinned
-
-
-def test_the_first_park_pins_while_it_copies(gpu: GPU, link: simcuda.link.Link) -> None:
-    qmove.trim()
-    model = tensors(*[20 * MIB] * 10)
-    nbytes = sum(tensor.nbytes for tensor in model)
-    assert simcuda.host_counters().registered == 0
-    simcuda.clock.reset()
-
-    qmove.park(model)
-
-    assert simcuda.host_counters().registered == nbytes
-    pinning, copying = nbytes / link.pin_touched, nbytes / link.d2h_pinned
-    assert simcuda.clock.now() <= 1.3 * max(pinning, copying)
-
-
-@pytest.mark.usefixtures("no_digests")
-def test_a_later_park_goes_at_the_speed_of_the_link(gpu: GPU, link: simcuda.link.Link) -> None:
-    model = tensors(*[20 * MIB] * 10)
-    qmove.park(model).restore()
-    assert arena.spare_bytes() == 200 * MIB, "its memory is still pinned"
-    simcuda.clock.reset()
-    parked = qmove.park(model)
-    assert simcuda.clock.now() <= 1.05 * parked.nbytes / link.d2h_pinned
-
-
-def test_storages_travel_together_though_the_walk_meets_them_in_another_order(gpu: GPU) -> None:
-    """As int8 layers of bitsandbytes, whose forward changes where their parts hang."""
-    copies = []
-    for turned_round in (False, True):
-        layer = torch.nn.Module()
-        for index in range(16):
-            setattr(layer, f"part{index}", torch.zeros(5000, device=gpu.device))
-        model = torch.nn.ModuleList([layer])
-        qmove.park(model)
-        qmove.restore(model)  # its host copies stay, as they lie
-        if turned_round:
-            for index in reversed(range(16)):
-                layer.__dict__[f"part{index}"] = layer.__dict__.pop(f"part{index}")
-        qmove.park(model)
-        simcuda.reset_counters()
-        qmove.restore(model)
-        copies.append(simcuda.counters().h2d_copies)
-
-    assert copies[0] == copies[1] < 8

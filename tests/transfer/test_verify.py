@@ -16,8 +16,9 @@ from qmove_core.memory import mirrors
 from qmove_core.storages import as_bytes
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
-from tests.builders.models import layers, quanto_layers, snapshot, tiny_llama, torchao_layers
-from tests.guarantees.test_exact import BUILDERS
+from tests.builders.models import layers, quanto_layers, tiny_llama, torchao_layers
+from tests.builders.odd_models import BUILDERS
+from tests.builders.snapshots import snapshot
 
 pytestmark = pytest.mark.simulated
 

@@ -1,0 +1,55 @@
+"""Interrupts at every place where one can come: an exception of a host's own, and Ctrl-C at the n-th line."""
+
+from __future__ import annotations
+
+import linecache
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import qmove_core as qmove
+
+
+class Interrupted(BaseException):
+    """Like ComfyUI's InterruptProcessingException since 0.33."""
+
+
+QMOVE = str(Path(qmove.__file__).parent)
+ONLY_LOOK = (
+    "walk.py",
+    "inventory.py",
+    "errors.py",
+    "live_graph.py",
+    "budget.py",
+)  # they cannot leave it half
+
+
+@contextmanager
+def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
+    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields the count of lines."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(QMOVE) or frame.f_code.co_filename.endswith(
+            ONLY_LOOK
+        ):
+            return None
+        # A trace function can raise between the body of a `with` and its `__exit__`; no signal arrives there.
+        if event == "line" and not linecache.getline(
+            frame.f_code.co_filename, frame.f_lineno
+        ).lstrip().startswith("with "):
+            lines += 1
+            if lines == number:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield lambda: lines
+    finally:
+        sys.settrace(None)
