@@ -7,10 +7,8 @@ collector comes by; weakly, and `load().to("cuda")` loses it on the way.
 
 from __future__ import annotations
 
-import abc
 import functools
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import homes
+from ..class_variants import Variants, base_of, own_class, reduce_as_own_class
 from ..errors import DtypeCastRefused, QMoveError
 from ..integrations.accelerate_dispatch import METHODS_BEFORE
 from ..materialize.materialize import materialize, materialize_meta_tensors, roll_back
@@ -50,7 +49,7 @@ def enable_to(model: Model) -> Model:
     if is_enabled(model):
         return model
     try:
-        sleeping.exchange_class(model, _enabled_class)
+        sleeping.exchange_class(model, _enabled.of)
     except TypeError as error:
         raise QMoveError(
             f"Cannot give {type(model).__qualname__} other methods ({error}). "
@@ -65,7 +64,7 @@ def enable_to(model: Model) -> Model:
 def disable_to(model: Model) -> Model:
     """Gives the model back the methods that it had before `enable_to`. It stays where it is; no trace remains."""
     if is_enabled(model):
-        sleeping.exchange_class(model, lambda cls: cls.__bases__[-1])
+        sleeping.exchange_class(model, base_of)
         for name, value in model.__dict__.pop(METHODS_BEFORE, {}).items():
             model.__dict__.setdefault(name, value)  # what was set since then stays
     return model
@@ -73,12 +72,7 @@ def disable_to(model: Model) -> Model:
 
 def is_enabled(model: object) -> bool:
     """Whether `enable_to` was called on exactly this object."""
-    return any(is_enabled_class(cls) for cls in type(model).__mro__)
-
-
-def is_enabled_class(cls: type) -> bool:
-    """Whether `enable_to` made this class."""
-    return "_qmove_enabled" in cls.__dict__
+    return any(_enabled.made(cls) for cls in type(model).__mro__)
 
 
 # What the methods do --------------------------------------------------------------------------------------------------
@@ -192,59 +186,27 @@ def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
 # How a model comes by them --------------------------------------------------------------------------------------------
 
 
-class _Unannounced(nn.Module):
-    """Comes first among the bases: libraries that register or change their subclasses must not see an enabled class."""
-
-    _qmove_enabled = True
-
-    def __init_subclass__(cls) -> None:
-        pass
-
-
-def _enabled_class(cls: type) -> type:
-    if cls not in _enabled_classes:
-        _enabled_classes[cls] = enabled = _make_enabled_class(cls)
-        return enabled
-    return _enabled_classes[cls]
-
-
-_enabled_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-
-
-def _make_enabled_class(cls: type) -> type:
+def _members(cls: type) -> dict[str, Any]:
     def reduce_ex(self: Any, protocol: Any) -> Any:
-        """Copies and pickles are made as of the model's own class, with what it had in its `__dict__`."""
-        reduced: Any = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
-        function, arguments, *rest = reduced
-        arguments = tuple(
-            cls if isinstance(a, type) and issubclass(a, enabled) else a for a in arguments
-        )
+        """Copies and pickles have what the model had in its `__dict__`."""
+        function, arguments, *rest = reduce_as_own_class(self, cls, protocol)
         if rest and isinstance(rest[0], dict) and METHODS_BEFORE in rest[0]:
-            rest[0] = {
-                name: value for name, value in rest[0].items() if name != METHODS_BEFORE
-            } | rest[0][METHODS_BEFORE]
-        return (function, arguments, *rest)
+            before = rest[0][METHODS_BEFORE]
+            rest[0] = {k: value for k, value in rest[0].items() if k != METHODS_BEFORE} | before
+        return function, arguments, *rest
 
-    namespace: dict[str, Any] = {
-        "__slots__": (),
-        "__class__": property(
-            sleeping.own_class
-        ),  # what programs ask for the class, pickle among them
+    return {
+        "__class__": property(own_class),  # what programs ask for the class, pickle among them
         "__reduce_ex__": reduce_ex,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_qmove_enabled": True,
+        **{
+            name: _method(name, function, cls)
+            for name, (function, always) in _METHODS.items()
+            if always or hasattr(cls, name)
+        },
     }
-    for name, (function, always) in _METHODS.items():
-        if always or hasattr(cls, name):
-            namespace[name] = _method(name, function, cls)
-    maker = (
-        abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
-    )  # past what other metaclasses do with new classes
-    bases = (_Unannounced, cls) if issubclass(cls, nn.Module) else (cls,)
-    enabled: type = maker.__new__(type(cls), cls.__name__, bases, namespace)
-    return enabled
+
+
+_enabled = Variants(_members)
 
 
 def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:

@@ -7,13 +7,14 @@ goes through, `data_ptr()` for somebody's own kernel among them. What only asks 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..class_variants import Variants, set_class
 
 _waits: WeakTensorKeyDictionary = (
     WeakTensorKeyDictionary()
@@ -80,51 +81,46 @@ def await_bytes(tensor: torch.Tensor, wait: Callable[[], None]) -> None:
     Raises:
         TypeError: a class that allows no subclass.
     """
-    if "_qmove_awaited" not in type(tensor).__dict__:
-        cls = _awaited_class(type(tensor))
-        _waits[tensor] = wait
-        tensor.__class__ = cls
+    if not _awaited.made(type(tensor)):
+        variant = _awaited.of(type(tensor))
+        _waits[tensor] = (
+            wait  # first: another thread may use the tensor as soon as it has the class
+        )
+        set_class(tensor, variant)
 
 
 def release(tensor: torch.Tensor) -> None:
     """Gives a tensor its own class back."""
-    if "_qmove_awaited" in type(tensor).__dict__:
-        tensor.__class__ = type(tensor).__bases__[-1]
+    _awaited.take(tensor)
     _waits.pop(tensor, None)
 
 
 def waiter_of(tensor: torch.Tensor) -> Callable[[], None] | None:
     """What was given to `await_bytes` for a tensor that is still awaited."""
-    return _waits.get(tensor) if "_qmove_awaited" in type(tensor).__dict__ else None  # type: ignore[no-any-return]
+    return _waits.get(tensor) if _awaited.made(type(tensor)) else None  # type: ignore[no-any-return]
 
 
-class _Awaited:
-    """Comes first among the bases of an awaited tensor's class."""
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """Waits first: `Parameter` makes a copy of the class that `self` has when it is asked."""
+    _wait_for(self)
+    return copy.deepcopy(self, memo)
 
-    def __init_subclass__(cls) -> None:
-        """Past what a tensor's class makes of being subclassed."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Waits first: `Parameter` makes a copy of the class that `self` has when it is asked."""
-        _wait_for(self)
-        return copy.deepcopy(self, memo)
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        for value in tree_leaves((args, kwargs)):
-            if "_qmove_awaited" in type(value).__dict__:
-                _wait_for(value)
-        return func(*args, **kwargs)
+def _torch_function(
+    cls: type,
+    func: Callable[..., Any],
+    types: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    kwargs = kwargs or {}
+    if func in _HARMLESS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    for value in tree_leaves((args, kwargs)):
+        if _awaited.made(type(value)):
+            _wait_for(value)
+    return func(*args, **kwargs)
 
 
 def _wait_for(tensor: Any) -> None:
@@ -134,20 +130,5 @@ def _wait_for(tensor: Any) -> None:
     release(tensor)
 
 
-# Weak, since a class can be made for one model only.
-_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-
-
-def _awaited_class(cls: type) -> type:
-    awaited = _classes.get(cls)
-    if awaited is None:
-        names = {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-        }
-        awaited = type.__new__(
-            type(cls), cls.__name__, (_Awaited, cls), {**names, "_qmove_awaited": True}
-        )
-        _classes[cls] = awaited
-    return awaited
+_MEMBERS = {"__deepcopy__": _deepcopy, "__torch_function__": classmethod(_torch_function)}
+_awaited = Variants(lambda cls: _MEMBERS)

@@ -8,12 +8,10 @@ made as of its own class: they are ordinary models.
 
 from __future__ import annotations
 
-import abc
 import functools
 import itertools
 import logging
 import sys
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..class_variants import Variants, base_of, own_class, reduce_as_own_class, set_class
 from ..homes import lock, parked_home
 
 log = logging.getLogger("qmove")
@@ -44,15 +43,13 @@ def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None
 
 
 def _put_one_to_sleep(module: nn.Module, waker: Callable[[nn.Module], None]) -> None:
-    cls = type(module)
     try:
-        try:
-            _give_class(module, _sleeping_class(cls))
-        except TypeError:  # its memory is not laid out as that of a class with another first base (one behind an ABC mixin)
-            _give_class(module, _sleeping_class(cls, announced=True))
+        _asleep.give(module)
     except TypeError as error:  # a class that allows no subclass, or no exchange
         log.warning(
-            "%s will not wake by itself (%s); call qmove.restore", cls.__qualname__, str(error)
+            "%s will not wake by itself (%s); call qmove.restore",
+            type(module).__qualname__,
+            str(error),
         )
     else:
         _wakers[module] = waker
@@ -61,19 +58,8 @@ def _put_one_to_sleep(module: nn.Module, waker: Callable[[nn.Module], None]) -> 
 def wake_up(modules: Iterable[nn.Module]) -> None:
     """Gives each module its own class back. Nothing happens to modules that are awake."""
     for module in modules:
-        cls = type(module)
-        if _is_sleeping(cls):
-            _give_class(module, cls.__bases__[-1])
+        _asleep.take(module)
         _wakers.pop(module, None)
-
-
-def own_class(obj: object) -> type:
-    """The class of an object without what qmove has put before it (here, and in `methods.to_method`)."""
-    return next(
-        cls
-        for cls in type(obj).__mro__
-        if not {"_qmove_sleeping", "_qmove_enabled"} & cls.__dict__.keys()
-    )
 
 
 def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
@@ -83,24 +69,12 @@ def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
         TypeError: the class allows no subclass, or no exchange.
     """
     cls = type(obj)
-    _give_class(
-        obj, _sleeping_class(exchange(cls.__bases__[-1])) if _is_sleeping(cls) else exchange(cls)
-    )
+    set_class(obj, _asleep.of(exchange(base_of(cls))) if _asleep.made(cls) else exchange(cls))
 
 
 def sleeps_by(module: nn.Module, waker: Callable[[nn.Module], None]) -> bool:
     """Whether the module is asleep, and this is what wakes it."""
     return _wakers.get(module) is waker
-
-
-def _is_sleeping(cls: type) -> bool:
-    return "_qmove_sleeping" in cls.__dict__
-
-
-def _give_class(obj: object, cls: type) -> None:
-    object.__dict__["__class__"].__set__(
-        obj, cls
-    )  # whatever the object's class makes of setting an attribute
 
 
 def _rouse(module: nn.Module) -> None:
@@ -121,15 +95,6 @@ def _wake_model_of(module: nn.Module) -> None:
         wake_up(
             [module]
         )  # also a copy of a sleeping module, made behind our back, which nobody else would wake
-
-
-class _Unannounced(nn.Module):
-    """Comes first among the bases of a sleeping class: libraries that register or change their subclasses must not see it."""
-
-    _qmove_sleeping = True
-
-    def __init_subclass__(cls) -> None:
-        pass
 
 
 class _RousingForward:
@@ -164,66 +129,40 @@ def _forward_of_class(module: nn.Module) -> Callable[..., Any]:
         return module.__getattr__("forward")  # type: ignore[return-value]
 
 
-def _sleeping_class(cls: type[nn.Module], *, announced: bool = False) -> type[nn.Module]:
-    sleeping = _sleeping_classes.get(cls)
-    if sleeping is None or (announced and _Unannounced in sleeping.__bases__):
-        _sleeping_classes[cls] = sleeping = _make_sleeping_class(cls, announced)
-    return sleeping
+def _members(cls: type[Any]) -> dict[str, Any]:
+    """What a sleeping module does differently from others of `cls`."""
 
-
-# Weak, since some classes are made for one module only (GraphModule, parametrizations) and must be able to go with it.
-_sleeping_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = (
-    weakref.WeakValueDictionary()
-)
-
-
-def _make_sleeping_class(cls: type[nn.Module], announced: bool) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _rouse(self)
         return cls.__call__(self, *args, **kwargs)
 
     def device(self: nn.Module) -> torch.device:
-        answer = cls.device.__get__(self)  # type: ignore[attr-defined]
+        answer = cls.device.__get__(self)
         first = next(itertools.chain(self.parameters(), self.buffers()), None)
         home = parked_home(first) if first is not None and answer == first.device else None
-        return answer if home is None else home
-
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        function, arguments, *rest = cls.__reduce_ex__(self, protocol)  # type: ignore[str-unpack]
-        return (
-            function,
-            tuple(own_class(self) if argument is sleeping else argument for argument in arguments),
-            *rest,
-        )
+        return answer if home is None else home  # type: ignore[no-any-return]
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
         with lock:
-            _give_class(self, cls)  # a class that copies itself may do anything with type(self)
+            sleeping = type(self)
+            set_class(self, cls)  # a class that copies itself may do anything with type(self)
             try:
-                return cls.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+                return cls.__deepcopy__(self, memo)
             finally:
-                _give_class(self, sleeping)
+                set_class(self, sleeping)
 
-    namespace: dict[str, Any] = {
-        "__slots__": (),
-        # What programs ask for the class, pickle among them. Whoever sets another one gets it, and the module sleeps on.
-        "__class__": property(
-            own_class, lambda self, other: _give_class(self, _sleeping_class(other))
-        ),
+    members: dict[str, Any] = {
+        # What programs ask for the class, pickle among them. Who sets another one gets it, and the module sleeps on.
+        "__class__": property(own_class, lambda self, other: set_class(self, _asleep.of(other))),
         "__call__": call,
         "forward": _RousingForward(cls),
-        "__reduce_ex__": reduce_ex,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_qmove_sleeping": True,
+        "__reduce_ex__": lambda self, protocol: reduce_as_own_class(self, cls, protocol),
     }
     if isinstance(getattr(cls, "device", None), property):
-        namespace["device"] = property(device)
+        members["device"] = property(device)
     if hasattr(cls, "__deepcopy__"):
-        namespace["__deepcopy__"] = deepcopy
-    # Past what a metaclass of the model's author does with new classes; ABCMeta's part is needed for isinstance to work.
-    maker = abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
-    bases = (cls,) if announced else (_Unannounced, cls)
-    sleeping = maker.__new__(type(cls), cls.__name__, bases, namespace)
-    return sleeping
+        members["__deepcopy__"] = deepcopy
+    return members
+
+
+_asleep = Variants(_members)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..class_variants import own_class
 from ..methods import to_method
 from ..parking import sleeping
 
@@ -39,9 +40,7 @@ class Before:
 
     @classmethod
     def of(cls, module: nn.Module) -> Before:
-        return cls(
-            module, sleeping.own_class(module), dict(module.__dict__), dict(module._parameters)
-        )
+        return cls(module, own_class(module), dict(module.__dict__), dict(module._parameters))
 
 
 def carry_out(changes: Iterable[Change]) -> None:

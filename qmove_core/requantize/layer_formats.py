@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..class_variants import own_class
 from ..model.kinds.bitsandbytes import PACKED, is_packed_for_cpu
 from ..model.quantized import is_quantizing_wrapper
-from ..parking import sleeping
 from .layer_changes import Change
 
 
@@ -114,7 +114,7 @@ class BitsAndBytesFormat(LayerFormat):
             made[key] = nn.Parameter(
                 self.values(module, device, dtype), requires_grad=bool(requires_grad)
             )
-        plain = plain_class(sleeping.own_class(module))
+        plain = plain_class(own_class(module))
         return Change(
             module, plain, {"weight": made[key]}, dropped=self.state_names + self.option_names
         )
@@ -176,7 +176,7 @@ class FourBit(BitsAndBytesFormat):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         options = {name: getattr(weight, name) for name in names}
         dtype = weight.dtype if state is None else state.dtype
-        return Recipe(self, sleeping.own_class(module), dtype, options, self.attributes_of(module))
+        return Recipe(self, own_class(module), dtype, options, self.attributes_of(module))
 
     def quantize(
         self, module: nn.Module, recipe: Recipe, device: torch.device, made: dict[int, nn.Parameter]
@@ -261,7 +261,7 @@ class EightBit(BitsAndBytesFormat):
         dtype = (
             weight.dtype if weight.has_fp16_weights else torch.float16
         )  # bitsandbytes quantizes from float16 always
-        return Recipe(self, sleeping.own_class(module), dtype, options, self.attributes_of(module))
+        return Recipe(self, own_class(module), dtype, options, self.attributes_of(module))
 
     def quantize(
         self, module: nn.Module, recipe: Recipe, device: torch.device, made: dict[int, nn.Parameter]
@@ -329,7 +329,7 @@ class Wrapped(LayerFormat):
             module.__dict__.get("weight_qtype"), "bits", 8
         )  # quanto's; the rest stays among the attributes
         dtype = next(iter(self._weights(module).values())).dtype
-        return Recipe(self, sleeping.own_class(module), dtype, {"bits": bits})
+        return Recipe(self, own_class(module), dtype, {"bits": bits})
 
     def dequantize(
         self,
@@ -343,7 +343,7 @@ class Wrapped(LayerFormat):
             if id(weight) not in made:
                 values = weight.dequantize().to(device, dtype)  # type: ignore[no-untyped-call]
                 made[id(weight)] = nn.Parameter(values, requires_grad=False)
-        own = sleeping.own_class(module)
+        own = own_class(module)
         plain = _plain_class_over(own) if _is_of_quanto(own) else own
         return Change(module, plain, {name: made[id(weight)] for name, weight in weights.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import weakref
@@ -336,3 +337,15 @@ def test_a_model_that_nobody_else_refers_to_moves_as_well() -> None:
 def test_an_object_that_allows_no_other_class_is_refused() -> None:
     with pytest.raises(qmove.QMoveError, match=r"Call qmove\.move"):
         qmove.enable_to([nn.Linear(2, 2)])
+
+
+def test_the_very_values_that_were_in_the_way_are_put_back_and_absent_ones_stay_absent() -> None:
+    model = layers()
+    mine: dict[str, object] = {"to": functools.partial(print), "cuda": None, "half": [1]}
+    vars(model).update(mine)
+    before = dict(vars(model))
+
+    qmove.disable_to(qmove.enable_to(model))
+
+    assert vars(model).keys() == before.keys()
+    assert all(vars(model)[name] is value for name, value in before.items())
