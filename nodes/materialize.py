@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from qmove_core import devices
+from qmove_core import for_hosts
 
 from .any_type import ANY
 from .host.stages import requests
@@ -26,7 +26,7 @@ class QMoveMaterialize:
         return {
             "required": {
                 "model": (ANY, {"tooltip": "A model that was loaded with a device_map."}),
-                "target_device": (devices.known(), {"default": "cpu", "tooltip": "Where the data goes. It must fit there."}),
+                "target_device": (for_hosts.known_devices(), {"default": "cpu", "tooltip": "Where the data goes. It must fit there."}),
             }
         }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qmove_core.errors import readable_bytes
+from qmove_core.for_hosts import readable_bytes
 
 WIDTH, BAR, GAP = 900, 34, 22  # pixels
 BACKGROUND, TEXT, OTHER, FREE = "#1e1f22", "#e6e6e6", "#6b7280", "#33363c"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from qmove_core import devices
+from qmove_core import for_hosts
 
 from .any_type import ANY
 from .host.stages import requests
@@ -23,7 +23,7 @@ class QMoveRestore:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        places = [requests.HOME, *devices.known()]
+        places = [requests.HOME, *for_hosts.known_devices()]
         return {
             "required": {
                 "model": (ANY, {"tooltip": "Any model, parked or not."}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .host import comfy, progress
+from .host import browser, comfy
 
 log = logging.getLogger("qmove")
 
@@ -14,6 +14,6 @@ def shown(report: str, result: tuple[Any, ...]) -> dict[str, Any]:
     """Logs the report and shows it on the running node."""
     node_id = comfy.running_node()
     if node_id is not None:
-        progress.say(report, node_id)
+        browser.show_on_node(report, node_id)
     log.info("%s", report)
     return {"ui": {"text": [report]}, "result": result}

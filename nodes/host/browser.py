@@ -6,13 +6,11 @@ from typing import Any
 
 from . import comfy
 
-STATE, SETTINGS, MOVE, HISTORY, RESULT = (
-    "qmove.state",
-    "qmove.settings",
-    "qmove.move",
-    "qmove.history",
-    "qmove.result",
-)
+STATE = "qmove.state"
+SETTINGS = "qmove.settings"
+MOVE = "qmove.move"
+HISTORY = "qmove.history"
+RESULT = "qmove.result"
 
 
 def send(event: str, data: dict[str, Any]) -> None:
@@ -20,3 +18,10 @@ def send(event: str, data: dict[str, Any]) -> None:
     server = comfy.server()
     if server is not None:
         server.send_sync(event, data)
+
+
+def show_on_node(text: str, node_id: str) -> None:
+    """Shows a line of text on a node, in the browser whose prompt runs."""
+    server = comfy.server()
+    if server is not None and server.client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)

@@ -1,4 +1,7 @@
-"""ComfyUI's own modules, as far as this process has them. Nothing is imported here: the host has loaded them, or is not there."""
+"""ComfyUI's own modules, as far as this process has them.
+
+Nothing is imported here: ComfyUI has loaded them, or this is another process.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What qmove uses of ComfyUI, as types: nothing else of the host is touched.
 
-ComfyUI gives no stable interface for this. The shapes below hold in 0.3.64 and everything since; where versions differ, the
-member says so. A fake host that has them is enough to test everything under `nodes/host`.
+ComfyUI gives no stable interface for this. The shapes below hold in 0.3.64 and everything since; where versions differ,
+the member says so. A fake host with these shapes is enough to test everything under `nodes/host`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class ExecutionList(Protocol):
     dynprompt: DynamicPrompt
     pendingNodes: Mapping[str, Any]
     blocking: Mapping[str, Mapping[str, Any]]  # node -> the nodes that wait for it
-    output_cache: Any  # in 0.3.64: .get(node) -> outputs; from 0.3.75 .get or .get_local(node) -> an entry with .outputs
+    # 0.3.64: .get(node) -> outputs; from 0.3.75: .get or .get_local(node) -> an entry with .outputs
+    output_cache: Any
 
     def is_cached(self, node_id: str) -> bool: ...
     def get_input_info(self, unique_id: str, input_name: str) -> tuple[Any, Any, Any]: ...
@@ -88,15 +89,10 @@ class ExecutionList(Protocol):
     # from 0.3.75: def get_cache(self, from_node_id, to_node_id) -> an entry with .outputs, or None
 
 
-class PromptQueue(Protocol):
-    currently_running: Mapping[Any, Any]
-
-
 class PromptServer(Protocol):
     """`server.PromptServer.instance`."""
 
     client_id: str | None
-    prompt_queue: PromptQueue
     routes: Any  # aiohttp's RouteTableDef
 
     def send_sync(self, event: str, data: Any, sid: str | None = None) -> None: ...

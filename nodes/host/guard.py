@@ -14,26 +14,18 @@ log = logging.getLogger("qmove")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_told: set[tuple[str, type[BaseException]]] = set()
-
-
-def say_once(key: str, message: str, *arguments: object) -> None:
-    """Logs a warning the first time that `key` comes up."""
-    if (key, Warning) not in _told:
-        _told.add((key, Warning))
-        log.warning(message, *arguments)
+_logged: set[tuple[str, type[BaseException]]] = set()
 
 
 def log_once(what: str, error: Exception) -> None:
     """Logs, with its traceback, the first error of its kind that kept qmove from doing `what`."""
     key = (what, type(error))
-    if key not in _told:
-        _told.add(key)
-        log.error(
-            "qmove could not %s; the prompt goes on without it: %s", what, error, exc_info=error
-        )
-    else:
+    if key in _logged:
         log.debug("qmove could not %s again: %s", what, error)
+        return
+    _logged.add(key)
+    message = "qmove could not %s; the prompt goes on without it: %s"
+    log.error(message, what, error, exc_info=error)
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -45,7 +37,7 @@ def is_interrupt(error: BaseException) -> bool:
 def never_fails(
     what: str, otherwise: Result
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Makes a function return `otherwise` where it would raise an Exception; `what` is what qmove then could not do.
+    """Makes a function log an Exception and return `otherwise`; `what` says what it was to do.
 
     Ctrl-C and the user's interrupt pass: they are no failures.
     """

@@ -1,19 +1,42 @@
-"""Reads what is in use on a device, cheaply enough to do it at each stage."""
+"""The accelerators of this machine and what is in use on them, read cheaply enough for each stage."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
+from qmove_core import for_hosts
+
+from . import comfy
+
 
 class Reading(NamedTuple):
-    """Bytes: the size of the device, what is in use on it (by all programs; not what the allocator holds unused), and what of it
-    PyTorch's tensors take."""
+    """Bytes on a device.
+
+    Attributes:
+        total: size of the device.
+        used: in use by all programs, without what PyTorch's allocator holds unused.
+        allocated: the part of `used` that PyTorch's tensors take.
+    """
 
     total: int
     used: int
     allocated: int
+
+
+@functools.cache  # they do not change, and ComfyUI too asks for them only at its start
+def devices() -> list[torch.device]:
+    """The accelerators of this machine."""
+    known = [torch.device(name) for name in for_hosts.known_devices()]
+    return [device for device in known if device.type != "cpu"]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be allocated on `device`, as the host counts them; None if unknown."""
+    host = comfy.model_management()
+    return for_hosts.free_memory(device) if host is None else int(host.get_free_memory(device))
 
 
 def read(device: torch.device) -> Reading | None:
@@ -30,7 +53,7 @@ def read(device: torch.device) -> Reading | None:
 
 def stats_of(device: torch.device) -> dict[str, Any]:
     """The allocator's counters; empty before the first use of the device."""
-    # `memory_allocated` and the like flatten and sort all of these figures for each call: ten times as long.
+    # `memory_allocated` and the like flatten and sort all counters on each call: ten times slower.
     return torch.get_device_module(device).memory_stats_as_nested_dict(device.index)
 
 

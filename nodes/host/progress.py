@@ -1,7 +1,7 @@
-"""The progress of each move: on the node for which it happens, in ComfyUI's bar, and in the browser's panel; and what stops it.
+"""The progress of each move: on the node it happens for, in ComfyUI's bar, in the panel; and cancelling.
 
-A move inside a prompt is stopped by the user's interrupt, one that a button asked for by `cancel`. Both raise in the callback
-of the core, which then rolls the move back.
+A move inside a prompt is stopped by the user's interrupt, one that a button asked for by `cancel`. Both raise in the
+callback of the core, which then rolls the move back.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from qmove_core import errors
+from qmove_core.for_hosts import readable_bytes
 
 from . import browser, comfy
-from .guard import is_interrupt, log_once, never_fails
+from .guard import is_interrupt, never_fails
 
 SECONDS_BETWEEN_UPDATES = 0.1
 
@@ -31,20 +31,20 @@ _lock = threading.Lock()
 
 
 class Cancelled(BaseException):
-    """Somebody has cancelled the move that a button asked for.
+    """A move that a button asked for was cancelled.
 
-    No Exception, as with asyncio's: on its way out it passes through the host's model management, and nothing there may take it
-    for a failure and go on.
+    Not an Exception, as with asyncio's: ComfyUI's model management, which it passes through, must not
+    take it for a failure and go on.
     """
 
 
 class NoSuchMove(ValueError):
-    """The move that is to be cancelled is not running, or nobody may cancel it."""
+    """The move to cancel is not running, or cannot be cancelled."""
 
 
 @contextmanager
 def for_node(node_id: str) -> Iterator[None]:
-    """Inside, moves show on this node: it is about to run, and the host does not yet name it as the one that does."""
+    """Inside, moves show on this node: it is about to run, and ComfyUI does not name it yet."""
     token = _staged_node.set(node_id)
     try:
         yield
@@ -64,29 +64,23 @@ def asked_for() -> Iterator[None]:
 
 @contextmanager
 def shown(verb: str, name: str, model: int, nbytes: int) -> Iterator[Move]:
-    """Shows one move of `nbytes` while it runs; `report` of what it gives is the core's callback. `verb` is "park" or "restore".
+    """Shows one move of `nbytes` while it runs; its `report` is the callback for the core.
 
-    The host unloads models outside of prompts too (POST /free). An interrupt that was left over must not stop that: raised
-    there it would end the host's worker.
+    Args:
+        verb: "park" or "restore".
+        name: of the model.
+        model: its number.
     """
-    move = Move(
-        verb,
-        name,
-        model,
-        nbytes,
-        _staged_node.get() or comfy.running_node(),
-        asked_for=_asked_for.get(),
-    )
+    move = Move(verb, name, model, nbytes)
     with _lock:
         _running[move.number] = move
-    move.tell()
+    move.send()
     try:
         yield move
         move.state = "done"
     except BaseException as error:
-        move.state = (
-            "cancelled" if isinstance(error, Cancelled) or is_interrupt(error) else "failed"
-        )
+        stopped = isinstance(error, Cancelled) or is_interrupt(error)
+        move.state = "cancelled" if stopped else "failed"
         raise
     finally:
         with _lock:
@@ -104,7 +98,7 @@ def cancel(number: int) -> str:
     """Stops a move; the model stays where it was. Returns what is cancelled: the "move", or the "prompt" that needs it.
 
     Raises:
-        NoSuchMove: it has ended, or it is one that the host needs done.
+        NoSuchMove: it has ended, or ComfyUI needs it done.
     """
     with _lock:
         move = _running.get(number)
@@ -122,71 +116,84 @@ class Move:
     """One park or restore while it runs.
 
     Attributes:
-        done, total: bytes copied, and to copy; until the core has told the latter, those of the model.
+        node_id: the node it shows on, None outside of a prompt.
+        done, total: bytes copied, and to copy; before the first report, the bytes of the model.
         cancels: what `cancel` stops: the "move", the "prompt" that needs it, or None for nothing.
         state: "running", "done", "cancelled" or "failed".
-        result: what the core's call has returned.
+        result: what the core's call returned.
     """
 
-    def __init__(
-        self, verb: str, name: str, model: int, nbytes: int, node_id: str | None, *, asked_for: bool
-    ) -> None:
+    def __init__(self, verb: str, name: str, model: int, nbytes: int) -> None:
         self.number = next(_numbers)
-        self.verb, self.name, self.model, self.node_id = verb, name, model, node_id
+        self.verb, self.name, self.model = verb, name, model
+        self.node_id = _staged_node.get() or comfy.running_node()
         self.done, self.total = 0, nbytes
         self.state = "running"
         self.result: Any = None
-        host = comfy.model_management()
-        self.cancels = (
-            "prompt" if node_id is not None and host is not None else "move" if asked_for else None
-        )
+        # ComfyUI unloads models outside of prompts too (POST /free). An interrupt that was left over
+        # must not stop that: raised there it would end ComfyUI's worker.
+        self._host = comfy.model_management() if self.node_id is not None else None
+        self.cancels = "prompt" if self._host else "move" if _asked_for.get() else None
         self._cancelled = False
         self._began = time.monotonic()
         self._seconds: float | None = None
         self._next_update = 0.0
-        bar_class = comfy.progress_bar_class()
-        self._bar = (
-            bar_class(1, node_id=node_id)
-            if bar_class is not None and self.cancels == "prompt"
-            else None
-        )
+        bar_class: Any = comfy.progress_bar_class() if self._host else None
+        self._bar = bar_class(1, node_id=self.node_id) if bar_class is not None else None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began if self._seconds is None else self._seconds
 
     def cancel(self) -> None:
-        host = comfy.model_management()
-        if self.cancels == "prompt" and host is not None:
-            host.interrupt_current_processing(True)
+        if self._host is not None:
+            self._host.interrupt_current_processing(True)
         else:
             self._cancelled = True
 
     def report(self, done: int, total: int) -> None:
-        """The core's callback. Raises the host's InterruptProcessingException, or Cancelled; the core then rolls back."""
+        """Takes the progress of the core, in bytes.
+
+        Raises:
+            InterruptProcessingException (ComfyUI's) or Cancelled, upon which the core rolls back.
+        """
         self.done, self.total = done, total
-        self._stop_if_asked()
+        if self._host is not None:
+            self._host.throw_exception_if_processing_interrupted()
+        if self._cancelled:
+            raise Cancelled(f"{_WORDS[self.verb][0]} {self.name} was cancelled.")
         now = time.monotonic()
         if now < self._next_update and done < total:
             return
         self._next_update = now + SECONDS_BETWEEN_UPDATES
-        try:
-            self._show()
-        except Exception as error:
-            if is_interrupt(error):  # the bar asks for it as well
-                raise
-            log_once("show the progress of a move", error)
+        self._show()
 
+    @never_fails("show the progress of a move", None)
+    def _show(self) -> None:
+        self.send()
+        if self._bar is not None:
+            self._bar.update_absolute(self.done, self.total)  # it too raises the user's interrupt
+        if self.node_id is not None:
+            how_far = f"{readable_bytes(self.done)} of {readable_bytes(self.total)}"
+            browser.show_on_node(f"{_WORDS[self.verb][0]} {self.name}: {how_far}", self.node_id)
+
+    @never_fails("show the result of a move on its node", None)
     def end(self) -> None:
         """Shows how it ended."""
         self._seconds = self.seconds
-        self.tell()
+        self.send()
         if self.node_id is not None and self.state == "done":
-            self._say_result()
+            nbytes = readable_bytes(getattr(self.result, "nbytes", self.total))
+            copied = getattr(self.result, "copied_bytes", self.done)
+            how = f"in {self.seconds:.1f} s" if copied else "nothing had to be copied"
+            browser.show_on_node(
+                f"{_WORDS[self.verb][1]} {self.name}: {nbytes}, {how}", self.node_id
+            )
 
     def to_dict(self) -> dict[str, Any]:
         seconds, running = self.seconds, self.state == "running"
         speed = self.done / seconds if self.done and seconds > 0 else None
+        left = round((self.total - self.done) / speed, 3) if speed and running else None
         return {
             "id": self.number,
             "verb": self.verb,
@@ -197,47 +204,12 @@ class Move:
             "nbytes": getattr(self.result, "nbytes", None),
             "seconds": round(seconds, 3),
             "bytes_per_second": speed,
-            "seconds_left": round((self.total - self.done) / speed, 3)
-            if speed and running
-            else None,
+            "seconds_left": left,
             "node": self.node_id,
             "cancel": self.cancels if running else None,
             "state": self.state,
         }
 
-    @never_fails("tell the browser of a move", None)
-    def tell(self) -> None:
+    @never_fails("send the progress of a move to the browser", None)
+    def send(self) -> None:
         browser.send(browser.MOVE, self.to_dict())
-
-    def _stop_if_asked(self) -> None:
-        host = comfy.model_management()
-        if self.cancels == "prompt" and host is not None:
-            host.throw_exception_if_processing_interrupted()
-        if self._cancelled:
-            raise Cancelled(f"{_WORDS[self.verb][0]} {self.name} was cancelled.")
-
-    def _show(self) -> None:
-        self.tell()
-        if self._bar is not None:
-            self._bar.update_absolute(self.done, self.total)
-        if self.node_id is not None:
-            done, total = errors.readable_bytes(self.done), errors.readable_bytes(self.total)
-            say(f"{_WORDS[self.verb][0]} {self.name}: {done} of {total}", self.node_id)
-
-    @never_fails("show the result of a move on its node", None)
-    def _say_result(self) -> None:
-        assert self.node_id is not None
-        nbytes = errors.readable_bytes(getattr(self.result, "nbytes", self.total))
-        how = (
-            f"in {self.seconds:.1f} s"
-            if getattr(self.result, "copied_bytes", self.done)
-            else "nothing had to be copied"
-        )
-        say(f"{_WORDS[self.verb][1]} {self.name}: {nbytes}, {how}", self.node_id)
-
-
-def say(text: str, node_id: str) -> None:
-    """Shows a line of text on a node."""
-    server = comfy.server()
-    if server is not None and server.client_id is not None:
-        server.send_progress_text(text, node_id, server.client_id)

@@ -1,4 +1,4 @@
-"""The HTTP face of qmove: state and settings for the browser, and moves on demand.
+"""qmove over HTTP: state and settings for the browser, and moves on demand.
 
 Every body is checked; no GET changes anything.
 """
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from qmove_core import devices
-from qmove_core.errors import QMoveError
+from qmove_core import QMoveError, for_hosts
 
 from . import browser, comfy, progress, settings
 from .models import node_models
@@ -29,23 +28,33 @@ class BadRequest(ValueError):
 
 
 def install() -> bool:
-    """Adds the routes to the host's server. Returns whether it has one."""
+    """Adds the routes to ComfyUI's server. Returns whether it has one."""
     server = comfy.server()
     if server is None:
         log.warning(
-            "This ComfyUI has no server where qmove looks for it: no settings and no state in the browser."
+            "This ComfyUI has no server where qmove looks for it: no settings and no state in the "
+            "browser."
         )
         return False
-    from aiohttp import web  # the host's own server runs on it
+    from aiohttp import web  # ComfyUI's own server runs on it
 
     def answer(status: int, body: Mapping[str, Any]) -> web.Response:
         return web.json_response(body, status=status)
 
-    async def body_of(request: web.Request) -> Any:
-        try:
-            return await request.json()
-        except ValueError as error:
-            raise BadRequest(f"the body is no JSON: {error}") from error
+    def add_post(
+        path: str, act: Callable[[Any], tuple[int, Mapping[str, Any]]], *, at_once: bool = False
+    ) -> None:
+        @server.routes.post(path)
+        async def post(request: web.Request) -> web.Response:
+            try:
+                body = await request.json()
+            except ValueError as error:
+                return answer(400, {"error": f"the body is no JSON: {error}"})
+            try:
+                # In a thread: most wait for a move, or free host memory before they answer.
+                return answer(*(act(body) if at_once else await asyncio.to_thread(act, body)))
+            except (BadRequest, settings.InvalidSettings) as error:
+                return answer(400, {"error": str(error)})
 
     @server.routes.get("/qmove/state")
     async def get_state(request: web.Request) -> web.Response:
@@ -55,60 +64,34 @@ def install() -> bool:
     async def get_settings(request: web.Request) -> web.Response:
         return answer(200, settings.current())
 
-    @server.routes.post("/qmove/settings")
-    async def post_settings(request: web.Request) -> web.Response:
-        try:
-            # In a thread: host memory that may no longer be kept is given back before the answer.
-            changed = await asyncio.to_thread(settings.change, _object(await body_of(request)))
-        except (BadRequest, settings.InvalidSettings) as error:
-            return answer(400, {"error": str(error)})
-        browser.send(browser.SETTINGS, changed)
-        return answer(200, changed)
-
     @server.routes.get("/qmove/history")
     async def get_history(request: web.Request) -> web.Response:
         return answer(200, {"run": history.last_run()})
 
-    @server.routes.post("/qmove/cancel")
-    async def post_cancel(request: web.Request) -> web.Response:
-        try:
-            return answer(200, {"cancelled": progress.cancel(read_cancel(await body_of(request)))})
-        except BadRequest as error:
-            return answer(400, {"error": str(error)})
-        except progress.NoSuchMove as error:
-            return answer(409, {"error": str(error)})
-
-    def add_move(path: str, read: Callable[[Any], Callable[[], str]]) -> None:
-        @server.routes.post(path)
-        async def post_move(request: web.Request) -> web.Response:
-            try:
-                job = read(await body_of(request))
-            except (BadRequest, QMoveError) as error:
-                return answer(400, {"error": str(error)})
-            return answer(*await asyncio.to_thread(_run, job))
-
-    add_move("/qmove/park", read_park)
-    add_move("/qmove/restore", read_restore)
-    add_move("/qmove/free", read_free)
+    add_post("/qmove/settings", _change_settings)
+    add_post("/qmove/cancel", _cancel, at_once=True)
+    add_post("/qmove/park", lambda body: _run(read_park(body)))
+    add_post("/qmove/restore", lambda body: _run(read_restore(body)))
+    add_post("/qmove/free", lambda body: _run(read_free(body)))
     return True
 
 
 def read_park(body: Any) -> Callable[[], str]:
     """`{"models": [1, 2]}` or `{"models": "all"}`; or the models of a node: `{"node": "5", "class": "CheckpointLoader"}`."""
     if isinstance(body, dict) and "node" in body:
-        found = _models_of_node(_object(body, required={"node", "class"}))
+        found = _models_of_node(_object(body, {"node", "class"}))
         return lambda: requests.park_value(found)
-    body = _object(body, required={"models"})
-    if body["models"] == "all":
+    wanted = _object(body, {"models"})["models"]
+    if wanted == "all":
         return requests.park_all
-    models = _models(body["models"])
+    models = _models(wanted)
     return lambda: "\n".join(requests.park_models([model]) for model in models)
 
 
 def read_restore(body: Any) -> Callable[[], str]:
     """As for park, and `"device"`: "home" (also when it is left out) or one of the machine's."""
     by_node = isinstance(body, dict) and "node" in body
-    body = _object(body, required={"node", "class"} if by_node else {"models"}, optional={"device"})
+    body = _object(body, {"node", "class"} if by_node else {"models"}, {"device"})
     device = _device(body.get("device", requests.HOME), requests.HOME) or requests.HOME
     if by_node:
         found = _models_of_node(body)
@@ -121,7 +104,7 @@ def read_restore(body: Any) -> Callable[[], str]:
 
 def read_free(body: Any) -> Callable[[], str]:
     """`{"gib": 4.5}`, and `"device"`: one of the machine's, all if it is left out."""
-    body = _object(body, required={"gib"}, optional={"device"})
+    body = _object(body, {"gib"}, {"device"})
     gib, device = body["gib"], _device(body.get("device"), None)
     if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= 1024:
         raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {gib!r}")
@@ -130,10 +113,24 @@ def read_free(body: Any) -> Callable[[], str]:
 
 def read_cancel(body: Any) -> int:
     """`{"move": 7}`: the id of a move from the state or its event."""
-    number = _object(body, required={"move"})["move"]
+    number = _object(body, {"move"})["move"]
     if type(number) is not int:
         raise BadRequest(f"move is the id of a move, not {number!r}")
     return number
+
+
+def _cancel(body: Any) -> tuple[int, dict[str, Any]]:
+    number = read_cancel(body)
+    try:
+        return 200, {"cancelled": progress.cancel(number)}
+    except progress.NoSuchMove as error:
+        return 409, {"error": str(error)}
+
+
+def _change_settings(body: Any) -> tuple[int, dict[str, Any]]:
+    changed = settings.change(_object(body))
+    browser.send(browser.SETTINGS, changed)
+    return 200, changed
 
 
 def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
@@ -144,7 +141,7 @@ def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
     except (QMoveError, torch.OutOfMemoryError) as error:
         return 409, {"error": str(error)}
     except Exception as error:
-        log.exception("what a button asked for has failed")
+        log.exception("a request from the browser has failed")
         return 500, {"error": f"{type(error).__name__}: {error}. ComfyUI's log says more."}
     finally:
         events.send_if_changed()
@@ -154,18 +151,16 @@ def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
 
 
 def _object(
-    body: Any, required: Set[str] = frozenset(), optional: Set[str] | None = None
+    body: Any, required: Set[str] = frozenset(), optional: Set[str] = frozenset()
 ) -> dict[str, Any]:
     """The body, checked to be an object with these keys; any keys where none are named."""
     if not isinstance(body, dict):
         raise BadRequest(f"the body is to be an object, not {type(body).__name__}")
-    if required:
-        unknown = body.keys() - required - (optional or set())
-        if unknown:
-            raise BadRequest(f"unknown: {', '.join(sorted(unknown))}")
-        missing = required - body.keys()
-        if missing:
-            raise BadRequest(f"missing: {', '.join(sorted(missing))}")
+    unknown, missing = body.keys() - required - optional, required - body.keys()
+    if required and unknown:
+        raise BadRequest(f"unknown: {', '.join(sorted(unknown))}")
+    if missing:
+        raise BadRequest(f"missing: {', '.join(sorted(missing))}")
     return body
 
 
@@ -186,16 +181,14 @@ def _models_of_node(body: dict[str, Any]) -> list[Any]:
     found = node_models.models_of(node_id, class_name)
     if not found:
         raise BadRequest(
-            f"Node {node_id} ({class_name}) has no model that is still there. Run the workflow first."
+            f"Node {node_id} ({class_name}) has no model that is still there. "
+            "Run the workflow first."
         )
     return found
 
 
 def _device(name: Any, otherwise: str | None) -> str | None:
-    if name == otherwise:
-        return otherwise
-    if not isinstance(name, str) or name not in devices.known():
-        raise BadRequest(
-            f"there is no device {name!r}; this machine has {', '.join(devices.known())}"
-        )
+    known = for_hosts.known_devices()
+    if name != otherwise and (not isinstance(name, str) or name not in known):
+        raise BadRequest(f"there is no device {name!r}; this machine has {', '.join(known)}")
     return name

@@ -1,14 +1,13 @@
-"""qmove's settings in ComfyUI: defaults, what the user's file says at start, and changes that were checked.
+"""qmove's settings in ComfyUI: defaults, what the user's file says at start, and checked changes.
 
-They are process-wide, as a running prompt carries no user. The host stores only values that were changed from their defaults, so
-the defaults stand here as well as in the frontend.
+They are process-wide, as a running prompt carries no user. ComfyUI stores only values that differ from the defaults,
+so the defaults are known here as well as in the frontend.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +26,7 @@ KEEP_MIRRORS = "qmove.keepMirrors"
 RAM_LIMIT = "qmove.ramLimit"
 VRAM_TO_KEEP_FREE = "qmove.vramToKeepFree"
 VERIFY = "qmove.verify"
-NOTIFICATIONS = (
-    "qmove.notifications"  # of the browser alone; it is kept here so that two tabs agree
-)
+NOTIFICATIONS = "qmove.notifications"  # only the browser uses it; kept here so that all tabs agree
 NEEDED, STAGE = "needed", "stage"
 GIB = 2**30
 
@@ -46,9 +43,7 @@ MOST_GIB: dict[str, int] = {RAM_LIMIT: 65536, VRAM_TO_KEEP_FREE: 1024}
 _CHOICES: dict[str, tuple[Any, ...]] = {AUTO_PARK_WHEN: (NEEDED, STAGE)}
 
 _values: dict[str, Any] = dict(DEFAULTS)
-_lock = (
-    threading.Lock()
-)  # two tabs may change settings at once, and what one set must not be half applied
+_lock = threading.Lock()  # two tabs may change settings at once, and each change applies as a whole
 
 
 class InvalidSettings(ValueError):
@@ -56,7 +51,7 @@ class InvalidSettings(ValueError):
 
 
 def auto_park() -> bool:
-    """Whether models that appear on wires are adopted, and parked when their VRAM is wanted."""
+    """Whether models on wires are adopted, and parked when their VRAM is needed."""
     return bool(_values[AUTO_PARK])
 
 
@@ -70,47 +65,48 @@ def vram_to_keep_free() -> int:
     return int(_values[VRAM_TO_KEEP_FREE] * GIB)
 
 
+def keep_mirrors() -> bool:
+    """Whether the host copies of models that came home are kept, so that the next park copies less."""
+    return bool(_values[KEEP_MIRRORS])
+
+
 def current() -> dict[str, Any]:
     return dict(_values)
 
 
 def change(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets what `changes` has, all of it or nothing; it holds from now on, also for models that are parked already.
+    """Sets what `changes` has, all of it or nothing, and returns all settings. Holds for parked models too.
 
     Raises:
         InvalidSettings: an unknown name, a wrong type, or a value out of range.
     """
     for name, value in changes.items():
-        check(name, value)
+        _check(name, value)
     with _lock:
         _values.update(changes)
         _apply(changes)
         return current()
 
 
-def check(name: str, value: Any) -> None:
-    """Raises InvalidSettings if qmove has no such setting, or not with this value."""
+def _check(name: str, value: Any) -> None:
     if name not in DEFAULTS:
         raise InvalidSettings(f"{name!r} is no setting of qmove. It has: {', '.join(DEFAULTS)}.")
     if name in MOST_GIB:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not _is_within(value, MOST_GIB[name])
-        ):
-            raise InvalidSettings(
-                f"{name} is a number of GiB from 0 to {MOST_GIB[name]}, not {_shown(value)}."
-            )
-        return
-    choices = _CHOICES.get(name, (True, False))
-    if type(value) is not type(DEFAULTS[name]) or value not in choices:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and 0 <= value <= MOST_GIB[name]:
+            return
+        allowed = f"a number of GiB from 0 to {MOST_GIB[name]}"
+    else:
+        choices = _CHOICES.get(name, (True, False))
+        if type(value) is type(DEFAULTS[name]) and value in choices:
+            return
         allowed = " or ".join(json.dumps(choice) for choice in choices)
-        raise InvalidSettings(f"{name} is {allowed}, not {_shown(value)}.")
+    raise InvalidSettings(f"{name} is {allowed}, not {json.dumps(value, default=str)}.")
 
 
 @never_fails("read ComfyUI's stored settings", None)
 def load_stored() -> None:
-    """Takes over what ComfyUI has stored for its default user; a value that does not fit is told and left out."""
+    """Takes over what ComfyUI has stored for its default user; logs and leaves out values that do not fit."""
     folder = comfy.user_directory()
     file = Path(folder) / "default" / "comfy.settings.json" if folder else None
     if file is None or not file.is_file():
@@ -129,7 +125,7 @@ def reset() -> None:
 
 
 def _apply(changes: Mapping[str, Any]) -> None:
-    """Hands on what the core has to know. Mirrors that may not be kept any longer are given back at once."""
+    """Passes to the core what concerns it. Mirrors that may not be kept any longer are freed at once."""
     options: dict[str, Any] = {}
     if RAM_LIMIT in changes:
         options["ram_limit"] = int(changes[RAM_LIMIT] * GIB) or None
@@ -141,11 +137,3 @@ def _apply(changes: Mapping[str, Any]) -> None:
         qmove.configure(**options)
     if options.get("keep_mirrors") is False or options.get("ram_limit") is not None:
         qmove.trim()
-
-
-def _is_within(gib: float, most: int) -> bool:
-    return math.isfinite(gib) and 0 <= gib <= most
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def load_pack(name: str = "qmove_pack") -> ModuleType:
 
 load_pack()
 
-from qmove_pack.nodes.host import listen_to_core, settings  # noqa: E402
+from qmove_pack.nodes.host import guard, listen_to_core, settings  # noqa: E402
 from qmove_pack.nodes.host.stages import executor  # noqa: E402
 
 from .fake_host import FakeHost  # noqa: E402
@@ -122,6 +123,39 @@ def _hooked_in(fake: FakeHost) -> Iterator[FakeHost]:
     yield fake
     executor.uninstall()
     fake.cache.entries.clear()
+
+
+class Guarded(logging.Handler):
+    """Keeps what `guard` has caught and logged: `failures` has what qmove then could not do."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.failures: list[str] = []
+        self._expected: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.module == "guard":
+            self.failures.append(str(record.args[0]))  # type: ignore[index]
+
+    def expect(self, *what: str) -> None:
+        """This test is about qmove failing to do `what`."""
+        self._expected.update(what)
+
+    def check(self) -> None:
+        assert set(self.failures) == self._expected, (
+            "what a guard has caught, and what was expected"
+        )
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+    """Fails a test in which a guard has caught an exception, unless the test expects that failure."""
+    monkeypatch.setattr(guard, "_logged", set())
+    caught = Guarded()
+    logging.getLogger("qmove").addHandler(caught)
+    yield caught
+    logging.getLogger("qmove").removeHandler(caught)
+    caught.check()
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qmove_pack.nodes.host.models.description import describe
 from torch import nn
 
 import qmove_core as qmove
+from qmove_core.for_hosts import describe
 from tests.builders import models
 from tests.builders.dispatched_models import IN_RAM, ON_DISK, dispatched
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import logging
 from typing import Any
 
 import pytest
 import torch
-from qmove_pack.nodes.host.models import residency
+from qmove_pack.nodes.host.models import entries, residency
 from qmove_pack.nodes.host.models.adopted import adopted_of
 from torch import nn
 
@@ -18,6 +17,8 @@ from qmove_core import hosting
 from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
+
+from .conftest import Guarded
 
 MIB = 1 << 20
 
@@ -149,7 +150,7 @@ def test_asking_again_for_a_resident_model_moves_nothing(any_host: Any, gpu: GPU
     moves: list[bool] = []
     hosting.on_move(lambda: moves.append(True))
 
-    any_host.management.load_models_gpu(list(adopted.entries.values()), force_full_load=True)
+    any_host.management.load_models_gpu(entries.entries_of(adopted), force_full_load=True)
 
     assert moves == []
     assert len(entries_of(any_host, model)) == 1
@@ -234,7 +235,7 @@ def test_tied_weights_of_two_models_are_counted_once(any_host: Any) -> None:
 def test_sizes_stay_true_when_the_owner_moves_the_model_himself(any_host: Any) -> None:
     model = big()
     (adopted,) = residency.take_in([model])
-    (entry,) = adopted.entries.values()
+    (entry,) = entries.entries_of(adopted)
 
     model.to("cpu")
 
@@ -249,7 +250,7 @@ def test_sizes_follow_weights_that_are_added_later(any_host: Any) -> None:
     model.append(nn.Linear(512, 512, device="cuda:0"))
     residency.take_in([model])
 
-    (entry,) = adopted.entries.values()
+    (entry,) = entries.entries_of(adopted)
     assert entry.loaded_size() == nbytes(model)
 
 
@@ -261,21 +262,21 @@ def test_an_object_that_is_no_module_is_parked_with_its_plain_tensors(
             self.tables, self.net = [torch.ones(1024, device=gpu.device)], big()
 
     model = Opaque()
-    residency.park(residency.take_in([model.net, model], into_books=False))
+    residency.park(residency.take_in([model.net, model], registered=False))
 
     assert gpu.allocated() == 0
     assert not any_host.management.current_loaded_models
 
 
 def test_a_model_that_cannot_be_parked_does_not_break_comfyuis_eviction(
-    any_host: Any, gpu: GPU, caplog: pytest.LogCaptureFixture
+    any_host: Any, gpu: GPU, guarded: Guarded
 ) -> None:
+    guarded.expect("park a model for ComfyUI, which needs its memory")
     model, other = big(), big(8)
     residency.take_in([model, other])
     qmove.configure(ram_limit=nbytes(other))
     try:
-        with caplog.at_level(logging.ERROR, "qmove"):
-            any_host.management.free_memory(1e30, gpu.device)
+        any_host.management.free_memory(1e30, gpu.device)
     finally:
         qmove.configure(ram_limit=None)
 
@@ -286,7 +287,7 @@ def test_a_model_that_cannot_be_parked_does_not_break_comfyuis_eviction(
 def test_a_model_that_is_not_in_the_books_is_parked_as_well_and_its_vram_is_back(
     any_host: Any, gpu: GPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adopted = residency.take_in([big()], into_books=False)
+    adopted = residency.take_in([big()], registered=False)
     emptied: list[bool] = []
     monkeypatch.setattr(
         any_host.management, "soft_empty_cache", lambda *_args: emptied.append(True)
@@ -322,7 +323,7 @@ def test_a_model_that_finds_no_room_stays_parked_and_who_asked_for_it_is_told(
 
     assert qmove.is_parked(model)
     any_host.management.load_models_gpu(
-        list(adopted[0].entries.values()), force_full_load=True
+        entries.entries_of(adopted[0]), force_full_load=True
     )  # the host by itself
 
 

@@ -19,6 +19,7 @@ from qmove_core import settings as core_settings
 from tests.builders.device import GPU
 
 from .careless_nodes import model_of
+from .conftest import Guarded
 from .fake_host import FakeHost
 
 
@@ -89,9 +90,14 @@ def test_memory_that_may_not_be_kept_any_longer_is_given_back(
 
 @pytest.mark.parametrize("text", ['{"qmove.autoPark": "yes"}', "no json", "[]"])
 def test_a_stored_file_that_does_not_fit_is_told_and_the_defaults_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    guarded: Guarded,
+    text: str,
 ) -> None:
-    monkeypatch.setattr("qmove_pack.nodes.host.guard._told", set())
+    if not text.startswith("{"):
+        guarded.expect("read ComfyUI's stored settings")
     stored(tmp_path, monkeypatch, text)
 
     settings.load_stored()
@@ -237,8 +243,10 @@ def test_a_button_pressed_while_a_node_runs_acts_when_it_has_ended(host: FakeHos
 
 
 def test_of_a_job_that_waited_the_browser_is_told_the_result_or_why_there_is_none(
-    host: FakeHost,
+    host: FakeHost, guarded: Guarded
 ) -> None:
+    guarded.expect("do what was asked for while a node ran")
+
     def fails() -> None:
         raise RuntimeError("too little RAM")
 

@@ -19,6 +19,7 @@ from tests.builders.device import GPU
 
 from . import careless_nodes
 from .careless_nodes import model_in, noted
+from .conftest import Guarded
 from .fake_host import FakeHost
 
 node = careless_nodes.node
@@ -97,7 +98,7 @@ def test_a_model_that_comes_through_no_wire_wakes_when_it_is_used(host: FakeHost
     host.run({"a": node("Hidden")})
 
     assert host.errors == []
-    assert gpu.allocated() == adopted.resident_on(gpu.device) > 0
+    assert gpu.allocated() == adopted.resident[gpu.device] > 0
     assert [line.model.model for line in host.management.current_loaded_models] == [hidden]
 
 
@@ -118,14 +119,18 @@ def test_with_everything_off_no_model_is_even_looked_for(
 
 
 def test_a_failure_of_qmove_fails_no_prompt_and_is_logged_once(
-    host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: FakeHost,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    guarded: Guarded,
 ) -> None:
+    guarded.expect("prepare for a node", "look at what a node gave")
+
     def fail(*_arguments: Any) -> None:
         raise LookupError(f"a fault of qmove's own in {host.old}")
 
     monkeypatch.setattr(auto_parking, "prepare", fail)
     monkeypatch.setattr(auto_parking, "finish", fail)
-    monkeypatch.setattr("qmove_pack.nodes.host.guard._told", set())
     with caplog.at_level(logging.ERROR, "qmove"):
         host.run(careless_nodes.stages(2, 16))
 

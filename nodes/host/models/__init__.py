@@ -1,1 +1,1 @@
-"""Models that other packs loaded, as entries of ComfyUI's model management."""
+"""The models that qmove knows: found on wires, registered with ComfyUI, brought home and parked."""

@@ -1,7 +1,7 @@
-"""The models that qmove knows in this ComfyUI, their true sizes, and who owns which module.
+"""The models that qmove knows in this ComfyUI: their true sizes, and which modules are parts of them.
 
-A model is adopted when it appears on a wire, or is given to one of our nodes. Everything here refers to models weakly: being
-adopted keeps nothing alive, and with a model its entries in the host's books go.
+A model is adopted when it appears on a wire, or is given to one of our nodes. All references to it are weak: adopting a
+model keeps nothing alive.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import itertools
 import logging
 import time
 import weakref
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,28 +19,25 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 import qmove_core as qmove
-from qmove_core import homes
+from qmove_core import for_hosts
 
 from .. import progress
-from .description import Description, describe
-from .entry import Entry
 
 log = logging.getLogger("qmove")
 
 _numbers = itertools.count(1)
 _uses = itertools.count(1)
-_by_model: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model -> Adopted, which dies with it
-_by_module: WeakIdKeyDictionary = (
+_by_model = WeakIdKeyDictionary()  # model -> its Adopted, which dies with it
+_by_module = (
     WeakIdKeyDictionary()
-)  # each module of an adopted model -> a weak reference to the Adopted
+)  # each module of an adopted model -> weak reference to the Adopted
 
 
 class Adopted:
     """One model: a module, or an object that holds tensors of its own.
 
     Attributes:
-        number: names it for as long as the process runs; it is never used again.
-        entries: one for each device that is home to a part of it.
+        number: its id for as long as the process runs; never used again.
         last_used: grows from use to use of any model; 0 for one that was not used yet.
         last_used_at: seconds since the epoch; None for one that was not used yet.
         description: what people call it, for the browser.
@@ -50,8 +47,7 @@ class Adopted:
         self.number = next(_numbers)
         self.last_used = 0
         self.last_used_at: float | None = None
-        self.description = Description()
-        self.entries: dict[torch.device, Entry] = {}
+        self.description = for_hosts.Description()
         self._model = weakref.ref(model)
         self._fingerprint: object = None
         self._holdings: list[list[TensorWeakRef]] = []
@@ -59,56 +55,42 @@ class Adopted:
 
     @property
     def model(self) -> Any:
+        """The model, None once it is dead."""
         return self._model()
-
-    def note_use(self) -> None:
-        self.last_used = next(_uses)
-        self.last_used_at = time.time()
 
     @property
     def name(self) -> str:
         return type(self.model).__name__
 
+    def note_use(self) -> None:
+        self.last_used = next(_uses)
+        self.last_used_at = time.time()
+
     def refresh(self) -> None:
-        """Looks at the model again if its modules, parameters or buffers are not those of the last time."""
+        """Takes stock again if the modules, parameters or buffers are not those of the last time."""
         fingerprint = _fingerprint(self.model)
         if fingerprint == self._fingerprint:
-            self._find_devices()
             return
-        elsewhere = {
-            cdata for other in adopted_models() if other is not self for cdata in other._storages()
-        }
+        others = [other for other in adopted_models() if other is not self]
+        elsewhere = {storage._cdata for other in others for _, storage in other._storages()}
         held = qmove.inventory(self.model)
-        self.description = describe(held)
-        holdings = [h for h in held.holdings if h.storage._cdata not in elsewhere]
+        self.description = for_hosts.describe(held)
         self._holdings = [
-            [TensorWeakRef(tensor) for tensor in holding.tensors] for holding in holdings
+            [TensorWeakRef(tensor) for tensor in holding.tensors]
+            for holding in held.holdings
+            if holding.storage._cdata not in elsewhere
         ]
         self._fingerprint = fingerprint
-        self._find_devices()
-
-    def _find_devices(self) -> None:
-        for device in {*self._by_device(parked=False), *self._by_device(parked=True)}:
-            if device not in self.entries:
-                self.entries[device] = Entry(self, device)
-
-    def resident_on(self, device: torch.device) -> int:
-        """Bytes of the model on `device` now."""
-        return self._by_device(parked=False).get(device, 0)
-
-    def nbytes_of(self, device: torch.device) -> int:
-        """Bytes whose home is `device`, there or parked."""
-        return self.resident_on(device) + self._by_device(parked=True).get(device, 0)
 
     @property
     def resident(self) -> dict[torch.device, int]:
         """Bytes on each accelerator now."""
-        return self._by_device(parked=False)
+        return self._bytes()[0]
 
     @property
     def parked(self) -> dict[torch.device, int]:
         """Bytes parked now, by the accelerator that is their home."""
-        return self._by_device(parked=True)
+        return self._bytes()[1]
 
     def park(self) -> None:
         model, resident = self.model, self.resident
@@ -122,36 +104,27 @@ class Adopted:
             with progress.shown("restore", self.name, self.number, sum(parked.values())) as move:
                 move.result = qmove.restore(model, progress=move.report)
 
-    def begin_to_come_home(self) -> bool:
-        """Starts to bring the model home while something else computes; says whether there was room for it."""
-        return self.model is not None and qmove.prefetch(self.model) is not None
-
-    def _tensors(self) -> Iterable[torch.Tensor]:
-        """One living tensor of each holding."""
-        for references in self._holdings:
-            tensor = next(
-                (tensor for reference in references if (tensor := reference()) is not None), None
-            )
-            if tensor is not None:
-                yield tensor
-
-    def _storages(self) -> Iterable[int]:
+    def _storages(self) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
+        """One living tensor of each holding, and its storage."""
         with torch._C.DisableTorchFunctionSubclass():
-            return [tensor.untyped_storage()._cdata for tensor in self._tensors()]
+            for references in self._holdings:
+                for reference in references:
+                    tensor = reference()
+                    if tensor is not None:
+                        yield tensor, tensor.untyped_storage()
+                        break
 
-    def _by_device(self, *, parked: bool) -> dict[torch.device, int]:
-        totals: dict[torch.device, int] = defaultdict(int)
-        if self.model is None:  # its tensors may outlive it, in somebody else's hands
-            return totals
-        with torch._C.DisableTorchFunctionSubclass():
-            for tensor in self._tensors():
-                storage = tensor.untyped_storage()
-                if storage.device.type != "cpu":
-                    if not parked:
-                        totals[storage.device] += storage.nbytes()
-                elif parked and (home := homes.parked_home(tensor)) is not None:
-                    totals[home] += storage.nbytes()
-        return dict(totals)
+    def _bytes(self) -> tuple[dict[torch.device, int], dict[torch.device, int]]:
+        resident: Counter[torch.device] = Counter()
+        parked: Counter[torch.device] = Counter()
+        if self.model is None:  # something else may still hold its tensors
+            return {}, {}
+        for tensor, storage in self._storages():
+            if storage.device.type != "cpu":
+                resident[storage.device] += storage.nbytes()
+            elif (home := for_hosts.parked_home(tensor)) is not None:
+                parked[home] += storage.nbytes()
+        return dict(resident), dict(parked)
 
 
 def adopted_models() -> list[Adopted]:
@@ -169,12 +142,12 @@ def adopted_of(model: object) -> Adopted | None:
 
 
 def adopt(model: Any) -> tuple[Adopted, list[Adopted]]:
-    """Takes a model in; one that is part of an adopted model is that model.
+    """Adopts a model; one that is part of an adopted model is that model.
 
     Returns:
-        The adopted model; and those that are now parts of it, whose entries the host should drop.
+        The adopted model; and those that are now parts of it, whose entries ComfyUI should drop.
     """
-    with homes.lock:
+    with for_hosts.lock:
         adopted = adopted_of(model)
         if adopted is not None:
             adopted.refresh()
@@ -193,16 +166,15 @@ def adopt(model: Any) -> tuple[Adopted, list[Adopted]]:
 
 
 def can_be_adopted(model: object) -> bool:
-    """Whether the object can be referred to weakly, as everything that is adopted must be."""
+    """Whether the object allows weak references, which adopting needs."""
     return type(model).__weakrefoffset__ != 0
 
 
 def _fingerprint(model: Any) -> object:
     """Changes when tensors come or go: cheap, where an inventory looks at every object of the model."""
     if not isinstance(model, nn.Module):
-        return tuple(
-            sorted((name, id(value)) for name, value in getattr(model, "__dict__", {}).items())
-        )
+        values = getattr(model, "__dict__", {}).items()
+        return tuple(sorted((name, id(value)) for name, value in values))
     modules = tensors = mixed = 0
     for module in model.modules():
         modules += 1

@@ -1,81 +1,66 @@
-"""Who is on the device: brings adopted models home, parks them and ComfyUI's own, always by asking ComfyUI's model management.
+"""Who is on the device: brings models home and parks them, always through ComfyUI's model management.
 
-So its books are true: what is resident is in its list, what it must evict for us it evicts, and when it needs room it finds our
-models. Without a host (a script that imports the nodes) the core does it alone.
+So its list is true: what is resident is in it, what it must evict for us it evicts, and when it needs room it finds our
+models. Without ComfyUI (a script that imports the nodes) the core does it alone.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from qmove_core import devices as core_devices
+import qmove_core as qmove
 
-from .. import comfy
-from ..contract import HostEntry, ModelManagement
+from .. import comfy, meter, progress
+from ..contract import HostEntry, LoadedModel
 from .adopted import Adopted, adopt, adopted_models
-from .entry import Entry
+from .entries import Entry, entries_of
 
 log = logging.getLogger("qmove")
 
-EVERYTHING = 1e30  # bytes; what the host itself asks for when it unloads all
+EVERYTHING = 1e30  # bytes; what ComfyUI itself asks for when it unloads all
+
+_something_moved = False
 
 
-def take_in(models: Iterable[Any], *, into_books: bool = True) -> list[Adopted]:
-    """Adopts models, and puts those that are on a device into the host's books (not those that leave it at once)."""
+def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
+    """Adopts models, and registers those on a device with ComfyUI (unless they leave at once)."""
     result: dict[int, Adopted] = {}
     for model in models:
         adopted, parts = adopt(model)
-        for part in parts:
-            _drop_entries(part.entries.values())
+        _drop([entry for part in parts for entry in entries_of(part)])
         result[adopted.number] = adopted
-    if into_books:
+    if registered:
         register(result.values())
     return list(result.values())
 
 
 def register(models: Iterable[Adopted]) -> None:
-    """Puts what is resident into the host's books, and takes out what left a device for good."""
+    """Puts what is resident into ComfyUI's list of loaded models, and takes out what left a device for good."""
     host = comfy.model_management()
     models = list(models)
     if host is None or not models:
         return
-    _alive = [
-        adopted.model for adopted in models
-    ]  # until the host has asked for all that it wants to know
-    listed = _listed(host)
-    gone = [
-        entry
-        for adopted in models
-        for entry in adopted.entries.values()
-        if id(entry) in listed and not entry.model_size()
-    ]
-    _drop_entries(gone)
-    missing = [
-        e
-        for adopted in models
-        for e in adopted.entries.values()
-        if id(e) not in listed and e.loaded_size()
-    ]
+    _alive = [adopted.model for adopted in models]  # until ComfyUI has asked for all sizes
+    listed = {id(loaded.model) for loaded in host.current_loaded_models}
+    entries = [entry for adopted in models for entry in entries_of(adopted)]
+    _drop([entry for entry in entries if id(entry) in listed and not entry.model_size()])
+    missing = [entry for entry in entries if id(entry) not in listed and entry.loaded_size()]
     if missing:
         host.load_models_gpu(missing, force_full_load=True)
 
 
 def note_move() -> None:
-    """Something has moved, perhaps by itself: a parked model that was used has woken, and the host knows nothing of it."""
+    """Something has moved, perhaps without ComfyUI: a parked model that was used has woken."""
     global _something_moved
     _something_moved = True
 
 
-_something_moved = False
-
-
 def register_woken() -> None:
-    """Puts models into the host's books that came onto a device without it."""
+    """Registers models that came onto a device without ComfyUI."""
     global _something_moved
     if _something_moved:
         _something_moved = False
@@ -83,7 +68,7 @@ def register_woken() -> None:
 
 
 def bring_home(models: Collection[Adopted]) -> None:
-    """Makes the models resident. The host first evicts what it must, but none of these."""
+    """Makes the models resident. ComfyUI first evicts what it must, but none of these."""
     host = comfy.model_management()
     _alive = [adopted.model for adopted in models]
     away = [adopted for adopted in models if adopted.parked]
@@ -94,9 +79,7 @@ def bring_home(models: Collection[Adopted]) -> None:
             adopted.come_home()
         return
     # All in one request: two would evict each other's models.
-    entries = [
-        entry for adopted in models for entry in adopted.entries.values() if entry.model_size()
-    ]
+    entries = [entry for m in models for entry in entries_of(m) if entry.model_size()]
     try:
         host.load_models_gpu(entries, force_full_load=True)
     except BaseException:
@@ -107,22 +90,39 @@ def bring_home(models: Collection[Adopted]) -> None:
         raise failures[0]
 
 
+def swap(leaving: Adopted, coming: Adopted) -> None:
+    """Parks one model while another comes home, for which neither RAM nor VRAM needs room for both."""
+    _alive = leaving.model, coming.model
+    _drop(entries_of(leaving))
+    nbytes = [sum(leaving.resident.values()), sum(coming.parked.values())]
+    try:
+        with (
+            progress.shown("park", leaving.name, leaving.number, nbytes[0]) as going,
+            progress.shown("restore", coming.name, coming.number, nbytes[1]) as arriving,
+        ):
+
+            def report(done: int, total: int) -> None:
+                share = done / max(total, 1)
+                going.report(int(share * nbytes[0]), nbytes[0])
+                arriving.report(int(share * nbytes[1]), nbytes[1])
+
+            going.result, arriving.result = qmove.swap(leaving.model, coming.model, progress=report)
+    finally:
+        _register_again([leaving, coming])
+
+
 def _register_again(models: Iterable[Adopted]) -> None:
-    """After a failed request: the host has taken entries out to put them in again, and did not come to it."""
+    """After a request that may have failed, whose entries ComfyUI took out and did not put in again."""
     try:
         register(models)
     except Exception as error:
-        log.debug(
-            "could not register models after a failed load, whose error is the one to tell: %s",
-            error,
-        )
+        log.debug("could not register models again: %s", error)
 
 
 def park(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> None:
-    """Parks adopted models, and has the host unload its own ones."""
-    wanted: list[Any] = [entry for adopted in models for entry in adopted.entries.values()]
-    _unload([*wanted, *patchers])
-    for adopted in models:  # those the host did not know, or did not let go
+    """Parks adopted models, and has ComfyUI unload its own ones."""
+    _unload([*(entry for adopted in models for entry in entries_of(adopted)), *patchers])
+    for adopted in models:  # those that ComfyUI did not know, or did not let go
         adopted.park()
     host = comfy.model_management()
     if host is not None and (models or patchers):
@@ -135,7 +135,7 @@ def park_until_free(
     """Parks models one by one, in this order, until `nbytes` are free on `device`; returns those it parked."""
     done: list[Adopted | HostEntry] = []
     for model in order:
-        if (free_bytes(device) or 0) >= nbytes:
+        if (meter.free_bytes(device) or 0) >= nbytes:
             break
         if isinstance(model, Adopted):
             park([model])
@@ -148,28 +148,22 @@ def park_until_free(
 def idle_models(used: Collection[Adopted]) -> list[Adopted]:
     """Adopted models that are on a device and are not `used`."""
     numbers = {adopted.number for adopted in used}
-    return [
-        adopted
-        for adopted in adopted_models()
-        if adopted.number not in numbers and adopted.resident
-    ]
+    return [m for m in adopted_models() if m.number not in numbers and m.resident]
+
+
+def hosts_own_entries() -> list[HostEntry]:
+    """ComfyUI's own loaded models."""
+    host = comfy.model_management()
+    entries = [loaded.model for loaded in host.current_loaded_models] if host is not None else []
+    return [entry for entry in entries if entry is not None and not isinstance(entry, Entry)]
 
 
 def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
     """ComfyUI's own loaded models that are not `used`. Dynamic ones yield to allocations by themselves: never idle."""
-    host = comfy.model_management()
-    if host is None:
-        return []
     models = {id(patcher.model) for patcher in used}  # clones share the model
-    entries = [loaded.model for loaded in host.current_loaded_models]
-    return [
-        entry
-        for entry in entries
-        if entry is not None
-        and not isinstance(entry, Entry)
-        and id(entry.model) not in models
-        and not _is_dynamic(entry)
-    ]
+    idle = [entry for entry in hosts_own_entries() if id(entry.model) not in models]
+    # `is_dynamic` is there from 0.18.2.
+    return [entry for entry in idle if not getattr(entry, "is_dynamic", lambda: False)()]
 
 
 def make_room(
@@ -178,70 +172,41 @@ def make_room(
     keep: Collection[Adopted] = (),
     keep_patchers: Collection[HostEntry] = (),
 ) -> None:
-    """Has the host free VRAM until `nbytes` are free on `device`, in its own order, but none of what is to be kept."""
+    """Has ComfyUI free VRAM until `nbytes` are free on `device`, in its own order, but none of what is kept."""
     host = comfy.model_management()
-    if host is None:
-        return
-    kept: list[object] = [entry for adopted in keep for entry in adopted.entries.values()]
-    models = {id(patcher.model) for patcher in keep_patchers}
-    lines = [
-        x
-        for x in host.current_loaded_models
-        if x.model in kept or (x.model is not None and id(x.model.model) in models)
-    ]
-    host.free_memory(nbytes, device, lines)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device`, as the host counts them; None if nobody can say."""
-    host = comfy.model_management()
-    return (
-        int(host.get_free_memory(device)) if host is not None else core_devices.free_memory(device)
-    )
-
-
-@functools.cache  # the host asks for its devices at start too: they do not change
-def devices() -> list[torch.device]:
-    """The accelerators of this machine."""
-    return [device for name in core_devices.known() if (device := torch.device(name)).type != "cpu"]
+    if host is not None:
+        entries = [*(entry for adopted in keep for entry in entries_of(adopted)), *keep_patchers]
+        host.free_memory(nbytes, device, _lines_of(entries)[0])
 
 
 def _unload(entries: Sequence[HostEntry | Entry]) -> None:
-    """Has the host unload exactly these: it frees everything, and is told to keep all others."""
+    """Has ComfyUI unload exactly these: it is asked for everything, with all others to keep."""
     host = comfy.model_management()
-    if host is None:
-        return
-    wanted = {id(entry) for entry in entries} | {
-        id(e.model) for e in entries if not isinstance(e, Entry)
-    }
-    for device in dict.fromkeys(entry.load_device for entry in entries):
-        keep = [
-            x
-            for x in host.current_loaded_models
-            if x.model is None or not {id(x.model), id(x.model.model)} & wanted
-        ]
-        if len(keep) < len(host.current_loaded_models):
-            host.free_memory(EVERYTHING, device, keep)
+    wanted, others = _lines_of(entries)
+    if host is not None and wanted:
+        for device in dict.fromkeys(entry.load_device for entry in entries):
+            host.free_memory(EVERYTHING, device, others)
 
 
-def _drop_entries(entries: Iterable[Entry]) -> None:
-    """Takes entries out of the host's list while their models stay where they are."""
-    entries = list(entries)
-    if not entries:
-        return
+def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[LoadedModel], list[LoadedModel]]:
+    """Of ComfyUI's list of loaded models the lines of these entries, and all other lines."""
+    host = comfy.model_management()
+    # Clones of a patcher share its model; an entry speaks only for one device of its model.
+    ids = {id(entry) if isinstance(entry, Entry) else id(entry.model) for entry in entries}
+    lines: tuple[list[LoadedModel], list[LoadedModel]] = ([], [])
+    for line in host.current_loaded_models if host is not None else []:
+        entry = line.model
+        key = id(entry) if isinstance(entry, Entry) or entry is None else id(entry.model)
+        lines[key not in ids].append(line)
+    return lines
+
+
+def _drop(entries: Collection[Entry]) -> None:
+    """Takes entries out of ComfyUI's list while their models stay where they are."""
     for entry in entries:
         entry.leaving = True
     try:
-        _unload(entries)
+        _unload(list(entries))
     finally:
         for entry in entries:
             entry.leaving = False
-
-
-def _listed(host: ModelManagement) -> set[int]:
-    return {id(loaded.model) for loaded in host.current_loaded_models}
-
-
-def _is_dynamic(entry: HostEntry) -> bool:
-    is_dynamic = getattr(entry, "is_dynamic", None)  # from 0.18.2
-    return bool(is_dynamic and is_dynamic())

@@ -1,1 +1,1 @@
-"""What the frontend is told."""
+"""What the frontend shows: the state, the last run, the version, and when to send them."""

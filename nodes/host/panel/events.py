@@ -1,4 +1,4 @@
-"""Tells the browsers when what they show is out of date: a model has moved, come or gone, or a bar has changed."""
+"""Sends the state when what the browsers show is out of date: a model moved, came or went, or a bar changed."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ SHARE_OF_TIME = 0.05  # that looking between nodes may take
 
 _changed = False
 _last_sent: object = None
-_looks_again_at = 0.0
+_next_look_at = 0.0
 
 
 def model_moved() -> None:
-    """Notes that the browsers' picture is out of date; it is sent between nodes, not in the middle of a move."""
+    """Notes that the browsers' picture is out of date; it is sent between nodes, not during a move."""
     global _changed
     _changed = True
 
 
-@never_fails("tell the browser what changed", None)
+@never_fails("send what changed to the browser", None)
 def send_if_changed() -> None:
-    """Sends the state if a model has moved, come or gone, or if a device's memory has changed so that its bar shows it."""
-    global _changed, _last_sent, _looks_again_at
+    """Sends the state if a model has moved, come or gone, or a device's bar would look different."""
+    global _changed, _last_sent, _next_look_at
     started = time.perf_counter()
     outline = state.outline()
     done = time.perf_counter()
-    _looks_again_at = done + (done - started) / SHARE_OF_TIME
+    _next_look_at = done + (done - started) / SHARE_OF_TIME
     if _changed or outline != _last_sent:
         _changed, _last_sent = False, outline
         snapshot = state.snapshot()
-        _changed = _changed or bool(
-            snapshot["moves"]
-        )  # then the models are told as they were before
+        _changed = _changed or bool(snapshot["moves"])  # its models are as they were before these
         browser.send(browser.STATE, snapshot)
 
 
 def send_if_due() -> None:
-    """As `send_if_changed`, between nodes: many quick ones are not held up by looking at the devices after each."""
-    if _changed or time.perf_counter() >= _looks_again_at:
+    """As `send_if_changed`, between nodes: looking at the devices does not hold up many quick ones."""
+    if _changed or time.perf_counter() >= _next_look_at:
         send_if_changed()

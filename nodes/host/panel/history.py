@@ -1,8 +1,8 @@
 """VRAM over time in the last run, with its stages, for the chart in the browser.
 
-Memory is measured where a stage begins and ends, as far as that takes no more than a small share of the time: many quick nodes
-cost next to nothing. In between a thread looks at PyTorch's own counters, which costs no call of the driver, so that a long stage
-shows what it takes.
+Memory is measured where a stage begins and ends, as far as that takes no more than a small share of the time: many quick
+nodes cost next to nothing. In between a thread reads PyTorch's own counters, which needs no call of the driver, so that a
+long stage shows what it takes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 
-from qmove_core import homes
+from qmove_core import for_hosts
 
 from .. import browser, comfy, meter
 from ..guard import never_fails
-from ..models import residency
 
 SECONDS_BETWEEN_SAMPLES = 0.2
 SECONDS_BETWEEN_EVENTS = 0.5
 STILL_TRUE = 0.002  # seconds: a stage begins with what the one before it has left
 SHARE_OF_TIME = 0.05  # that measuring may take
-MOST_POINTS = 2000  # then every other one goes, and half as many are taken from there on
+MOST_POINTS = 2000  # then every other one is dropped, and from there on half as many are taken
 
 _numbers = itertools.count(1)
 _lock = threading.RLock()
@@ -34,23 +33,17 @@ _last: _Run | None = None
 
 
 @dataclass
-class _Stage:
-    node: str
-    class_name: str
-    name: str
-    begin: float
-    end: float | None = None
-
-
-@dataclass
 class _Run:
     """One prompt: points in time (seconds since its start) and what was in use then (bytes).
 
     Attributes:
-        revision: changes when points that were sent already are no longer the same.
-        open: stages that have not ended, by node.
-        beside: bytes in use on each device beside PyTorch's tensors, when it was measured last.
+        revision: changes when points that were sent already have changed.
+        stages: as the browser gets them, with times in seconds since the start of the run.
+        open: those that have not ended, by node.
+        others: bytes in use on each device without PyTorch's tensors, at the last measurement.
         sent: how many points the browsers have.
+        ended: set when the run has ended, for the thread that samples.
+        next_measurement_at: on the clock of `time.perf_counter`.
     """
 
     nodes: weakref.ReferenceType[Any]
@@ -64,14 +57,14 @@ class _Run:
     times: list[float] = field(default_factory=list)
     used: dict[str, list[int]] = field(default_factory=dict)
     parked: list[int] = field(default_factory=list)
-    stages: list[_Stage] = field(default_factory=list)
-    open: dict[str, _Stage] = field(default_factory=dict)
-    beside: dict[torch.device, int] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    open: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[torch.device, int] = field(default_factory=dict)
     interval: float = field(default_factory=lambda: SECONDS_BETWEEN_SAMPLES)
     sent: int = 0
     sent_at: float = 0.0
     ended: threading.Event = field(default_factory=threading.Event)
-    measured_again_at: float = 0.0  # on the clock of `time.perf_counter`
+    next_measurement_at: float = 0.0
 
 
 def last_run() -> dict[str, Any] | None:
@@ -94,9 +87,9 @@ def stage_begins(nodes: Any, node_id: str, class_name: str) -> None:
             _watch(run)
         if node_id not in run.open:
             names = getattr(comfy.module("nodes"), "NODE_DISPLAY_NAME_MAPPINGS", {})
-            run.open[node_id] = _Stage(
-                node_id, class_name, names.get(class_name) or class_name, _now(run)
-            )
+            name = names.get(class_name) or class_name
+            stage = {"node": node_id, "class": class_name, "name": name}
+            run.open[node_id] = stage | {"begin": _now(run), "end": None}
             run.stages.append(run.open[node_id])
         if not run.times or _now(run) > run.times[-1] + STILL_TRUE:
             _measure(run)
@@ -122,7 +115,7 @@ def stage_ends(nodes: Any, node_id: str) -> bool:
         if stage is None:
             return False
         _measure(run)
-        stage.end = _now(run)
+        stage["end"] = _now(run)
         _send(run)
         return True
 
@@ -146,7 +139,7 @@ def forget() -> None:
 
 def _begin(nodes: Any) -> _Run:
     run = _Run(weakref.ref(nodes))
-    for device in residency.devices():
+    for device in meter.devices():
         reading = meter.read(device)
         if reading is not None:
             run.devices.append(device)
@@ -157,9 +150,8 @@ def _begin(nodes: Any) -> _Run:
 
 
 def _watch(run: _Run) -> None:
-    threading.Thread(
-        target=_sample, args=(run, run.ended), name="qmove history", daemon=True
-    ).start()
+    arguments = (run, run.ended)
+    threading.Thread(target=_sample, args=arguments, name="qmove history", daemon=True).start()
 
 
 def _end(run: _Run | None) -> None:
@@ -168,7 +160,7 @@ def _end(run: _Run | None) -> None:
     run.running = False
     run.ended.set()
     for stage in run.open.values():
-        stage.end = _now(run)
+        stage["end"] = _now(run)
     run.open.clear()
     _send(run, at_once=True)
 
@@ -178,42 +170,37 @@ def _sample(run: _Run, ended: threading.Event) -> None:
         with _lock:
             if ended.is_set():
                 return
-            if run.nodes() is None:  # the host has dropped the prompt without a word
+            if run.nodes() is None:  # ComfyUI has dropped the prompt without completing it
                 _end(run)
                 return
-            allocated = {
-                d: meter.bytes_of(meter.stats_of(d), "allocated", "current") for d in run.devices
-            }
-            _add(
-                run,
-                {
-                    device: run.beside.get(device, 0) + nbytes
-                    for device, nbytes in allocated.items()
-                },
-            )
+            used = {}
+            for device in run.devices:
+                allocated = meter.bytes_of(meter.stats_of(device), "allocated", "current")
+                used[device] = run.others.get(device, 0) + allocated
+            _add(run, used)
             _send(run)
 
 
 def _measure(run: _Run) -> None:
     started = time.perf_counter()
-    if started < run.measured_again_at:
+    if started < run.next_measurement_at:
         return
     used = {}
     for device in run.devices:
         reading = meter.read(device)
         if reading is not None:
             used[device] = reading.used
-            run.beside[device] = reading.used - reading.allocated
+            run.others[device] = reading.used - reading.allocated
     _add(run, used)
     done = time.perf_counter()
-    run.measured_again_at = done + (done - started) / SHARE_OF_TIME
+    run.next_measurement_at = done + (done - started) / SHARE_OF_TIME
 
 
 def _add(run: _Run, used: dict[torch.device, int]) -> None:
     run.times.append(_now(run))
     for device, nbytes in used.items():
         run.used[str(device)].append(nbytes)
-    run.parked.append(sum(homes.parked_bytes().values()))
+    run.parked.append(sum(for_hosts.parked_bytes().values()))
     if len(run.times) > MOST_POINTS:
         for points in (run.times, run.parked, *run.used.values()):
             del points[1:-1:2]  # type: ignore[attr-defined]
@@ -237,16 +224,7 @@ def _outline(run: _Run) -> dict[str, Any]:
         "running": run.running,
         "devices": [str(device) for device in run.devices],
         "totals": dict(run.totals),
-        "stages": [
-            {
-                "node": stage.node,
-                "class": stage.class_name,
-                "name": stage.name,
-                "begin": stage.begin,
-                "end": stage.end,
-            }
-            for stage in run.stages
-        ],
+        "stages": [dict(stage) for stage in run.stages],
     }
 
 

@@ -1,4 +1,4 @@
-"""What qmove holds now, as plain data: for the report node, for the browser, and for people who ask the route."""
+"""What qmove holds now, as plain data: for the report node, for the browser, and for the route."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import psutil
 import torch
 
 import qmove_core as qmove
-from qmove_core import homes
+from qmove_core import for_hosts
 
-from .. import comfy, meter, progress, settings
+from .. import meter, progress, settings
 from ..models import node_models, residency
 from ..models.adopted import Adopted, adopted_models
-from ..models.entry import Entry
 from . import version
+
+SECONDS_BETWEEN_TRIES = 0.05
 
 
 @dataclass
@@ -27,15 +28,13 @@ class _Seen:
     done: dict[str, int] = field(default_factory=dict)
 
 
-SECONDS_BETWEEN_TRIES = 0.05
-
 _last: _Seen | None = None
 
 
 def snapshot() -> dict[str, Any]:
-    """All adopted models, the devices, the host's memory, and what was done since the start. All sizes are bytes.
+    """All adopted models, the devices, the host's memory, and what was done since the start. Sizes are in bytes.
 
-    While another thread moves a model nobody waits for it: the models are told as they were before, and those that move as busy.
+    It does not wait for a move of another thread: then all models are as they were before it, and those that move are busy.
     """
     seen = _look()
     moves = progress.running()
@@ -44,9 +43,18 @@ def snapshot() -> dict[str, Any]:
     return {
         **version.about(),
         "settings": settings.current(),
-        "models": [_with_move(model, busy.get(model["id"])) for model in seen.models],
-        "comfyui_models": _hosts_own(),
-        "devices": [_device(device) for device in residency.devices()],
+        "models": [
+            model | {"state": "busy", "busy": busy[model["id"]]} if model["id"] in busy else model
+            for model in seen.models
+        ],
+        "comfyui_models": [
+            {
+                "name": type(entry.model).__name__,
+                "resident": {str(entry.load_device): int(entry.loaded_size())},
+            }
+            for entry in residency.hosts_own_entries()
+        ],
+        "devices": [_device(device) for device in meter.devices()],
         "ram": {"total": memory.total, "free": memory.available, **seen.held},
         "done": dict(seen.done),
         "moves": moves,
@@ -55,21 +63,16 @@ def snapshot() -> dict[str, Any]:
 
 
 def outline() -> tuple[object, ...]:
-    """Cheap to make, and another one when a browser would show something else: a model came, was used or went, a bar changed."""
-    readings = [meter.read(device) for device in residency.devices()]
-    bars = [
-        200 * reading.used // reading.total
-        for reading in readings
-        if reading is not None and reading.total
-    ]
+    """Cheap to make; differs when a browser would show something else (a model came, was used or went; a bar changed)."""
+    readings = [meter.read(device) for device in meter.devices()]
+    bars = [200 * r.used // r.total for r in readings if r is not None and r.total]
     return tuple((adopted.number, adopted.last_used) for adopted in adopted_models()), tuple(bars)
 
 
 def _look() -> _Seen:
     global _last
-    while not homes.lock.acquire(
-        timeout=SECONDS_BETWEEN_TRIES
-    ):  # whoever only looks has it but for a moment
+    # A thread that only looks holds the lock for a moment; one that moves, until it has moved.
+    while not for_hosts.lock.acquire(timeout=SECONDS_BETWEEN_TRIES):
         if _last is not None and progress.running():
             return _last
     try:
@@ -90,71 +93,41 @@ def _look() -> _Seen:
         )
         return _last
     finally:
-        homes.lock.release()
+        for_hosts.lock.release()
 
 
 def _model(adopted: Adopted) -> dict[str, Any]:
-    resident, parked, description = adopted.resident, adopted.parked, adopted.description
-    homes = dict.fromkeys([*resident, *parked])
+    resident = {str(device): nbytes for device, nbytes in adopted.resident.items()}
+    parked = {str(device): nbytes for device, nbytes in adopted.parked.items()}
+    description = adopted.description
+    if parked:
+        state = "partly parked" if resident else "parked"
+    elif resident:
+        state = "resident"
+    else:
+        state = "on disk" if description.on_disk else "in RAM"
+    elsewhere = description.on_disk + description.offloaded
     return {
         "id": adopted.number,
         "name": adopted.name,
         "kind": description.kind,
-        "nbytes": sum(resident.values())
-        + sum(parked.values())
-        + description.on_disk
-        + description.offloaded,
-        "state": _state(adopted),
+        "nbytes": sum(resident.values()) + sum(parked.values()) + elsewhere,
+        "state": state,
         "busy": None,
-        "resident": {str(device): nbytes for device, nbytes in resident.items()},
-        "parked": {str(device): nbytes for device, nbytes in parked.items()},
+        "resident": resident,
+        "parked": parked,
         "on_disk": description.on_disk,
-        "home": [str(device) for device in homes],
+        "home": list(dict.fromkeys([*resident, *parked])),
         "last_used": adopted.last_used_at,
     }
 
 
-def _state(adopted: Adopted) -> str:
-    if adopted.parked:
-        return "partly parked" if adopted.resident else "parked"
-    if adopted.resident:
-        return "resident"
-    return "on disk" if adopted.description.on_disk else "in RAM"
-
-
-def _with_move(model: dict[str, Any], verb: str | None) -> dict[str, Any]:
-    return model if verb is None else model | {"state": "busy", "busy": verb}
-
-
-def _hosts_own() -> list[dict[str, Any]]:
-    host = comfy.model_management()
-    entries = [loaded.model for loaded in host.current_loaded_models] if host is not None else []
-    return [
-        {
-            "name": type(entry.model).__name__,
-            "resident": {str(entry.load_device): int(entry.loaded_size())},
-        }
-        for entry in entries
-        if entry is not None and not isinstance(entry, Entry)
-    ]
-
-
 def _device(device: torch.device) -> dict[str, Any]:
+    module, name = torch.get_device_module(device), str(device)
+    has_name, has_size = hasattr(module, "get_device_name"), hasattr(module, "mem_get_info")
     return {
-        "name": str(device),
-        "title": _title(device),
-        "total": _total(device),
-        "free": residency.free_bytes(device),
+        "name": name,
+        "title": str(module.get_device_name(device)) if has_name else name,
+        "total": module.mem_get_info(device)[1] if has_size else None,
+        "free": meter.free_bytes(device),
     }
-
-
-def _total(device: torch.device) -> int | None:
-    module = torch.get_device_module(device)
-    return module.mem_get_info(device)[1] if hasattr(module, "mem_get_info") else None
-
-
-def _title(device: torch.device) -> str:
-    module = torch.get_device_module(device)
-    return (
-        str(module.get_device_name(device)) if hasattr(module, "get_device_name") else str(device)
-    )

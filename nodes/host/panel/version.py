@@ -1,4 +1,4 @@
-"""Which qmove this is: its version, and where it comes from, for the badge on ComfyUI's about page."""
+"""Which qmove this is: its version and where it comes from, for the badge on ComfyUI's about page."""
 
 from __future__ import annotations
 
@@ -13,25 +13,16 @@ PROJECT_FILE = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 @functools.cache
 def about() -> dict[str, Any]:
-    """`version`, and `url` of the repository; None for what neither the pack's own file nor the package says."""
-    project = _project()
-    if project:
-        urls = project.get("urls", {})
-        return {
-            "version": project.get("version"),
-            "url": urls.get("Repository") or urls.get("Homepage"),
-        }
-    try:
-        return {"version": metadata.version("qmove"), "url": None}
-    except metadata.PackageNotFoundError:
-        return {"version": None, "url": None}
-
-
-def _project() -> dict[str, Any]:
+    """`version`, and `url` of the repository; None for what neither the pack's file nor the package says."""
+    project: dict[str, Any] = {}
     try:
         toml = importlib.import_module("tomllib")  # Python 3.11
-    except ModuleNotFoundError:
-        return {}
-    if not PROJECT_FILE.is_file():
-        return {}
-    return toml.loads(PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
+        project = toml.loads(PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
+    except (ModuleNotFoundError, FileNotFoundError):
+        pass
+    urls = project.get("urls", {})
+    url = urls.get("Repository") or urls.get("Homepage")
+    try:
+        return {"version": project.get("version") or metadata.version("qmove"), "url": url}
+    except metadata.PackageNotFoundError:
+        return {"version": None, "url": url}

@@ -1,1 +1,1 @@
-"""What happens before and after each node of a prompt."""
+"""What happens around each node of a prompt: room is made, models come home, requests wait their turn."""

@@ -1,22 +1,25 @@
-"""What is parked before a node runs, and what is brought home.
+"""Auto-parking: what is parked before a node runs, and what is brought home.
 
-With the switch off only one thing happens: parked models among a node's inputs come home. With it on, models that appear on wires
-are adopted, and what a node lacks is freed: first what no remaining node uses, then what is used farthest ahead.
+With the switch off only one thing happens: parked models among a node's inputs come home. With it on, models that appear
+on wires are adopted, and room is made for each node: first what no remaining node uses goes, then what is used farthest
+ahead.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import qmove_core as qmove
-from qmove_core.errors import readable_bytes
+from qmove_core import for_hosts
+from qmove_core.for_hosts import readable_bytes
 
-from .. import comfy, graph, settings
+from .. import comfy, graph, meter, settings
 from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
 from ..models import residency, wires
@@ -25,18 +28,21 @@ from . import needs
 
 log = logging.getLogger("qmove")
 
+Needed = dict[torch.device, int] | None  # bytes by device, None for unknown
+
 _OWN_NODES = __name__.rpartition(".host.")[0]
+_NEVER = 1 << 30  # steps
 
 
 @dataclass
-class Used:
-    """What a node was given: adopted models, and ComfyUI's own."""
+class NodeInputs:
+    """The models that a node was given: adopted ones, and ComfyUI's own."""
 
     models: list[Adopted] = field(default_factory=list)
     patchers: list[HostEntry] = field(default_factory=list)
 
 
-in_use = Used()  # of the node that runs now
+in_use = NodeInputs()  # of the node that runs now
 
 
 def has_nothing_to_do() -> bool:
@@ -47,31 +53,29 @@ def has_nothing_to_do() -> bool:
 def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
     """Makes room for a node that is about to run, and brings home what it was given."""
     global in_use
-    in_use = Used()
-    if _is_own(nodes, node_id):  # they move models themselves, or only look at them
+    in_use = NodeInputs()
+    # qmove's own nodes move models themselves, or only look at them.
+    if getattr(graph.class_of(nodes, node_id), "__module__", "").startswith(_OWN_NODES):
         return None
-    in_use = used = _used(graph.inputs_of(nodes, node_id))
+    in_use = inputs = _inputs(graph.inputs_of(nodes, node_id))
     if not settings.auto_park():
-        residency.bring_home(used.models)
+        residency.bring_home(inputs.models)
         return None
     key = (graph.class_name_of(nodes, node_id), node_id)
-    is_custom = graph.is_custom(nodes, node_id)
-    choices = graph.choices_of(nodes, node_id) if is_custom else ()
-    if settings.parks_each_stage():
-        residency.park(residency.idle_models(used.models), residency.idle_patchers(used.patchers))
-    else:
-        _free_what_is_lacking(nodes, node_id, used, key, choices)
-    residency.bring_home(used.models)
-    _prefetch_next(nodes, node_id, needs.known(key, choices) if is_custom else {})
-    return needs.begin(key, choices) if is_custom else None
+    choices = graph.choices_of(nodes, node_id)
+    needed, is_custom = needs.known(key, choices), graph.is_custom(nodes, node_id)
+    # For ComfyUI's own nodes no room is made: they ask ComfyUI for it.
+    _make_room(order_to_park(nodes, node_id, inputs), inputs, needed if is_custom else {})
+    residency.bring_home(inputs.models)
+    _prefetch_next(nodes, node_id, inputs, needed)
+    return needs.begin(key, choices) if is_custom or adopted_models() else None
 
 
 @never_fails("ask ComfyUI for room", None)
 def give_room(device: torch.device, nbytes: int) -> None:
-    """A model wakes in the middle of a node and finds too little room: others go, but none that this node was given."""
-    residency.make_room(
-        device, nbytes + settings.vram_to_keep_free(), in_use.models, in_use.patchers
-    )
+    """A model wakes while a node runs and finds too little room: others go, but none that this node was given."""
+    wanted = nbytes + settings.vram_to_keep_free()
+    residency.make_room(device, wanted, in_use.models, in_use.patchers)
 
 
 def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | None) -> None:
@@ -80,8 +84,7 @@ def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | 
         needs.learn(measurement)
     residency.register_woken()
     if settings.auto_park():
-        outputs = graph.outputs_of(nodes, node_id)
-        residency.take_in(wires.find_models(outputs).modules if outputs else [])
+        residency.take_in(wires.find_models(graph.outputs_of(nodes, node_id)).modules)
 
 
 def out_of_memory(
@@ -93,136 +96,154 @@ def out_of_memory(
     lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
     if measurement is not None:
         took = needs.peak(measurement)
-        lines += [
-            f"  {device}: the node began with {readable_bytes(free)} free, and had taken {readable_bytes(took[device])} "
-            f"when that was not enough. What is idle is parked: {readable_bytes(residency.free_bytes(device) or 0)} are free."
-            for device, free in measurement.free.items()
-            if took[device] or free != residency.free_bytes(device)
-        ]
+        for device, free in measurement.free.items():
+            free_now = meter.free_bytes(device) or 0
+            if took[device] or free != free_now:
+                lines.append(
+                    f"  {device}: the node began with {readable_bytes(free)} free, and had taken "
+                    f"{readable_bytes(took[device])} when that was not enough. What is idle is "
+                    f"parked: {readable_bytes(free_now)} are free."
+                )
         needs.forget(measurement.key)
     log.error("\n".join(lines))
 
 
 def order_to_park(
-    nodes: ExecutionList | None, node_id: str | None, used: Used
+    nodes: ExecutionList | None, node_id: str | None, inputs: NodeInputs
 ) -> list[Adopted | HostEntry]:
     """All idle models, the least useful first: what no remaining node uses, then what is used farthest ahead.
 
     Among equals the one that was used longest ago comes first, then the bigger one.
     """
     idle: list[Adopted | HostEntry] = [
-        *residency.idle_models(used.models),
-        *residency.idle_patchers(used.patchers),
+        *residency.idle_models(inputs.models),
+        *residency.idle_patchers(inputs.patchers),
     ]
-    if not idle:
-        return idle
     uses = _next_uses(nodes, node_id) if nodes is not None and len(idle) > 1 else {}
-    last_used = {_identity(model): model.last_used for model in idle if isinstance(model, Adopted)}
 
     def usefulness(model: Adopted | HostEntry) -> tuple[int, int, int]:
-        identity = _identity(model)
-        return -uses.get(identity, _NEVER), last_used.get(identity, 0), -_size(model)
+        steps = uses.get(_identity(model), _NEVER)
+        if isinstance(model, Adopted):
+            return -steps, model.last_used, -sum(model.resident.values())
+        return -steps, 0, -model.loaded_size()
 
     return sorted(idle, key=usefulness)
 
 
-def _used(values: Iterable[Any]) -> Used:
+def is_on(model: Adopted | HostEntry, device: torch.device) -> bool:
+    return device in model.resident if isinstance(model, Adopted) else model.load_device == device
+
+
+def _inputs(values: Iterable[Any]) -> NodeInputs:
     values = list(values)
     if not values:
-        return Used()
+        return NodeInputs()
     found = wires.find_models(values)
     wanted: list[Any] = [model for model in _parked_objects() if id(model) in found.seen]
-    wanted += [
-        model for model in found.modules if settings.auto_park() or adopted_of(model) is not None
-    ]
-    wanted += [keeper for keeper in found.keepers if adopted_of(keeper) is not None]
+    wanted += [m for m in found.modules if settings.auto_park() or adopted_of(m) is not None]
+    wanted += [owner for owner in found.tensor_owners if adopted_of(owner) is not None]
     models = residency.take_in(wanted)
     for adopted in models:
         adopted.note_use()
-    return Used(models, found.patchers)
+    return NodeInputs(models, found.patchers)
 
 
 def _parked_objects() -> list[Any]:
     """What is parked, by us or by another pack; of a dict or list, the models in it."""
-    models = qmove.parked_models()
-    if not models:
-        return []
-    containers = [model for model in models if isinstance(model, (dict, list, tuple))]
-    return [
-        model for model in models if not isinstance(model, (dict, list, tuple))
-    ] + wires.find_models(containers).modules
+    objects: list[Any] = []
+    for model in qmove.parked_models():
+        is_container = isinstance(model, (dict, list, tuple))
+        objects += wires.find_models([model]).modules if is_container else [model]
+    return objects
 
 
-def _free_what_is_lacking(
-    nodes: ExecutionList, node_id: str, used: Used, key: tuple[str, str], choices: tuple[Any, ...]
-) -> None:
-    order = order_to_park(nodes, node_id, used)
+def _make_room(order: list[Adopted | HostEntry], inputs: NodeInputs, needed: Needed) -> None:
+    """Parks idle models in this order until each device has room for the node and for what it was given."""
     if not order:
         return
-    coming: dict[torch.device, int] = {}
-    for adopted in used.models:
-        for device, nbytes in adopted.parked.items():
-            coming[device] = coming.get(device, 0) + nbytes
-    known = needs.known(key, choices) if graph.is_custom(nodes, node_id) else {}
-    for device in residency.devices():
-        wanted = _room_for(device, coming.get(device, 0), known)
-        residency.park_until_free(
-            [model for model in order if is_on(model, device)], device, wanted
-        )
+    coming: Counter[torch.device] = Counter()
+    for adopted in inputs.models:
+        coming.update(adopted.parked)
+    if settings.parks_each_stage():
+        needed = None
+    for device in meter.devices():
+        wanted = _room_for(device, coming[device], needed)
+        there = [model for model in order if is_on(model, device)]
+        if not _swap(device, there, inputs.models, wanted):
+            residency.park_until_free(there, device, wanted)
+
+
+def _swap(
+    device: torch.device,
+    there: Sequence[Adopted | HostEntry],
+    used: Sequence[Adopted],
+    wanted: float,
+) -> bool:
+    """Where one model must leave and one comes home, and RAM has no room for both: swaps them.
+
+    Returns:
+        Whether it did.
+    """
+    away = [adopted for adopted in used if adopted.parked]
+    if len(away) != 1 or not there or not isinstance(there[0], Adopted):
+        return False
+    leaving, coming, free = there[0], away[0], meter.free_bytes(device) or 0
+    nbytes = leaving.resident[device]
+    one_is_enough = len(there) == 1 or free + nbytes >= wanted
+    on_one_device = set(leaving.resident) == set(coming.parked) == {device}
+    if free >= wanted or not one_is_enough or not on_one_device:
+        return False
+    if settings.keep_mirrors() and for_hosts.has_room_on_host(nbytes):
+        return False  # to park and then to restore is as fast, and shows both moves
+    try:
+        residency.swap(leaving, coming)
+    except (qmove.QMoveError, torch.OutOfMemoryError) as error:
+        log.debug("could not swap %s for %s: %s", leaving.name, coming.name, error)
+    return not coming.parked
 
 
 @never_fails("bring a model home ahead of its use", None)
-def _prefetch_next(
-    nodes: ExecutionList, node_id: str, known: dict[torch.device, int] | None
-) -> None:
+def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: Needed) -> None:
     """While this node computes, the model that is needed next begins to come home, if both have room."""
     parked = {_identity(adopted): adopted for adopted in adopted_models() if adopted.parked}
-    if not parked or known is None:
+    if not parked or needed is None:
         return
-    uses = {
-        identity: steps
-        for identity, steps in _next_uses(nodes, node_id).items()
-        if identity in parked
-    }
-    soonest = parked[min(uses, key=lambda identity: uses[identity])] if uses else None
+    uses = _next_uses(nodes, node_id)
+    soonest = min(parked.keys() & uses.keys(), key=lambda identity: uses[identity], default=None)
     if soonest is None:
         return
-    for device, nbytes in soonest.parked.items():
-        if (residency.free_bytes(device) or 0) < _room_for(device, nbytes, known):
+    model, room = parked[soonest], Counter(needed)
+    for patcher in inputs.patchers:  # it may have been loaded when the need was measured
+        room[patcher.load_device] += max(0, patcher.model_size() - int(patcher.loaded_size()))
+    for device, nbytes in model.parked.items():
+        if (meter.free_bytes(device) or 0) < _room_for(device, nbytes, room):
             return
-    if soonest.begin_to_come_home():
-        log.info("%s begins to come home: it is needed next", soonest.name)
-        residency.register([soonest])
+    if qmove.prefetch(model.model) is not None:
+        log.info("%s begins to come home: it is needed next", model.name)
+        residency.register([model])
 
 
-_NEVER = 1 << 30
-
-
-def _room_for(device: torch.device, coming: int, known: dict[torch.device, int] | None) -> float:
+def _room_for(device: torch.device, coming: int, needed: Needed) -> float:
     """Bytes that should be free on `device` before the node's models come home and it runs."""
-    if known is None or (known and device not in known):  # may need anything
+    if needed is None or (needed and device not in needed):  # it may need anything
         return residency.EVERYTHING
     host = comfy.model_management()
-    spared = settings.vram_to_keep_free()
-    if not coming or host is None:
-        return known.get(device, 0) + coming + spared
-    # What the host itself will ask for when the models come home: so that our order decides, not its own.
-    return (
-        coming + spared + max(known.get(device, 0), 0.1 * coming + host.minimum_inference_memory())
-    )
+    node = needed.get(device, 0)
+    if coming and host is not None:
+        # What ComfyUI asks for when the models come home, so that our order decides, not its own.
+        node = max(node, int(0.1 * coming + host.minimum_inference_memory()))
+    return coming + node + settings.vram_to_keep_free()
 
 
 def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
-    """For models that remaining nodes have on their wires: how many nodes run before the next of these."""
+    """For models on the wires of remaining nodes: how many nodes run before the next one that uses them."""
     uses: dict[int, int] = {}
     for waiting, steps in graph.steps_ahead(nodes).items():
         if waiting == node_id:
             continue
         found = wires.find_models(graph.inputs_of(nodes, waiting))
-        models: list[Adopted | HostEntry | None] = [
-            adopted_of(model) for model in (*found.modules, *found.keepers)
-        ]
-        for model in (*models, *found.patchers):
+        own = [adopted_of(model) for model in (*found.modules, *found.tensor_owners)]
+        for model in (*own, *found.patchers):
             if model is not None:
                 identity = _identity(model)
                 uses[identity] = min(steps, uses.get(identity, _NEVER))
@@ -230,18 +251,4 @@ def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
 
 
 def _identity(model: Adopted | HostEntry) -> int:
-    return (
-        id(model) if isinstance(model, Adopted) else id(model.model)
-    )  # clones of a patcher share its model
-
-
-def is_on(model: Adopted | HostEntry, device: torch.device) -> bool:
-    return device in model.resident if isinstance(model, Adopted) else model.load_device == device
-
-
-def _size(model: Adopted | HostEntry) -> int:
-    return sum(model.resident.values()) if isinstance(model, Adopted) else model.loaded_size()
-
-
-def _is_own(nodes: ExecutionList, node_id: str) -> bool:
-    return getattr(graph.class_of(nodes, node_id), "__module__", "").startswith(_OWN_NODES)
+    return id(model) if isinstance(model, Adopted) else id(model.model)  # clones share the model

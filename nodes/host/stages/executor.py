@@ -1,7 +1,8 @@
-"""Looks on as ComfyUI's executor stages and completes nodes: the one place where a node's inputs are known before it runs.
+"""Follows ComfyUI's executor as it stages and completes nodes: only there are a node's inputs known before it runs.
 
-The host has no hook for this, so two methods of `ExecutionList` are wrapped, which have had the same signature since 0.3.64,
-and the one that the executor calls with a node's error. Where one is not as expected, the log says so and that feature is off.
+ComfyUI has no hook for this, so two methods of `ExecutionList` are wrapped, which have had the same signature since
+0.3.64, and the one that the executor calls with a node's error. Where one is not as expected, the log says so and that
+feature is off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qmove_core.errors import NotEnoughMemory
+from qmove_core import NotEnoughMemory
 
 from .. import comfy, graph, progress
 from ..contract import ExecutionList
@@ -34,7 +35,8 @@ class _Run:
     """What is known of one prompt while it runs.
 
     Attributes:
-        unfinished: nodes that were staged and put back: they wait for a task, for nodes they expanded into, or for a lazy input.
+        unfinished: nodes that were staged and put back: they wait for a task, for nodes they expanded into,
+            or for a lazy input.
         node: the one that runs, with its class.
         measurement: of that node.
     """
@@ -51,12 +53,12 @@ _latest: weakref.ReferenceType[Any] | None = None
 def install() -> bool:
     """Wraps the host's methods. Returns whether stages are seen now; doing it twice changes nothing."""
     cls = comfy.execution_list_class()
-    if not _has_method(cls, "stage_node_execution", is_async=True) or not _has_method(
-        cls, "complete_node_execution"
-    ):
+    stages = _has_method(cls, "stage_node_execution", is_async=True)
+    if not stages or not _has_method(cls, "complete_node_execution"):
         log.warning(
-            "This ComfyUI runs its nodes in another way than qmove knows: nothing is parked or brought home between nodes. "
-            "The nodes of qmove work, and parked models still wake when they are used."
+            "This ComfyUI runs its nodes in another way than qmove knows: nothing is parked or "
+            "brought home between nodes. The nodes of qmove work, and parked models still wake "
+            "when they are used."
         )
         return False
     _wrap(cls, "stage_node_execution", _wrap_stage)
@@ -66,7 +68,8 @@ def install() -> bool:
         _wrap(executor, "handle_execution_error", _wrap_error)
     else:
         log.warning(
-            "This ComfyUI tells qmove nothing of errors in nodes: after an out-of-memory only ComfyUI itself makes room."
+            "qmove cannot see the errors of nodes in this ComfyUI: after an out-of-memory error "
+            "only ComfyUI itself makes room."
         )
     return True
 
@@ -93,12 +96,11 @@ def running_graph() -> ExecutionList | None:
 
 
 def uninstall() -> None:
-    """Gives the host its own methods back."""
+    """Puts ComfyUI's own methods back."""
     for cls in (comfy.execution_list_class(), comfy.prompt_executor_class()):
-        for name in ("stage_node_execution", "complete_node_execution", "handle_execution_error"):
-            original = getattr(getattr(cls, name, None), "_qmove_wraps", None)
-            if original is not None:
-                setattr(cls, name, original)
+        for name, method in list(vars(cls).items()) if cls is not None else []:
+            if hasattr(method, "_qmove_wraps"):
+                setattr(cls, name, method._qmove_wraps)
 
 
 def _wrap_stage(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -138,27 +140,21 @@ def _stage(nodes: ExecutionList, node_id: str) -> None:
         job_queue.node_ended()  # the last one, where it did not complete
         runs = not nodes.is_cached(node_id)
         if runs:
+            _latest = weakref.ref(nodes)
             history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
         if runs and not auto_parking.has_nothing_to_do():
-            run = _runs.get(nodes)
-            if run is None:
-                run = _runs[nodes] = _Run()
-                _latest = weakref.ref(nodes)
+            run = _runs.setdefault(nodes, _Run())
             run.node = (node_id, graph.class_name_of(nodes, node_id))
             run.measurement = None
-            if not _only_collects(run, nodes, node_id):
+            # One that was put back has run, and only collects its results now. One with lazy inputs
+            # runs when they are there.
+            is_lazy = hasattr(graph.class_of(nodes, node_id), "check_lazy_status")
+            if is_lazy or node_id not in run.unfinished:
                 run.measurement = _prepare(nodes, node_id)
             run.unfinished.add(node_id)
             history.stage_goes_on(nodes)
         job_queue.node_begins()
     events.send_if_due()
-
-
-def _only_collects(run: _Run, nodes: ExecutionList, node_id: str) -> bool:
-    """Whether the node has run, and is staged again only to take up results. One with lazy inputs runs when they have come."""
-    return node_id in run.unfinished and not hasattr(
-        graph.class_of(nodes, node_id), "check_lazy_status"
-    )
 
 
 def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
@@ -169,7 +165,7 @@ def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
         host = comfy.model_management()
         if host is None or not is_interrupt(error):
             raise
-        # Raised from here it would end the host's worker. Asked for again, the host raises it as the node begins.
+        # Raised here it would end ComfyUI's worker. Asked for again, it is raised as the node begins.
         host.interrupt_current_processing(True)
         return None
 
@@ -191,12 +187,7 @@ def _fail(error: BaseException | None) -> None:
     nodes = _latest() if _latest is not None else None
     run = _runs.get(nodes) if nodes is not None else None
     try:
-        if (
-            run is not None
-            and run.node is not None
-            and error is not None
-            and is_out_of_memory(error)
-        ):
+        if run is not None and run.node is not None and error and is_out_of_memory(error):
             auto_parking.out_of_memory(*run.node, run.measurement, error)
     finally:
         _end(nodes)
@@ -207,7 +198,7 @@ def _end(nodes: Any) -> None:
     if nodes is not None:
         _runs.pop(nodes, None)
         history.run_ends(nodes)
-    auto_parking.in_use = auto_parking.Used()
+    auto_parking.in_use = auto_parking.NodeInputs()
     job_queue.node_ended()
     events.send_if_changed()
 
@@ -217,9 +208,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, torch.OutOfMemoryError) or (
-            isinstance(error, NotEnoughMemory) and error.place != "cpu"
-        ):
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, NotEnoughMemory) and error.place != "cpu":
             return True
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             return True

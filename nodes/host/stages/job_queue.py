@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,8 +9,6 @@ from typing import Any
 
 from .. import browser, progress
 from ..guard import log_once
-
-log = logging.getLogger("qmove")
 
 Job = Callable[[], Any]
 
@@ -24,7 +21,7 @@ def run_or_queue(job: Job) -> tuple[bool, Any]:
     """Runs `job` now if no node runs, else when the one that runs has ended. Its moves can be cancelled.
 
     Returns:
-        Whether it has run, and its result. Of a job that waits the browsers are told the result, or why there is none.
+        Whether it has run, and its result. The result of a job that waits, or its error, is sent to the browsers.
     """
     with lock:
         if _node_runs:
@@ -41,7 +38,7 @@ def node_begins() -> None:
 
 
 def node_ended() -> None:
-    """Does what has waited."""
+    """Runs the jobs that have waited."""
     global _node_runs
     with lock:
         _node_runs = False

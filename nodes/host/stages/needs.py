@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .. import meter
-from ..models import residency
 
-HEADROOM = 1.1  # of what was learned: allocators fragment, and batches differ a little. The host adds the same to its own figures
+# Of what was learned: allocators fragment, and batches differ a little. ComfyUI adds the same to its own figures.
+HEADROOM = 1.1
 
 
 @dataclass
@@ -35,7 +35,7 @@ _learned: dict[tuple[str, str], Need] = {}
 
 
 def known(key: tuple[str, str], choices: tuple[Any, ...]) -> dict[torch.device, int] | None:
-    """What the node will need, with some headroom; None for one that never ran, or ran with another choice (another model)."""
+    """What the node will need, with some headroom; None if it never ran, or ran with other choices (another model)."""
     need = _learned.get(key)
     if need is None or need.choices != choices:
         return None
@@ -43,30 +43,27 @@ def known(key: tuple[str, str], choices: tuple[Any, ...]) -> dict[torch.device, 
 
 
 def begin(key: tuple[str, str], choices: tuple[Any, ...]) -> Measurement:
-    """Starts to measure; there is one peak counter for each device, so measurements cannot overlap."""
+    """Starts to measure. Each device has one peak counter, so measurements cannot overlap."""
     measurement = Measurement(key, choices)
-    for device in residency.devices():
+    for device in meter.devices():
         module = torch.get_device_module(device)
-        if hasattr(
-            module, "memory_stats_as_nested_dict"
-        ):  # not on mps, whose needs then stay unknown
-            module.reset_peak_memory_stats(device)
-            stats = meter.stats_of(device)
-            measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
-            unused = meter.bytes_of(stats, "reserved", "current") - measurement.allocated[device]
-            measurement.free[device] = module.mem_get_info(device)[0] + unused
+        if not hasattr(module, "memory_stats_as_nested_dict"):
+            continue  # mps: its needs stay unknown
+        module.reset_peak_memory_stats(device)
+        reading = meter.read(device)
+        if reading is not None:
+            measurement.allocated[device] = reading.allocated
+            measurement.free[device] = reading.total - reading.used
     return measurement
 
 
 def peak(measurement: Measurement) -> dict[torch.device, int]:
     """Bytes beyond those of the beginning, at most, by device."""
-    peaks = {
-        device: meter.bytes_of(meter.stats_of(device), "allocated", "peak")
-        for device in measurement.allocated
-    }
-    return {
-        device: max(0, peaks[device] - before) for device, before in measurement.allocated.items()
-    }
+    peaks = {}
+    for device, before in measurement.allocated.items():
+        highest = meter.bytes_of(meter.stats_of(device), "allocated", "peak")
+        peaks[device] = max(0, highest - before)
+    return peaks
 
 
 def learn(measurement: Measurement) -> None:

@@ -1,4 +1,4 @@
-"""What people ask for, in a node or from the browser: park this, restore that, free so much; each says what it did."""
+"""What people ask for, in a node or from the browser: park, restore, materialize, free VRAM; each reports what it did."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 import torch
 
 import qmove_core as qmove
-from qmove_core import homes
-from qmove_core.errors import readable_bytes
+from qmove_core import for_hosts
+from qmove_core.for_hosts import readable_bytes
 
-from .. import comfy
+from .. import comfy, meter
 from ..contract import HostEntry
 from ..models import residency, wires
 from ..models.adopted import Adopted, adopted_models
@@ -22,22 +22,22 @@ HOME = "home"
 def park_value(value: object) -> str:
     """Parks all models in a value; returns a line for each."""
     found = wires.find_models([value])
-    if not found.has_models:
+    if not found.all():
         return f"{_what(value)} holds no model: nothing to park."
-    models = residency.take_in([*found.modules, *found.keepers], into_books=False)
+    models = residency.take_in([*found.modules, *found.tensor_owners], registered=False)
     return park_models(models, found.patchers)
 
 
 def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
     """Parks models; returns a line for each."""
-    with homes.lock:  # what the host's own thread parks just now it has parked then
+    with for_hosts.lock:  # waits for what ComfyUI's own thread parks just now
         before = {adopted.number: adopted.resident for adopted in models}
     loaded = {id(patcher): int(patcher.loaded_size()) for patcher in patchers}
     residency.park([adopted for adopted in models if before[adopted.number]], patchers)
     lines = []
     for adopted in models:
         for device, nbytes in before[adopted.number].items():
-            left = adopted.resident_on(device)
+            left = adopted.resident.get(device, 0)
             stayed = f"; {readable_bytes(left)} stayed, the log says why" if left else ""
             lines.append(
                 f"Parked {adopted.name}: {readable_bytes(nbytes - left)} left {device}{stayed}."
@@ -45,36 +45,34 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
         if not before[adopted.number]:
             lines.append(f"{adopted.name} was not on a device: {_where(adopted)}.")
     for patcher in patchers:
-        left = int(patcher.loaded_size())
+        left = loaded[id(patcher)] - int(patcher.loaded_size())
         lines.append(
-            f"ComfyUI unloaded {_name(patcher)}: {readable_bytes(loaded[id(patcher)] - left)} left {patcher.load_device}."
+            f"ComfyUI unloaded {_name(patcher)}: {readable_bytes(left)} left {patcher.load_device}."
         )
     return "\n".join(lines)
 
 
 def park_all() -> str:
     """Parks all adopted models one by one, so that each shows and can be cancelled; returns a line for each."""
-    with homes.lock:
-        models = [adopted for adopted in adopted_models() if adopted.resident]
-    return (
-        "\n".join(park_models([model]) for model in models)
-        or "No model is in VRAM: nothing to park."
-    )
+    with for_hosts.lock:
+        models = residency.idle_models([])
+    reports = [park_models([model]) for model in models]
+    return "\n".join(reports) or "No model is in VRAM: nothing to park."
 
 
 def restore_all(device: str = HOME) -> str:
     """Brings all parked models home, or to `device`; returns a line for each."""
-    with homes.lock:
+    with for_hosts.lock:
         models = [adopted for adopted in adopted_models() if adopted.parked]
-    return restore_models(models, device) if models else "No model is parked: nothing to restore."
+    return restore_models(models, device) or "No model is parked: nothing to restore."
 
 
 def restore_value(value: object, device: str = HOME) -> str:
     """Brings all models in a value home, or to `device`; returns a line for each."""
     found = wires.find_models([value])
-    if not found.has_models:
+    if not found.all():
         return f"{_what(value)} holds no model: nothing to restore."
-    models = residency.take_in([*found.modules, *found.keepers], into_books=False)
+    models = residency.take_in([*found.modules, *found.tensor_owners], registered=False)
     lines = [restore_models(models, device)] if models else []
     host = comfy.model_management()
     if found.patchers and host is not None:
@@ -92,9 +90,8 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
     if device == HOME:
         residency.bring_home(models)
     else:
-        target = torch.device(device)
         for adopted in models:
-            _move(adopted, target)
+            _move(adopted, torch.device(device))
     residency.register(models)
     return "\n".join(
         f"Restored {adopted.name}: {readable_bytes(away[adopted.number])}, now {_where(adopted)}."
@@ -106,13 +103,10 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
 
 def _move(adopted: Adopted, target: torch.device) -> None:
     if target.type != "cpu":
-        elsewhere = (
-            sum(adopted.resident.values())
-            + sum(adopted.parked.values())
-            - adopted.resident_on(target)
-        )
-        if elsewhere > (residency.free_bytes(target) or 0):
-            residency.make_room(target, elsewhere, [adopted])
+        resident = adopted.resident
+        coming = sum(resident.values()) + sum(adopted.parked.values()) - resident.get(target, 0)
+        if coming > (meter.free_bytes(target) or 0):
+            residency.make_room(target, coming, [adopted])
     qmove.move(adopted.model, target)
     adopted.refresh()
 
@@ -125,51 +119,42 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
         return f"{_what(value)} holds no model that qmove could materialize.{own}"
     lines = []
     for module in found.modules:
-        missing = qmove.inventory(module).meta
+        name, missing = type(module).__name__, qmove.inventory(module).meta
         if missing:
             qmove.materialize_meta_tensors(module, target_device=target_device)
             nbytes = readable_bytes(sum(tensor.nbytes for tensor in missing))
             lines.append(
-                f"Materialized {type(module).__name__}: {len(missing)} tensors, {nbytes}, on {target_device}."
+                f"Materialized {name}: {len(missing)} tensors, {nbytes}, on {target_device}."
             )
         else:
-            lines.append(f"{type(module).__name__} has no meta tensors: nothing to materialize.")
+            lines.append(f"{name} has no meta tensors: nothing to materialize.")
     residency.take_in(found.modules)
     return "\n".join(lines)
 
 
 def free_vram(nbytes: int, device: str | None = None) -> str:
-    """Parks the least useful models until `nbytes` are free on `device`, or on each one; returns a line for each device."""
-    devices = [torch.device(device)] if device else residency.devices()
+    """Parks the least useful models until `nbytes` are free on `device`, or on each; returns a line for each device."""
     order = auto_parking.order_to_park(
-        executor.running_graph(), comfy.running_node(), auto_parking.Used()
+        executor.running_graph(), comfy.running_node(), auto_parking.NodeInputs()
     )
     lines = []
-    for target in devices:
+    for target in [torch.device(device)] if device else meter.devices():
         there = [model for model in order if auto_parking.is_on(model, target)]
         parked = residency.park_until_free(there, target, nbytes)
-        free = residency.free_bytes(target) or 0
-        names = ", ".join(
-            model.name if isinstance(model, Adopted) else _name(model) for model in parked
-        )
-        short = (
-            ""
-            if free >= nbytes
-            else f" That is less than the {readable_bytes(nbytes)} asked for: no model is left to park."
-        )
-        lines.append(
-            f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}.{short}"
-        )
+        free = meter.free_bytes(target) or 0
+        names = ", ".join(m.name if isinstance(m, Adopted) else _name(m) for m in parked)
+        line = f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}."
+        if free < nbytes:
+            wanted = readable_bytes(nbytes)
+            line += f" That is less than the {wanted} asked for: no model is left to park."
+        lines.append(line)
     return "\n".join(lines) or "This machine has no accelerator: there is no VRAM to free."
 
 
 def _where(adopted: Adopted) -> str:
-    places = [
-        f"{readable_bytes(nbytes)} on {device}" for device, nbytes in adopted.resident.items()
-    ]
+    places = [f"{readable_bytes(n)} on {device}" for device, n in adopted.resident.items()]
     places += [
-        f"{readable_bytes(nbytes)} parked, home is {device}"
-        for device, nbytes in adopted.parked.items()
+        f"{readable_bytes(n)} parked, home is {device}" for device, n in adopted.parked.items()
     ]
     return ", ".join(places) or "in CPU memory"
 

@@ -1,7 +1,7 @@
-"""One adopted model on one device, as ComfyUI's model management sees it.
+"""Entries: an adopted model on one device, as ComfyUI's model management sees it.
 
-The host asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models are parked whole:
-`partially_unload` gives nothing, upon which the host detaches the entry, drops it and empties the allocator's cache.
+ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models are parked whole:
+`partially_unload` frees nothing, upon which ComfyUI detaches the entry, drops it and empties the allocator's cache.
 """
 
 from __future__ import annotations
@@ -9,22 +9,33 @@ from __future__ import annotations
 import logging
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..guard import is_interrupt, never_fails
-
-if TYPE_CHECKING:
-    from .adopted import Adopted
+from .adopted import Adopted
 
 log = logging.getLogger("qmove")
 
+_entries: weakref.WeakKeyDictionary[Adopted, dict[torch.device, Entry]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def entries_of(adopted: Adopted) -> list[Entry]:
+    """The entries of a model: one for each device that is home to a part of it, or was. They die with the model."""
+    entries = _entries.setdefault(adopted, {})
+    for device in {**adopted.resident, **adopted.parked}:
+        if device not in entries:
+            entries[device] = Entry(adopted, device)
+    return list(entries.values())
+
 
 class Entry:
-    """Speaks for the part of a model whose home is `load_device`. It is owned by the model: they die together."""
+    """The part of a model whose home is `load_device`."""
 
-    parent = None  # the host's own clones have one
+    parent = None  # ComfyUI's own clones have one
 
     def __init__(self, adopted: Adopted, device: torch.device) -> None:
         self._adopted = weakref.ref(adopted)
@@ -32,40 +43,37 @@ class Entry:
         self.offload_device = torch.device("cpu")
         self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
         self.model_options: dict[str, Any] = {}
-        self.leaving = False  # while the host is asked to drop the entry although the model stays
+        self.leaving = False  # while ComfyUI is asked to drop the entry although the model stays
         self.failure: Exception | None = None  # why the last load did not bring the model home
 
     @property
-    def adopted(self) -> Adopted | None:
-        return self._adopted()
-
-    @property
     def model(self) -> Any:
-        """The real model. The host watches it die, so it gets no stand-in; None once it is dead."""
+        """The real model, whose death ComfyUI watches; None once it is dead."""
         adopted = self._adopted()
         return adopted.model if adopted is not None else None
 
-    # Sizes: asked for anew each time, as anybody may move the model --------------------------------------------------
+    # Sizes: computed on each call, as anything may move the model ---------------------------------
 
     def model_size(self) -> int:
         adopted = self._adopted()
-        return adopted.nbytes_of(self.load_device) if adopted is not None else 0
+        parked = adopted.parked.get(self.load_device, 0) if adopted is not None else 0
+        return self.loaded_size() + parked
 
     def loaded_size(self) -> int:
         adopted = self._adopted()
-        return adopted.resident_on(self.load_device) if adopted is not None else 0
+        return adopted.resident.get(self.load_device, 0) if adopted is not None else 0
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
 
-    # What the host makes it do -----------------------------------------------------------------------------------
+    # What ComfyUI makes it do --------------------------------------------------------------------
 
     def partially_load(
         self, device: torch.device, extra: float, force_patch_weights: bool = False
     ) -> int:
-        """Brings the whole model home, however little room the host offers: half a model does not run.
+        """Brings the whole model home, however little room ComfyUI offers: half a model does not run.
 
-        Also when the host means its own models and loads ours along, so a failure is kept for whoever did ask for this model.
+        ComfyUI may load it along with models of its own, so a failure is kept for the caller that needs this one.
         """
         adopted = self._adopted()
         self.failure = None
@@ -88,12 +96,12 @@ class Entry:
 
     @never_fails("park a model for ComfyUI, which needs its memory", None)
     def detach(self, unpatch_all: bool = True) -> None:
-        """Parks the model. With `unpatch_all=False` the host only takes the entry out, to put it in again at once."""
+        """Parks the model. With `unpatch_all=False` ComfyUI only takes the entry out, to put it in again at once."""
         adopted = self._adopted()
         if unpatch_all and adopted is not None and not self.leaving:
             adopted.park()
 
-    # What it asks of its own models and an entry has nothing of --------------------------------------------------------
+    # What it asks of its own models, and an entry does not have ----------------------------------
 
     def is_clone(self, other: object) -> bool:
         return other is self

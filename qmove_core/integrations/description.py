@@ -1,4 +1,4 @@
-"""What people call a model: int8, nf4, bf16; and how much of it a dispatch keeps on the disk or in RAM."""
+"""What people call a model (int8, nf4, bf16), and how much of it a dispatch keeps on disk or in RAM."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import qmove_core as qmove
-from qmove_core.integrations import accelerate_dispatch
-from qmove_core.integrations.weights_map import Sources, Unusable
-from qmove_core.model.quantized import is_quantized, is_quantizing_wrapper
+from ..model.holdings import Inventory
+from ..model.quantized import is_quantized, is_quantizing_wrapper
+from . import accelerate_dispatch
+from .weights_map import Sources, Unusable
 
 _SHORT = {
     torch.float64: "fp64",
@@ -26,7 +26,7 @@ _SHORT = {
 @dataclass(frozen=True)
 class Description:
     """Attributes:
-    kind: "int8", "nf4", "bf16" and the like; of several the one with the most bytes, a quantized one first.
+    kind: "int8", "nf4", "bf16" and the like: the format of most bytes, of the quantized ones if there are any.
     on_disk: bytes that a dispatch keeps in files.
     offloaded: bytes that a dispatch keeps in RAM.
     """
@@ -36,25 +36,21 @@ class Description:
     offloaded: int = 0
 
 
-def describe(held: qmove.Inventory) -> Description:
-    """Describes a model by what it holds; reads no weights."""
-    on_disk, offloaded = _kept_elsewhere(held)
-    return Description(_kind(held), on_disk, offloaded)
+def describe(held: Inventory) -> Description:
+    """Describes a model by its inventory (`qmove.inventory`). Reads no weights."""
+    return Description(_kind(held), *_kept_elsewhere(held))
 
 
-def _kind(held: qmove.Inventory) -> str:
+def _kind(held: Inventory) -> str:
     plain: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     with torch._C.DisableTorchFunctionSubclass():
         for holding in held.holdings:
-            tensor = next(
-                (tensor for tensor in holding.tensors if is_quantized(tensor, holding.kind)), None
-            )
-            if tensor is not None:
-                quantized[_format_of(tensor)] += holding.nbytes
-            elif (
-                holding.name.rsplit(".", 1)[-1] == "qweight" and not holding.dtype.is_floating_point
-            ):
+            weights = [tensor for tensor in holding.tensors if is_quantized(tensor, holding.kind)]
+            is_packed = holding.name.rpartition(".")[2] == "qweight"
+            if weights:
+                quantized[_format_of(weights[0])] += holding.nbytes
+            elif is_packed and not holding.dtype.is_floating_point:
                 quantized["GPTQ or AWQ"] += holding.nbytes
             elif holding.kind in ("parameter", "buffer", "tensor", "attribute"):
                 plain[_short(holding.dtype)] += holding.nbytes
@@ -70,15 +66,13 @@ def _kind(held: qmove.Inventory) -> str:
 
 def _format_of(tensor: Any) -> str:
     """The format of a quantized tensor, as its library calls it."""
-    quant_type = getattr(
-        getattr(tensor, "quant_state", None), "quant_type", None
-    )  # bitsandbytes, 4 bit
-    if quant_type:
-        return str(quant_type)
-    for attribute in ("qtype", "tensor_type"):  # quanto; GGUF
-        name = getattr(getattr(tensor, attribute, None), "name", None)
-        if name:
-            return str(name)
+    # bitsandbytes' 4 bit; quanto; GGUF
+    for path in ("quant_state.quant_type", "qtype.name", "tensor_type.name"):
+        value = tensor
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        if value:
+            return str(value)
     if hasattr(type(tensor), "__tensor_flatten__"):
         return f"{type(tensor).__module__.partition('.')[0]} {type(tensor).__name__}"
     return _short(tensor.dtype)
@@ -88,8 +82,8 @@ def _short(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _kept_elsewhere(held: qmove.Inventory) -> tuple[int, int]:
-    """Bytes on the disk and in RAM that a dispatch fetches for each forward."""
+def _kept_elsewhere(held: Inventory) -> tuple[int, int]:
+    """Bytes on disk and in RAM that a dispatch fetches for each forward."""
     if not held.meta:
         return 0, 0
     on_disk = offloaded = 0
@@ -97,7 +91,7 @@ def _kept_elsewhere(held: qmove.Inventory) -> tuple[int, int]:
     for slot in accelerate_dispatch.slots(held.modules):
         try:
             in_file = sources.find(slot.hook.weights_map, slot.key).file is not None
-        except Unusable:  # materialize says why; here it only counts as not in RAM
+        except Unusable:  # materialize gives the reason; here it only counts as not in RAM
             in_file = True
         if in_file:
             on_disk += slot.tensor.nbytes

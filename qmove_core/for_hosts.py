@@ -1,0 +1,34 @@
+"""What a program that hosts models (ComfyUI) may use beside qmove's public names; the one door to the rest of the core.
+
+A host manages models that others load. It asks where the tensors of a model are, and for whom; it is asked for room
+before a move fails, and it hears of every move. Each name is documented where it is defined.
+
+    for_hosts.on_shortage(free_vram)        # free_vram(device, nbytes) may park other models
+    for_hosts.on_move(mark_state_as_stale)  # also when a parked model woke by itself
+    with for_hosts.lock:                    # nothing moves meanwhile
+        homes = [for_hosts.parked_home(tensor) for tensor in model.parameters()]
+"""
+
+from .devices import free_memory
+from .devices import known as known_devices
+from .errors import readable_bytes
+from .homes import lock, parked_bytes, parked_home
+from .hosting import on_move, on_shortage
+from .integrations.description import Description, describe
+from .memory.budget import has_room_on_host
+from .model.walk import slots_of
+
+__all__ = [
+    "Description",
+    "describe",
+    "free_memory",
+    "has_room_on_host",
+    "known_devices",
+    "lock",
+    "on_move",
+    "on_shortage",
+    "parked_bytes",
+    "parked_home",
+    "readable_bytes",
+    "slots_of",
+]
