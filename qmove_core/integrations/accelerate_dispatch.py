@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..actions import Action
+from ..attributes import set_aside
+from ..class_variants import own_class
 from ..errors import MetaTensorsPresent, counted
 from ..model.holdings import Inventory
 from ..model.kinds import bitsandbytes_offloaded
@@ -50,24 +53,6 @@ class Slot:
     def get(self) -> torch.Tensor | None:
         """The tensor object under the name now; None if there is none any more."""
         return self.registered.get(self.name)
-
-
-@dataclass
-class Dispatch:
-    """Hooks that were taken off, with all that goes with them: each module (or pipeline), and its attributes as they were."""
-
-    taken: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
-
-    def put_on(self) -> None:
-        """Gives every module back what it had: the same hook objects, the same wrapped methods."""
-        for module, attributes in reversed(self.taken):
-            for name, value in attributes.items():
-                if name == "forward" and _is_graph_module(module):
-                    type(module).forward = value
-                elif value is _ABSENT:
-                    module.__dict__.pop(name, None)
-                else:
-                    module.__dict__[name] = value
 
 
 def is_dispatched(modules: Iterable[nn.Module]) -> bool:
@@ -124,90 +109,70 @@ def _with_parts(slot: Slot) -> list[torch.Tensor]:
     return [slot.tensor, *bitsandbytes_offloaded.tensors_on(slot.tensor)]
 
 
-def take_off(modules: Iterable[nn.Module]) -> Dispatch:
+def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Takes accelerate's dispatch and offload hooks off; other hooks stay. Nothing is loaded, moved or freed.
 
-    A module's `forward` is then its own again, and `to` and `cuda` are no longer guarded.
+    A module's `forward` is then its own again, and `to` and `cuda` are no longer guarded. `undo` gets what gives every
+    module back the same hook objects and the same wrapped methods.
     """
-    dispatch = Dispatch()
-    try:
-        for module in modules:
-            hooks = hooks_of(module)
-            others = [hook for hook in hooks if not is_dispatch_hook(hook)]
-            if len(others) < len(hooks):
-                _take_off_one(module, others, dispatch)
-            _take_guards(module, dispatch)
-    except BaseException:
-        dispatch.put_on()
-        raise
-    return dispatch
+    for module in modules:
+        hooks = hooks_of(module)
+        others = [hook for hook in hooks if not is_dispatch_hook(hook)]
+        if others and len(others) < len(hooks):
+            # accelerate's wrapper around `forward` asks for `_hf_hook` in each call
+            kept = sys.modules["accelerate.hooks"].SequentialHook(*others)
+            undo.callback(set_aside(module, _hf_hook=others[0] if len(others) == 1 else kept))
+        elif hooks and not others:
+            _take_forward(module, undo)
+        _take_guards(module, undo)
 
 
-def _take_off_one(module: nn.Module, others: list[Any], dispatch: Dispatch) -> None:
-    if others:  # accelerate's wrapper around `forward` asks for `_hf_hook` in each call
-        _set_aside(module, ["_hf_hook"], dispatch)
-        module.__dict__["_hf_hook"] = (
-            others[0]
-            if len(others) == 1
-            else sys.modules["accelerate.hooks"].SequentialHook(*others)
-        )
-        return
-    old_forward = module.__dict__.get("_old_forward", _ABSENT)
-    graph = _is_graph_module(module)
-    _set_aside(module, ["_hf_hook", "_old_forward", "forward"], dispatch)
-    if old_forward is _ABSENT:
-        return
-    if graph:
-        type(module).forward = old_forward
-    elif not _is_forward_of_its_class(old_forward, module):
-        module.__dict__["forward"] = old_forward  # somebody had replaced it before accelerate came
+def _take_forward(module: nn.Module, undo: ExitStack) -> None:
+    """Gives a module the forward that it had before accelerate wrapped it."""
+    wrapped = "_old_forward" in module.__dict__
+    old_forward = module.__dict__.get("_old_forward")
+    instead = {}
+    if wrapped and _is_graph_module(module):
+        cls: Any = own_class(module)
+        undo.callback(setattr, cls, "forward", cls.forward)
+        cls.forward = old_forward
+    elif wrapped and not is_forward_of_its_class(old_forward, module):
+        instead["forward"] = old_forward  # somebody had replaced it before accelerate came
+    undo.callback(set_aside(module, ["_hf_hook", "_old_forward", "forward"], **instead))
 
 
-def take_off_pipelines(pipelines: Iterable[Any], dispatch: Dispatch) -> None:
-    """What diffusers' pipelines note about offloading: with `_all_hooks` the next call would enable model offload again."""
+def take_off_pipelines(pipelines: Iterable[Any], undo: ExitStack) -> None:
+    """What diffusers' pipelines note about offloading: with `_all_hooks` the next call would enable it again."""
     for pipeline in pipelines:
-        names = [name for name in ("_all_hooks", "hf_device_map") if name in pipeline.__dict__]
-        if names:
-            _set_aside(pipeline, names, dispatch)
+        undo.callback(set_aside(pipeline, ["_all_hooks", "hf_device_map"]))
 
 
-def _is_forward_of_its_class(forward: Any, module: nn.Module) -> bool:
+def is_forward_of_its_class(forward: Any, module: nn.Module) -> bool:
+    """Whether it is the bound method that `module.forward` is when nobody has replaced it."""
     function = getattr(forward, "__func__", None)
     return getattr(forward, "__self__", None) is module and any(
         cls.__dict__.get("forward") is function for cls in type(module).__mro__
     )
 
 
-def _take_guards(module: nn.Module, dispatch: Dispatch) -> None:
+def _take_guards(module: nn.Module, undo: ExitStack) -> None:
     """`to` and `cuda` as `dispatch_model` wraps them on the root, and the map it leaves there."""
-    guards = [name for name in _GUARDED if _is_guard(module.__dict__.get(name))]
-    if "hf_device_map" in module.__dict__:
-        guards.append("hf_device_map")
-    if guards:
-        _set_aside(module, guards, dispatch)
+    names = [name for name in _GUARDED if _is_guard(module.__dict__.get(name))]
+    names += ["hf_device_map"] if "hf_device_map" in module.__dict__ else []
     kept_by_enable_to = module.__dict__.get(METHODS_BEFORE, {})
     others = {name: method for name, method in kept_by_enable_to.items() if not _is_guard(method)}
-    if len(others) < len(kept_by_enable_to):
-        _set_aside(module, [METHODS_BEFORE], dispatch)
-        module.__dict__[METHODS_BEFORE] = others
+    instead = {METHODS_BEFORE: others} if len(others) < len(kept_by_enable_to) else {}
+    if names or instead:
+        undo.callback(set_aside(module, names, **instead))
 
 
 def _is_guard(method: Any) -> bool:
     return getattr(method, "__globals__", {}).get("__name__") == "accelerate.big_modeling"
 
 
-def _set_aside(module: Any, names: Iterable[str], dispatch: Dispatch) -> None:
-    attributes = {name: module.__dict__.get(name, _ABSENT) for name in names}
-    if "forward" in attributes and _is_graph_module(module):
-        attributes["forward"] = type(module).forward
-    dispatch.taken.append((module, attributes))
-    for name in attributes:
-        module.__dict__.pop(name, None)
-
-
-METHODS_BEFORE = "_qmove_methods_before"  # where `enable_to` keeps the methods that a model's `__dict__` had, in it
-
-_ABSENT: Any = object()
+METHODS_BEFORE = (
+    "_qmove_methods_before"  # where `enable_to` keeps the methods of a model's `__dict__`
+)
 _GUARDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 
 

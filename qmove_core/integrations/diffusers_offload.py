@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..actions import Action
+from ..attributes import set_aside
 from ..errors import MetaTensorsPresent, counted
 from ..storages import exchange, stand_in
 
@@ -55,58 +57,37 @@ def refuse_absent(action: Action, modules: Iterable[nn.Module]) -> None:
         )
 
 
-def take_off(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Takes the hooks of group offload off; other hooks stay, and so do all tensors. Returns what puts the same objects back."""
-    undo: list[Callable[[], None]] = []
+def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Takes the hooks of group offload off; other hooks and all tensors stay. `undo` gets what puts the same objects back."""
     for module in modules:
         registry = _registry_of(module)
         for name in reversed([name for name in registry._hook_order if name in _HOOKS]):
             _take_off_one(module, registry, name, undo)
 
-    def put_on() -> None:
-        while undo:
-            undo.pop()()
 
-    return put_on
-
-
-def _take_off_one(
-    module: nn.Module, registry: Any, name: str, undo: list[Callable[[], None]]
-) -> None:
-    """As `HookRegistry.remove_hook`, which tells the hook, and forgets it."""
-    forward = module.__dict__.get("forward")
+def _take_off_one(module: nn.Module, registry: Any, name: str, undo: ExitStack) -> None:
+    """As `HookRegistry.remove_hook`, which also tells the hook, and forgets it."""
     index = registry._hook_order.index(name)
-    hook, reference = registry.hooks[name], registry._fn_refs[index]
-    inner = (
-        reference.original_forward if reference.original_forward is not None else reference.forward
-    )
-    outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
-    outer_forward = outer.forward if outer is not None else None
-    hooks = dict(registry.hooks)  # with their order
-
+    reference, outer = (*registry._fn_refs[index : index + 2], None)[:2]
+    inner = reference.forward if reference.original_forward is None else reference.original_forward
     if outer is not None:
-        outer.forward = inner
+        undo.callback(set_aside(outer, forward=inner))
     elif (
         getattr(inner, "__self__", None) is module
         and getattr(inner, "__func__", None) is type(module).forward
     ):
-        module.__dict__.pop("forward")
+        undo.callback(set_aside(module, ["forward"]))
     else:
-        module.__dict__["forward"] = inner
-    del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
+        undo.callback(set_aside(module, forward=inner))
+    undo.callback(registry._fn_refs.insert, index, registry._fn_refs.pop(index))
+    undo.callback(registry._hook_order.insert, index, registry._hook_order.pop(index))
+    undo.callback(_put_hooks_back, registry.hooks, dict(registry.hooks))
+    del registry.hooks[name]
 
-    def put_on() -> None:
-        registry.hooks.clear()
-        registry.hooks.update(hooks)
-        registry._hook_order.insert(index, name)
-        registry._fn_refs.insert(index, reference)
-        hook.fn_ref = reference
-        if outer is not None:
-            outer.forward = outer_forward
-        else:
-            module.__dict__["forward"] = forward
 
-    undo.append(put_on)
+def _put_hooks_back(hooks: dict[str, Any], before: dict[str, Any]) -> None:
+    hooks.clear()
+    hooks.update(before)
 
 
 def mismatches(groups: Iterable[Any]) -> Iterator[tuple[torch.Tensor, str]]:

@@ -39,7 +39,7 @@ class DispatchOptions:
 def remember(modules: Iterable[nn.Module]) -> None:
     """Notes how each of these modules that carries a device map was dispatched."""
     for module in modules:
-        if "hf_device_map" in module.__dict__:
+        if isinstance(module.__dict__.get("hf_device_map"), Mapping):
             _remembered[module] = _options_of(module)
 
 
@@ -60,7 +60,14 @@ def _options_of(root: nn.Module) -> DispatchOptions:
     loader = next((loader for loader in loaders if loader.index), None)
     return DispatchOptions(
         device_map=dict(root.hf_device_map),  # type: ignore[arg-type]
-        main_device=next((hook.execution_device for module, hook in hooks if module is root), None),
+        main_device=next(
+            (
+                hook.execution_device
+                for module, hook in hooks
+                if module is root and hasattr(hook, "execution_device")
+            ),
+            None,
+        ),
         offload_dir=None
         if loader is None or loader.save_folder is None
         else str(loader.save_folder),

@@ -6,10 +6,10 @@ model has changed. A meta Parameter stays the same object: it exchanges its impl
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,7 @@ from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import readable_bytes
 from ..integrations import diffusers_offload
-from ..integrations.accelerate_dispatch import (
-    Dispatch,
-    Slot,
-    is_dispatched,
-    take_off,
-    take_off_pipelines,
-)
+from ..integrations.accelerate_dispatch import Slot, is_dispatched, take_off, take_off_pipelines
 from ..integrations.dispatch_options import remember
 from ..integrations.weights_map import Source
 from ..interrupts import interrupts_deferred
@@ -75,23 +69,21 @@ class Materialized:
 
     Attributes:
         pieces: the tensors that were materialized.
-        dispatch: the hooks that were taken off.
         homes: the device of everything that was real before, by name; for what was parked, its home.
         was_parked: anything was.
         buffers: (registered, name, tensor) of the real buffers: `nn.Module.to` exchanges buffers for new objects.
         groups: those of diffusers' group offload.
-        undo: steps that bring the objects back, to be run from the last to the first.
+        undo: closing it brings the objects back. What was changed since then is lost: see `undo.py`.
     """
 
     pieces: list[Piece] = field(default_factory=list)
-    dispatch: Dispatch = field(default_factory=Dispatch)
     homes: dict[str, torch.device] = field(default_factory=dict)
     was_parked: bool = False
     buffers: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = field(
         default_factory=list
     )
     groups: list[Any] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    undo: ExitStack = field(default_factory=ExitStack)
 
 
 def materialize(
@@ -100,8 +92,11 @@ def materialize(
     progress: Progress | None = None,
     *,
     wants_digests: bool = False,
-) -> Materialized:
-    """As `materialize_meta_tensors`, and returns what is needed to undo it; to see changes, that takes digests."""
+) -> Materialized | None:
+    """As `materialize_meta_tensors`. Returns what is needed to undo it (to see changes, that takes digests).
+
+    None: there was nothing to materialize.
+    """
     started = time.perf_counter()
     with homes.lock:
         action = Action("materialize", model)
@@ -113,7 +108,7 @@ def materialize(
             diffusers_offload.pipelines_in(model),
         )
         if not held.meta and not groups and not is_dispatched(modules):
-            return Materialized()
+            return None
         pieces = plan(action, held, place)
         check_budget(action, pieces)
         _read(action, pieces, progress, wants_digests)
@@ -171,31 +166,31 @@ def _commit(model: object, held: Inventory, done: Materialized, pipelines: Seque
     """Puts the data into the model and takes the hooks off; all of it, or none."""
     try:
         remember(held.modules.values())
-        done.dispatch = take_off(held.modules.values())
-        done.undo.append(done.dispatch.put_on)
-        take_off_pipelines(pipelines, done.dispatch)
-        done.undo.append(diffusers_offload.take_off(held.modules.values()))
+        take_off(held.modules.values(), done.undo)
+        take_off_pipelines(pipelines, done.undo)
+        diffusers_offload.take_off(held.modules.values(), done.undo)
         for piece in done.pieces:
-            _settle_in(piece, done.undo)
+            _fill(piece, done.undo)
         kinds.refresh(inventory(model))
     except BaseException:
-        roll_back(done)
+        done.undo.close()
         raise
 
 
-def _settle_in(piece: Piece, undo: list[Callable[[], None]]) -> None:
+def _fill(piece: Piece, undo: ExitStack) -> None:
+    """Gives the tensor of a piece its data, and puts it into all of its slots."""
     if not piece.joins_real:
         twin = stand_in(piece.tensor, piece.opened if piece.real is None else piece.real)
         exchange(piece.tensor, twin)
-        undo.append(lambda: exchange(piece.tensor, twin))
+        undo.callback(exchange, piece.tensor, twin)
         if piece.parts:
             parts = {name: _part(source, piece.device) for name, source in piece.parts.items()}
-            undo.append(bitsandbytes_offloaded.attach(piece.tensor, piece.slots[0].module, parts))
+            bitsandbytes_offloaded.attach(piece.tensor, piece.slots[0].module, parts, undo)
             piece.part_digests = part_digests(piece.tensor, piece.slots[0])
     for slot in piece.slots:
         if slot.tensor is not piece.tensor:
             slot.put(piece.tensor)
-            undo.append(functools.partial(slot.put, slot.tensor))
+            undo.callback(slot.put, slot.tensor)
 
 
 def _part(source: Source, device: torch.device) -> torch.Tensor:
@@ -208,12 +203,6 @@ def part_digests(tensor: torch.Tensor, slot: Slot) -> dict[str, int]:
     """The digests of what hangs on a quantized weight now."""
     parts = bitsandbytes_offloaded.current_parts(tensor, slot.module)
     return {name: checksum_of(part) for name, part in parts.items()}
-
-
-def roll_back(done: Materialized) -> None:
-    """Undoes `materialize` right after it. What was changed since then would be lost: see `put_back`."""
-    while done.undo:
-        done.undo.pop()()
 
 
 def _home(holding: Holding) -> torch.device:

@@ -52,11 +52,11 @@ def materialized(
     try:
         yield model
     finally:
-        if done.undo:
-            put_back(model, done)
+        if done is not None:
+            undo(model, done)
 
 
-def put_back(model: object, done: Materialized) -> None:
+def undo(model: object, done: Materialized) -> None:
     """Undoes `materialize`, and keeps changes; see `materialized`."""
     action = Action("dispatch", model, "again")
     with homes.lock:
@@ -180,8 +180,7 @@ def _commit(
     for use in use_new_files:
         use()
     diffusers_offload.update_pinned_copies(done.groups)
-    while done.undo:
-        done.undo.pop()()
+    done.undo.close()
     for piece in done.pieces:
         for slot in piece.slots:
             slot.put(slot.tensor)

@@ -19,7 +19,7 @@ from .. import homes
 from ..class_variants import Variants, base_of, own_class, reduce_as_own_class
 from ..errors import DtypeCastRefused, QMoveError
 from ..integrations.accelerate_dispatch import METHODS_BEFORE
-from ..materialize.materialize import materialize, materialize_meta_tensors, roll_back
+from ..materialize.materialize import materialize, materialize_meta_tensors
 from ..materialize.undo import materialized
 from ..model.inventory import inventory
 from ..model.quantized import is_quantized, quantized_weights
@@ -160,7 +160,8 @@ def _moved(model: Any, device: Any) -> Any:
     try:
         move(model, device)
     except BaseException:
-        roll_back(done)
+        if done is not None:
+            done.undo.close()
         raise
     return model
 

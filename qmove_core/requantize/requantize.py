@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from ..model.quantized import quantized_weights
 from ..model.walk import walk
 from ..parking.plans import refuse_meta
 from ..parking.requests import move
-from .layer_changes import Before, Change, carry_out, undo
+from .layer_changes import Change, carry_out
 from .layer_formats import Recipe, format_of
 
 log = logging.getLogger("qmove")
@@ -32,9 +33,7 @@ log = logging.getLogger("qmove")
 Model = TypeVar("Model")
 
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # dequantized layer -> its Recipe
-_dtypes_before = (
-    WeakTensorKeyDictionary()
-)  # other parameter or buffer that was cast along -> its dtype before
+_dtypes_before = WeakTensorKeyDictionary()  # other tensor that was cast along -> its dtype before
 
 
 def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None = None) -> Model:
@@ -125,14 +124,7 @@ class _Work:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Cast:
-    """Another parameter or buffer, which changes its dtype along with the layers."""
-
-    tensor: torch.Tensor
-    dtype: torch.dtype
-
-
+Casts = list[tuple[torch.Tensor, torch.dtype]]  # what changes its dtype along with the layers
 Make = Callable[[_Work, dict[int, nn.Parameter]], Change]
 
 
@@ -141,19 +133,19 @@ def _dequantize(
 ) -> set[torch.device]:
     held, action = inventory(model), Action("dequantize", model, f"to {target}")
     refuse_meta(action, held)
-    work = []
+    work, reasons = [], []
     for name, module, working_dtype in _modules(held):
         layer_format = format_of(module)
-        if layer_format is not None:
-            _refuse(
-                action, [(name, reason) for reason in [layer_format.obstacle(module)] if reason]
-            )
-            recipe, numel = layer_format.recipe(module), layer_format.numel(module)
-            wanted = dtype or working_dtype or recipe.dtype
-            holders = layer_format.holders(module)
-            work.append(
-                _Work(name, module, recipe, holders, numel, wanted, numel * wanted.itemsize)
-            )
+        if layer_format is None:
+            continue
+        if obstacle := layer_format.obstacle(module):
+            reasons.append((name, obstacle))
+            continue
+        recipe, numel = layer_format.recipe(module), layer_format.numel(module)
+        wanted = dtype or working_dtype or recipe.dtype
+        holders = layer_format.holders(module)
+        work.append(_Work(name, module, recipe, holders, numel, wanted, numel * wanted.itemsize))
+    _refuse(action, reasons)
     replaced = _tensors_of(work)
     known = {
         name for h in held.holdings if any(id(t) in replaced for t in h.tensors) for name in h.names
@@ -162,7 +154,7 @@ def _dequantize(
     unknown = "qmove knows no way from this format to the values; its own library may have one"
     _refuse(action, [(name, unknown) for name in quantized_weights(held) if name not in known])
     casts = _casts_along(held, work, replaced, dtype)
-    dtypes_before = [(cast.tensor, cast.tensor.dtype) for cast in casts]
+    dtypes_before = [(tensor, tensor.dtype) for tensor, _dtype in casts]
 
     def make(item: _Work, made: dict[int, nn.Parameter]) -> Change:
         return item.recipe.format.dequantize(item.module, target, item.dtype, made)
@@ -178,23 +170,23 @@ def _dequantize(
 def _requantize(model: object, target: torch.device) -> set[torch.device]:
     held, action = inventory(model), Action("requantize", model, f"on {target}")
     refuse_meta(action, held)
-    work = []
+    work, reasons = [], []
     for name, module, _working_dtype in _modules(held):
         if module in _recipes and format_of(module) is None:
             recipe: Recipe = _recipes[module]
-            _refuse(
-                action,
-                [(name, reason) for reason in [recipe.format.irreversible(recipe)] if reason],
-            )
+            if reason := recipe.format.irreversible(recipe):
+                reasons.append((name, reason))
+                continue
             weight: Any = module.weight
             nbytes = recipe.format.nbytes(recipe, weight.numel())
             work.append(_Work(name, module, recipe, [weight], weight.numel(), weight.dtype, nbytes))
+    _refuse(action, reasons)
     if not work and not quantized_weights(held):
         reason = "qmove.dequantize_and_move has dequantized none of its layers; quantize it with its own library"
         _refuse(action, [(type(model).__name__, reason)])
     replaced = _tensors_of(work)
     casts = [
-        _Cast(tensor, _dtypes_before[tensor])
+        (tensor, _dtypes_before[tensor])
         for root, _dtype in _roots(held)
         for tensor in (*root.parameters(), *root.buffers())
         if tensor in _dtypes_before and id(tensor) not in replaced
@@ -206,8 +198,8 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
     _transform(model, action, held, target, work, make, casts)
     for item in work:
         del _recipes[item.module]
-    for cast in casts:
-        _dtypes_before.pop(cast.tensor, None)
+    for tensor, _before in casts:
+        _dtypes_before.pop(tensor, None)
     return {holding.device for holding in held.holdings}
 
 
@@ -218,40 +210,35 @@ def _transform(
     target: torch.device,
     work: Sequence[_Work],
     make: Make,
-    casts: Sequence[_Cast],
+    casts: Casts,
 ) -> None:
-    """Makes all layers anew on `target`, then takes them and the rest of the model there: all of it, or nothing."""
+    """Makes all layers anew on `target`, then moves them and the rest of the model there: all of it, or nothing."""
     started = time.perf_counter()
     needed = _check_budget(action, held, target, work, casts)
     made: dict[int, nn.Parameter] = {}
     try:
-        with (
-            torch.no_grad(),
-            torch.inference_mode(False),
-        ):  # what is made under inference mode could never be trained
+        # What is made under inference mode could never be trained.
+        with torch.no_grad(), torch.inference_mode(False):
             changes = [_made(item, action, make, made) for item in work]
-            new_data = [(cast.tensor, cast.tensor.data.to(target, cast.dtype)) for cast in casts]
+            new_data = [(tensor, tensor.data.to(target, dtype)) for tensor, dtype in casts]
     except torch.OutOfMemoryError as error:
         advice = "Park another model first, or choose another device."
         raise budget.out_of_memory(action, target, needed, advice) from error
-    befores = [Before.of(item.module) for item in work]
-    old_data = [(cast.tensor, cast.tensor.data) for cast in casts]
-    with interrupts_deferred():
-        try:
-            carry_out(changes)
-            _assign(new_data)
-            move(model, target)
-        except BaseException:
-            undo(befores)
-            _assign(old_data)
-            raise
-    nbytes = readable_bytes(sum(item.nbytes for item in work))
+    with interrupts_deferred(), ExitStack() as undo:
+        for change in changes:
+            carry_out(change, undo)
+        for tensor, values in new_data:
+            undo.callback(_assign, tensor, tensor.data)
+            _assign(tensor, values)
+        move(model, target)
+        undo.pop_all()
+    nbytes, seconds = sum(item.nbytes for item in work), time.perf_counter() - started
     log.info(
         "%s: %d layers, now %s, in %.2f s",
         action.gerund,
         len(work),
-        nbytes,
-        time.perf_counter() - started,
+        readable_bytes(nbytes),
+        seconds,
     )
 
 
@@ -261,32 +248,24 @@ def _made(item: _Work, action: Action, make: Make, made: dict[int, nn.Parameter]
         return make(item, made)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # another library's code: whatever it raises, nothing has changed yet
+    except Exception as error:  # another library's code may raise anything; nothing has changed yet
         raise CannotMove(action, [(item.name, f"{type(error).__name__}: {error}")]) from error
 
 
 def _check_budget(
-    action: Action,
-    held: Inventory,
-    target: torch.device,
-    work: Sequence[_Work],
-    casts: Sequence[_Cast],
+    action: Action, held: Inventory, target: torch.device, work: Sequence[_Work], casts: Casts
 ) -> int:
     """Returns the bytes needed: the new weights, the largest layer once more to make it, and what else has to come."""
-    gone = _tensors_of(work) | {id(cast.tensor) for cast in casts}
+    gone = _tensors_of(work) | {id(tensor) for tensor, _dtype in casts}
     needed = sum(item.nbytes for item in work) + max((item.numel * 4 for item in work), default=0)
-    needed += sum(cast.tensor.numel() * cast.dtype.itemsize for cast in casts)
+    needed += sum(tensor.numel() * dtype.itemsize for tensor, dtype in casts)
     needed += sum(
         h.nbytes
         for h in held.holdings
         if h.device != target and not any(id(t) in gone for t in h.tensors)
     )
-    if target.type == "cpu":
-        budget.require_host(
-            action, needed, None
-        )  # `ram_limit` is about parked bytes; those here are to be used
+    if target.type == "cpu":  # `ram_limit` is about parked bytes; those here are to be used
+        budget.require_host(action, needed, None)
     else:
         budget.require_device(action, needed, target)
     return needed
@@ -329,24 +308,23 @@ def _tensors_of(work: Iterable[_Work]) -> set[int]:
 
 def _casts_along(
     held: Inventory, work: Sequence[_Work], replaced: set[int], dtype: torch.dtype | None
-) -> list[_Cast]:
+) -> Casts:
     """What has to change its dtype for the new layers to fit in: their biases, and all that has the dtype given up."""
-    casts: dict[int, _Cast] = {}
+    casts: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
     for root, before in _roots(held):
         for tensor in (*root.parameters(), *root.buffers()):
             if dtype is not None and tensor.dtype == before and id(tensor) not in replaced:
-                casts[id(tensor)] = _Cast(tensor, dtype)
+                casts[id(tensor)] = tensor, dtype
     for item in work:
         bias: Any = getattr(item.module, "bias", None)
         if bias is not None:
-            casts[id(bias)] = _Cast(bias, item.dtype)
-    return [cast for cast in casts.values() if cast.tensor.dtype != cast.dtype]
+            casts[id(bias)] = bias, item.dtype
+    return [(tensor, wanted) for tensor, wanted in casts.values() if tensor.dtype != wanted]
 
 
-def _assign(data: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, values in data:
-        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-            tensor.data = values
+def _assign(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+        tensor.data = values
 
 
 def _refuse(action: Action, reasons: Sequence[tuple[str, str]]) -> None:
