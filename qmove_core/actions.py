@@ -22,7 +22,7 @@ FORMS: dict[Verb, tuple[str, str]] = {
 
 
 class Action:
-    """One request, for error messages and log lines. It holds text only, so it keeps no model alive.
+    """One request, for error messages and log lines. It is text only and keeps no model alive.
 
     Attributes:
         infinitive: "move LlamaForCausalLM to cuda:0", to follow "Cannot ".

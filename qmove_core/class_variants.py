@@ -1,6 +1,6 @@
-"""Gives an object a subclass of its own class for a while, so that it behaves differently and stays what it was.
+"""A subclass for one object, for a while: it behaves differently and stays what it was.
 
-Such a subclass is called a variant. It has the name, module and docstring of the class it comes from.
+Such a subclass of the object's own class is called a variant. It has the same name and docstring.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ class Variants:
     """The variants for one purpose: one for each class, made when it is first needed."""
 
     def __init__(self, members: Callable[[type], dict[str, Any]]) -> None:
-        """`members` returns what the variant of a class has in its namespace. It may call `of(cls)` later, not at once."""
+        """`members` returns the namespace of the variant of a class."""
         self._members = members
-        # Weak: some classes are made for one module only (GraphModule, parametrizations) and must be able to go with it.
+        # Weak: some classes are made for one module (GraphModule, parametrizations) and go with it.
         self._made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 
     def of(self, cls: type, *, announced: bool = False) -> type:
         """The variant of `cls`.
 
         Args:
-            announced: the classes that `cls` derives from learn of the new subclass (`__init_subclass__`). Otherwise
-                they do not, since libraries register or change their subclasses.
+            announced: the classes that `cls` derives from learn of the new subclass
+                (`__init_subclass__`). Otherwise they do not, since libraries register or change
+                their subclasses.
 
         Raises:
             TypeError: the class allows no subclass.
@@ -38,7 +39,7 @@ class Variants:
         variant = self._made.get(cls)
         if variant is None or (announced and len(variant.__bases__) > 1):
             first = None if announced else _unannounced(cls)
-            # Past what a metaclass does with new classes; ABCMeta's part is needed for isinstance to work.
+            # Past what a metaclass does with new classes; isinstance needs ABCMeta's part.
             maker = abc.ABCMeta if issubclass(type(cls), abc.ABCMeta) else type
             self._made[cls] = variant = maker.__new__(
                 type(cls),
@@ -71,11 +72,11 @@ class Variants:
         try:
             set_class(obj, self.of(cls))
         except TypeError:
-            # The memory layout differs where another class comes first (a module behind an ABC mixin).
+            # The memory layout differs behind another first base (a module behind an ABC mixin).
             set_class(obj, self.of(cls, announced=True))
 
     def take(self, obj: object) -> None:
-        """Gives `obj` the class back that it had before `give`. Does nothing if it has no variant of this purpose."""
+        """Gives `obj` the class back that it had before `give`; nothing happens without `give`."""
         if self.made(type(obj)):
             set_class(obj, base_of(type(obj)))
 
@@ -91,8 +92,9 @@ def own_class(obj: object) -> type:
 
 
 def reduce_as_own_class(obj: Any, cls: type[Any], protocol: Any) -> Any:
-    """What `cls.__reduce_ex__` makes of `obj`, for copies and pickles of its own class instead of a variant."""
-    function, arguments, *rest = cls.__reduce_ex__(obj, protocol)  # type: ignore[call-arg, str-unpack]
+    """`cls.__reduce_ex__` of `obj`, so that copies and pickles are of its own class, no variant."""
+    reduced: Any = cls.__reduce_ex__(obj, protocol)  # type: ignore[call-arg]
+    function, arguments, *rest = reduced
     own = own_class(obj)
     return function, tuple(own if item is type(obj) else item for item in arguments), *rest
 
@@ -107,7 +109,7 @@ def set_class(obj: object, cls: type) -> None:
 
 
 class _UnannouncedModule(nn.Module):
-    """The first base of a module's variant. The class that it comes from does not learn of the variant."""
+    """The first base of a module's variant, so that the own class does not learn of it."""
 
     _qmove_variant = None
 

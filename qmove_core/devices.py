@@ -1,4 +1,4 @@
-"""The devices of this machine, behind one small face over `torch.accelerator` and `torch.<device type>`."""
+"""The devices of this machine: a small layer over `torch.accelerator` and `torch.<device type>`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,31 @@ Device = str | int | torch.device
 DeviceMap = Mapping[str, Device]
 
 
-def resolve(device: str | int | torch.device) -> torch.device:
-    """The device with its index, checked to exist: "cuda" -> the current cuda device, 1 -> the accelerator's second.
+def accelerator() -> torch.device | None:
+    """The type of accelerator that PyTorch works with, without an index; None without one."""
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6 raises where there is none; 2.7 returns None
+        return None
+
+
+def resolve(device: Device) -> torch.device:
+    """The device with its index, checked to exist.
+
+    "cuda" is the current CUDA device, 1 the accelerator's second one.
 
     Raises:
         UnknownDevice: it cannot be parsed, or the machine has no such device.
     """
+    current = accelerator()
+    if isinstance(device, int):
+        if current is None:
+            raise UnknownDevice(
+                f"Device {device} was asked for, but this machine has no accelerator, only the CPU."
+            )
+        device = f"{current.type}:{device}"
     try:
-        parsed = _accelerator(device) if isinstance(device, int) else torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UnknownDevice(
             f"{device!r} is not a device. This machine has: {', '.join(known())}."
@@ -33,19 +50,22 @@ def resolve(device: str | int | torch.device) -> torch.device:
         return CPU
     if parsed.type == "meta":
         raise UnknownDevice(
-            "Moving to the meta device would throw the data away. To free VRAM use qmove.park(model)."
+            "A move to the meta device would lose the data. To free VRAM use qmove.park(model)."
         )
     if parsed.index is None:
-        parsed = torch.device(parsed.type, _current_index(parsed.type))
+        is_current = current is not None and current.type == parsed.type
+        index = torch.accelerator.current_device_index() if is_current else 0
+        parsed = torch.device(parsed.type, index)
     if str(parsed) not in known():
         raise UnknownDevice(f"There is no {parsed} on this machine. It has: {', '.join(known())}.")
     return parsed
 
 
 def placement(target: Device | DeviceMap) -> Callable[[str], torch.device | None]:
-    """Where what has a given name is to go: to the one device, or where the longest fitting prefix of a device_map says.
+    """Returns a function from a name to a device: `target`, or what a device_map has for it.
 
-    The prefix "" fits every name. None where nothing fits.
+    In a device_map the longest prefix of the name decides; "" is a prefix of every name. None where
+    none fits.
 
     Raises:
         UnknownDevice: as `resolve`.
@@ -64,32 +84,16 @@ def placement(target: Device | DeviceMap) -> Callable[[str], torch.device | None
 
 def known() -> list[str]:
     """Names of all devices a tensor can live on here, the CPU first."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
-        return ["cpu"]
-    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-
-
-def _accelerator(index: int) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        raise UnknownDevice(
-            f"Device {index} was asked for, but this machine has no accelerator, only the CPU."
-        )
-    return torch.device(accelerator.type, index)
-
-
-def _current_index(device_type: str) -> int:
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device_type:
-        return 0
-    return torch.accelerator.current_device_index()
+    current = accelerator()
+    count = torch.accelerator.device_count() if current is not None else 0
+    return ["cpu", *(f"{current.type}:{i}" for i in range(count))]  # type: ignore[union-attr]
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device` now: free there, plus what PyTorch's allocator holds unused.
+    """Bytes that can be allocated on `device` now; what PyTorch's allocator holds unused counts.
 
-    None where the backend cannot say (mps, some third-party devices): then only the allocation itself can tell.
+    None where the backend does not report it (mps, some third-party devices): then the allocation
+    shows it.
     """
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):
@@ -99,14 +103,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:
-    """Waits until everything queued on these devices is done, so that their bytes can be read or freed."""
+    """Waits until all work queued on these devices is done: their bytes can be read or freed."""
     for device in devices:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
 
 class _Unstreamed:
-    """Stands for a stream on backends that have none: what is queued runs in order, and one can only wait for all of it."""
+    """In place of a stream where the backend has none: one can only wait for all work at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -123,7 +127,7 @@ class _Unstreamed:
 
 @functools.cache
 def own_stream(device: torch.device, purpose: str) -> Any:
-    """qmove's own stream for one purpose ("in", "out", "digest"): they overlap with each other and with the model."""
+    """qmove's own stream for one purpose ("in", "out", "digest"), beside that of the model."""
     module = torch.get_device_module(device)
     return module.Stream(device=device) if has_streams(device) else _Unstreamed(device)
 
@@ -135,15 +139,16 @@ def has_streams(device: torch.device) -> bool:
 
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
     """Inside, this thread queues its work for `device` on `stream`."""
-    return (
-        nullcontext()
-        if isinstance(stream, _Unstreamed)
-        else torch.get_device_module(device).stream(stream)
-    )
+    if isinstance(stream, _Unstreamed):
+        return nullcontext()
+    return torch.get_device_module(device).stream(stream)  # type: ignore[no-any-return]
 
 
 def wait_for_work(stream: Any, device: torch.device) -> None:
-    """Puts `stream` behind what this thread and the device's default stream have queued until now. The host does not wait."""
+    """Makes `stream` wait for what this thread and the default stream have queued until now.
+
+    The host does not wait.
+    """
     if isinstance(stream, _Unstreamed):
         return
     module = torch.get_device_module(device)
@@ -153,6 +158,6 @@ def wait_for_work(stream: Any, device: torch.device) -> None:
 
 
 def release_cached(devices: Iterable[torch.device]) -> None:
-    """Gives the allocator's unused blocks back to the driver, for other processes and for ComfyUI's own figures."""
+    """Returns the allocator's unused blocks to the driver, to be seen free by other programs."""
     for device_type in {device.type for device in devices} - {"cpu"}:
         torch.get_device_module(device_type).empty_cache()

@@ -30,7 +30,7 @@ def first_of(names: Sequence[str]) -> str:
 
 
 class QMoveError(RuntimeError):
-    """Base of all errors of qmove. After one the model is whole: in its old place or in its new one."""
+    """Base of all errors of qmove. The model is whole then, in its old place or its new one."""
 
 
 class NotEnoughMemory(QMoveError):
@@ -39,7 +39,7 @@ class NotEnoughMemory(QMoveError):
     Attributes:
         place: "cuda:0", "cpu", ...
         needed, free: bytes.
-        limit: what decides how much is free ("free VRAM", "cgroup limit", "ram_limit of qmove.configure").
+        limit: what decides how much is free ("free VRAM", "cgroup limit", ...).
     """
 
     def __init__(
@@ -47,21 +47,22 @@ class NotEnoughMemory(QMoveError):
     ) -> None:
         self.place, self.needed, self.free, self.limit = place, needed, free, limit
         super().__init__(
-            f"{action.gerund} needs {readable_bytes(needed)} ({counted(needed, 'byte')}) on {place}. "
-            f"Free there: {readable_bytes(free)} ({counted(free, 'byte')}; limit: {limit}). "
-            f"{action.nothing_done.capitalize()}. {advice}"
+            f"{action.gerund} needs {readable_bytes(needed)} ({counted(needed, 'byte')}) on "
+            f"{place}. Free there: {readable_bytes(free)} ({counted(free, 'byte')}; limit: {limit}"
+            f"). {action.nothing_done.capitalize()}. {advice}"
         )
 
 
 class CorruptedCopy(QMoveError):
-    """The copies of the tensors in `names` differ from their sources. The model stays where it was."""
+    """Copies of the tensors in `names` differ from their sources. The model stays where it was."""
 
     def __init__(self, action: Action, names: Sequence[str]) -> None:
         self.names = list(names)
         super().__init__(
             f"{action.gerund} failed: the digest of the copy differs from that of the source, for "
-            f"{first_of(self.names)}. The model stays where it was and keeps its bytes. Try again; if it "
-            "happens again, suspect the hardware (memory, riser, overclocking) and reload the model."
+            f"{first_of(self.names)}. The model stays where it was and keeps its bytes. Try again; "
+            "if it happens again, suspect the hardware (memory, riser, overclocking) and reload "
+            "the model."
         )
 
 
@@ -105,14 +106,15 @@ class OffloadedDataError(QMoveError):
     def __init__(self, action: Action, problems: Sequence[tuple[str, str]], advice: str) -> None:
         self.problems = list(problems)
         super().__init__(
-            f"Cannot {action.infinitive}, so {action.nothing_done}:\n{_lines(self.problems)}\n{advice}"
+            f"Cannot {action.infinitive}, so {action.nothing_done}:\n{_lines(self.problems)}\n"
+            f"{advice}"
         )
 
 
 class ChangesNotKept(QMoveError):
-    """Weights were changed in a way that the dispatch cannot hold; `reasons` has (name, reason) for each.
+    """Weights were changed in a way that the dispatch cannot hold.
 
-    The model stays materialized, with the changes.
+    The model stays materialized, with the changes. `reasons` has (name, reason) for each.
     """
 
     def __init__(self, action: Action, reasons: Sequence[tuple[str, str]]) -> None:
@@ -131,10 +133,11 @@ class LiveAutogradGraph(QMoveError):
 
     def __init__(self, action: Action, names: Sequence[str]) -> None:
         super().__init__(
-            f"Cannot {action.infinitive}: a live autograd graph needs {len(names)} of its tensors, the first "
-            f"is {names[0]!r}. {action.nothing_done.capitalize()}. Run the model under torch.no_grad() or "
-            "delete its outputs and losses; or pass allow_live_graph=True: then what the graph has saved "
-            "stays in VRAM, and its backward may find weights on another device."
+            f"Cannot {action.infinitive}: a live autograd graph needs {len(names)} of its tensors, "
+            f"the first is {names[0]!r}. {action.nothing_done.capitalize()}. Run the model under "
+            "torch.no_grad() or delete its outputs and losses; or pass allow_live_graph=True: then "
+            "what the graph has saved stays in VRAM, and its backward may find weights on another "
+            "device."
         )
 
 

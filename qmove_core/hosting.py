@@ -1,4 +1,4 @@
-"""Where a program that hosts the models (ComfyUI) hooks in: it is asked for room before a move fails, and told of each move."""
+"""Callbacks of a program that hosts models (ComfyUI): when a move lacks room, after each move."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _moved: list[Moved] = []
 
 
 def on_shortage(ask_for_room: AskForRoom) -> None:
-    """Calls `ask_for_room` when a move needs more than is free on a device. It may park others.
+    """Registers `ask_for_room`, which is called when a move needs more than is free on a device.
 
-    If too little is free after that, the move fails.
+    It may park other models. If too little is free after that, the move fails.
     """
     if ask_for_room not in _ask_for_room:
         _ask_for_room.append(ask_for_room)
 
 
 def on_move(moved: Moved) -> None:
-    """Calls `moved` after each move, in the thread that moved; models that woke by themselves are told of as well."""
+    """Registers `moved`, which is called after each move (waking too) in the thread that moved."""
     if moved not in _moved:
         _moved.append(moved)
 
 
 def ask_for_room(device: torch.device, nbytes: int) -> None:
-    """Asks everybody who may have room to give."""
+    """Calls what `on_shortage` registered."""
     for callback in _ask_for_room:
         callback(device, nbytes)
 
 
 def tell_moved() -> None:
-    """Tells everybody who wants to know."""
+    """Calls what `on_move` registered."""
     for callback in _moved:
         callback()

@@ -1,13 +1,17 @@
-"""Says clearly, before anything else of qmove is imported, that PyTorch is missing or too old.
+"""Raises MissingDependency where PyTorch is missing or too old. It is imported before the rest.
 
-PyTorch is not among the package's dependencies, so that pip never replaces the build that somebody chose for a GPU.
+PyTorch is no dependency of the package, so that pip never replaces the build that the user chose
+for a GPU.
 """
 
 from __future__ import annotations
 
 from .errors import MissingDependency
 
-_ADVICE = "qmove needs PyTorch 2.6 or newer. Install the build for your GPU: https://pytorch.org/get-started/locally"
+_ADVICE = (
+    "qmove needs PyTorch 2.6 or newer. "
+    "Install the build for your GPU: https://pytorch.org/get-started/locally"
+)
 
 try:
     import torch

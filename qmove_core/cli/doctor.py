@@ -132,7 +132,7 @@ def _torch_build() -> str:
         return f"ROCm {torch.version.hip}"
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = devices.accelerator()
     return "CPU build" if accelerator is None else f"{accelerator.type} build"
 
 

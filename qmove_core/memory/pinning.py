@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from .. import devices
 from ..errors import readable_bytes
 from ..settings import settings
 
@@ -113,7 +114,7 @@ def is_possible() -> bool:
         return False
     if torch.cuda._is_in_bad_fork():  # CUDA works in the parent only
         return False
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = devices.accelerator()
     if accelerator is None or accelerator.type != "cuda" or not torch.cuda.is_available():
         _say_once(
             logging.INFO,

@@ -1,1 +1,1 @@
-"""What a model's own methods do once qmove is behind them: `model.to()`, and accelerate's `dispatch_model` with a way back."""
+"""Methods of other libraries that work with qmove: `model.to()`, accelerate's `dispatch_model`."""

@@ -1,15 +1,16 @@
-"""accelerate's `dispatch_model` with a way back, and the way forth again: the old map, and the files that are there already."""
+"""accelerate's `dispatch_model` for models that materialize, and the same dispatch again later."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import homes
-from ..errors import MissingDependency, QMoveError
+from ..errors import MissingDependency, QMoveError, counted
 from ..integrations.accelerate_dispatch import is_dispatched
 from ..integrations.dispatch_options import DispatchOptions, remembered
 from ..integrations.weights_map import Sources, Unusable
@@ -28,64 +29,66 @@ def dispatch_model(
 
     Args:
         model: a module with its weights in memory.
-        device_map: from names of modules to devices, "cpu" or "disk"; or "auto", "balanced", ... to let accelerate choose one.
-        allow_materialize: give the model `materialize(device="cpu")`, `materialized()` and `materialize_all(device="cpu")`, and
-            let `to()` materialize first; see `enable_to`.
-        **options: for accelerate: `offload_dir`, `offload_index`, `state_dict`, `offload_buffers`, `main_device`, ...; and
-            `max_memory` and `no_split_module_classes` with a named device_map.
+        device_map: from names of modules to devices, "cpu" or "disk"; or "auto", "balanced", ... to
+            let accelerate choose one.
+        allow_materialize: give the model `materialize(device="cpu")`, `materialized()` and
+            `materialize_all(device="cpu")`, and let `to()` materialize first; see `enable_to`.
+        **options: for accelerate: `offload_dir`, `offload_index`, `state_dict`, `offload_buffers`,
+            `main_device`, ...; and `max_memory` and `no_split_module_classes` with a named
+            device_map.
 
     Returns:
         The model.
     """
-    big_modeling, modeling = _accelerate()
+    accelerate = _accelerate()
     if isinstance(device_map, str):
-        device_map = _named_map(modeling, model, device_map, options)
-    big_modeling.dispatch_model(model, device_map, **options)
+        device_map = _named_map(accelerate.utils.modeling, model, device_map, options)
+    accelerate.dispatch_model(model, device_map, **options)
     return enable_to(model) if allow_materialize else model
 
 
 def redispatch(
     model: nn.Module, device_map: Mapping[str, Any] | None = None, **options: Any
 ) -> Any:
-    """Dispatches a materialized model again. What lies in its old offload files is not written again.
+    """Dispatches a materialized model again. What its old offload files hold is not written again.
 
-    Weights that have changed since then are kept in RAM, and the files stay as they are. accelerate makes new Parameter objects
-    where it moves weights; for the very same objects use `with materialized(model)`.
+    Weights that have changed since then are kept in RAM, and the files stay as they are. accelerate
+    makes new Parameter objects where it moves weights; for the very same objects use `with
+    materialized(model)`.
 
     Args:
         model: what `materialize_meta_tensors` returned. A dispatched model is materialized first.
         device_map: None for the old one.
-        **options: for accelerate, in place of those of the old dispatch. Modules that are on "disk" now and were not before need
-            an `offload_dir`.
+        **options: for accelerate, in place of those of the old dispatch. Modules that are on "disk"
+            now and were not before need an `offload_dir`.
 
     Raises:
-        QMoveError: there was no dispatch with a device_map, or the old files do not have all that is to be on the disk.
+        QMoveError: there was no dispatch with a device_map, or the old files do not have all that
+            is to be on the disk.
     """
-    big_modeling, _modeling = _accelerate()
+    accelerate = _accelerate()
     with homes.lock:
         if is_dispatched(model.modules()):
             materialize_meta_tensors(model)
         old = remembered(model)
         if device_map is None and old is None:
             raise QMoveError(
-                f"{type(model).__name__} was not dispatched with a device_map before: redispatch(model, device_map=...)."
+                f"{type(model).__name__} was not dispatched with a device_map before. "
+                "Call redispatch(model, device_map=...)."
             )
-        chosen = dict(device_map if device_map is not None else old.device_map)  # type: ignore[union-attr]
+        chosen = dict(old.device_map if old and device_map is None else device_map or {})
         if requests.is_parked(model):
             requests.move(model, "cpu")
-        arguments = _arguments(model, chosen, old, options)
-        big_modeling.dispatch_model(model, chosen, **arguments)
+        if old is not None:
+            options = _arguments(model, chosen, old, options)
+        accelerate.dispatch_model(model, chosen, **options)
     return model
 
 
 def _arguments(
-    model: nn.Module,
-    device_map: dict[str, Any],
-    old: DispatchOptions | None,
-    options: dict[str, Any],
+    model: nn.Module, device_map: dict[str, Any], old: DispatchOptions, options: dict[str, Any]
 ) -> dict[str, Any]:
-    if old is None:
-        return options
+    """What accelerate is called with: the old arguments, and `options` in place of some of them."""
     arguments = {
         "main_device": old.main_device,
         "offload_buffers": old.offload_buffers,
@@ -98,15 +101,16 @@ def _arguments(
         arguments |= {"offload_dir": old.offload_dir, "offload_index": old.offload_index}
         if changed:
             in_ram = _tensors_on(model, device_map, "cpu", with_buffers=True)
-            arguments["state_dict"] = {
-                name: tensor.detach() for name, tensor in in_ram.items()
-            } | changed
+            kept = {name: tensor.detach() for name, tensor in in_ram.items()}
+            arguments["state_dict"] = kept | changed
     return arguments | options
 
 
 def _changed(on_disk: Mapping[str, torch.Tensor], old: DispatchOptions) -> dict[str, torch.Tensor]:
     """Host copies of the tensors that are not in the old offload files as they are now."""
-    entries: Any = _Entries(old)
+    entries: Any = SimpleNamespace(  # as accelerate's OffloadedWeightsLoader
+        state_dict={}, index=old.offload_index or {}, save_folder=old.offload_dir
+    )
     sources, changed, missing = Sources(), {}, []
     for name, tensor in on_disk.items():
         try:
@@ -115,29 +119,22 @@ def _changed(on_disk: Mapping[str, torch.Tensor], old: DispatchOptions) -> dict[
             missing.append(f"{name} ({error})")
             continue
         value = tensor.detach().cpu()
-        if source.mismatch(tensor) or not _same_bytes(
-            source.cast(source.open()).to(tensor.dtype), value
-        ):
+        same = not source.mismatch(tensor) and torch.equal(
+            _bytes_of(source.cast(source.open()).to(tensor.dtype)), _bytes_of(value)
+        )
+        if not same:
             changed[name] = value
     if missing:
         raise QMoveError(
-            f"{len(missing)} tensors that are to be on the disk are not in the old offload files, the first is {missing[0]}. "
-            "Nothing was changed. Pass offload_dir=... to write them to another folder."
+            f"The old offload files lack {counted(len(missing), 'tensor')} of those for the disk, "
+            f"the first is {missing[0]}. Nothing was changed. Pass offload_dir=... to write to "
+            "another folder."
         )
     return changed
 
 
-class _Entries:
-    """What `Sources` looks for in accelerate's OffloadedWeightsLoader."""
-
-    def __init__(self, old: DispatchOptions) -> None:
-        self.state_dict: dict[str, torch.Tensor] = {}
-        self.index = old.offload_index or {}
-        self.save_folder = old.offload_dir
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _tensors_on(
@@ -157,36 +154,26 @@ def _tensors_on(
 def _named_map(
     modeling: Any, model: nn.Module, name: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    limits = options.pop("max_memory", None)
-    classes = (
-        options.pop("no_split_module_classes", None)
-        or getattr(model, "_no_split_modules", None)
-        or None
-    )
     if name not in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise QMoveError(
             f"There is no device_map {name!r}. It is 'auto', 'balanced', 'balanced_low_0', "
             "'sequential', or a map from names to devices."
         )
+    limits = options.pop("max_memory", None)
+    classes = options.pop("no_split_module_classes", None)
+    classes = classes or getattr(model, "_no_split_modules", None) or None
     if name != "sequential":
-        limits = modeling.get_balanced_memory(
-            model,
-            max_memory=limits,
-            no_split_module_classes=classes,
-            low_zero=name == "balanced_low_0",
-        )
-    chosen: dict[str, Any] = modeling.infer_auto_device_map(
-        model, max_memory=limits, no_split_module_classes=classes
-    )
+        low_zero = name == "balanced_low_0"
+        limits = modeling.get_balanced_memory(model, limits, classes, low_zero=low_zero)
+    chosen: dict[str, Any] = modeling.infer_auto_device_map(model, limits, classes)
     return chosen
 
 
-def _accelerate() -> tuple[Any, Any]:
+def _accelerate() -> Any:
     try:
-        from accelerate import big_modeling
-        from accelerate.utils import modeling
+        import accelerate
     except ImportError as error:
         raise MissingDependency(
             "Dispatching a model needs accelerate: pip install accelerate"
         ) from error
-    return big_modeling, modeling
+    return accelerate

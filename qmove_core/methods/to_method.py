@@ -1,8 +1,8 @@
-"""`model.to()` that works: the model's own methods do what `qmove.move` does, under any guard of its library.
+"""`model.to()` that works: the model's own methods do what `qmove.move` does.
 
-The model gets a subclass of its own class with the same name, whose `to`, `cpu`, `cuda`, ... come first. Methods in the
-model's `__dict__` would have to refer to the model: strongly, and a deleted model stays in VRAM until the garbage
-collector comes by; weakly, and `load().to("cuda")` loses it on the way.
+The model gets a variant of its class with other methods. In the model's `__dict__` they would have
+to refer to the model. A strong reference keeps a deleted model in VRAM until the garbage collector
+runs; with a weak one `load().to("cuda")` loses the model.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..parking import sleeping
 from ..parking.requests import is_parked, move, restore
 
 Model = TypeVar("Model")
-Original = Callable[..., Any]  # what the method would have done without qmove
+Original = Callable[..., Any]  # the method without qmove
 
 
 def enable_to(model: Model) -> Model:
-    """Makes `model.to()`, `.cpu()` and `.cuda()` do what `qmove.move` does, also where the model's library forbids it.
+    """Makes `model.to()`, `.cpu()` and `.cuda()` do what `qmove.move` does, past libraries' guards.
 
-    Casts (`.half()`, `.to(dtype)`, ...) work as before, but raise DtypeCastRefused while the model holds quantized
-    weights; a parked model comes home for one. No flag of the model is edited. A copy of an enabled model is an
-    ordinary one. Enabling twice does nothing.
+    Casts (`.half()`, `.to(dtype)`, ...) work as before, but raise DtypeCastRefused while the model
+    holds quantized weights; a parked model comes home for one. No flag of the model is edited. A
+    copy of an enabled model is an ordinary one. Enabling twice does nothing.
 
     Args:
-        model: an `nn.Module` or a pipeline; only its own methods change, not those of its submodules.
+        model: an `nn.Module` or a pipeline. The methods of its submodules stay as they are.
 
     Returns:
         The model.
@@ -62,7 +62,7 @@ def enable_to(model: Model) -> Model:
 
 
 def disable_to(model: Model) -> Model:
-    """Gives the model back the methods that it had before `enable_to`. It stays where it is; no trace remains."""
+    """Gives the model the very methods back that it had before `enable_to`. It is not moved."""
     if is_enabled(model):
         sleeping.exchange_class(model, base_of)
         for name, value in model.__dict__.pop(METHODS_BEFORE, {}).items():
@@ -75,9 +75,6 @@ def is_enabled(model: object) -> bool:
     return any(_enabled.made(cls) for cls in type(model).__mro__)
 
 
-# What the methods do --------------------------------------------------------------------------------------------------
-
-
 def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("silence_dtype_warnings", None)  # of diffusers' pipelines
     device, dtype, _non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -85,7 +82,7 @@ def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         _refuse_cast(model, f"to({dtype})")
     if dtype is None and memory_format is None:
         return model if device is None else _moved(model, device)
-    # A parked model does not wake for a cast, and what replaces its weights would not know the way home.
+    # A cast does not wake a parked model, and the weights that it makes would have no home.
     if is_parked(model):
         restore(model, device)
     if dtype is not None:
@@ -129,7 +126,7 @@ def _materialize(
 def _materialize_all(
     model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
 ) -> Any:
-    """Gives every meta tensor its data and moves the whole model to `device`, ready to run there."""
+    """Gives every meta tensor its data and moves the whole model to `device`, to run there."""
     return _moved(materialize_meta_tensors(model, progress=progress), device)
 
 
@@ -140,15 +137,13 @@ def _materialized(
     return materialized(model, device, progress=progress)
 
 
-_CASTS = ("half", "float", "double", "bfloat16", "type")
-
-# name -> (the method without `self`, whether classes get it that had none of that name)
+# name -> (what the method does, whether a class without such a method gets it too)
 _METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
     "to": (_to, True),
     "cpu": (_cpu, True),
     "cuda": (_accelerator("cuda"), True),
     "xpu": (_accelerator("xpu"), False),
-    **{name: (_cast(name), False) for name in _CASTS},
+    **{name: (_cast(name), False) for name in ("half", "float", "double", "bfloat16", "type")},
     "materialize": (_materialize, True),
     "materialize_all": (_materialize_all, True),
     "materialized": (_materialized, True),
@@ -170,21 +165,19 @@ def _refuse_cast(model: Any, call: str) -> None:
     names = quantized_weights(inventory(model))
     if names:
         raise DtypeCastRefused(
-            f"{type(model).__name__}.{call} was refused: {len(names)} weights are quantized, first {names[0]!r}. "
-            "They hold codes, not values, and a cast would destroy them. Nothing was changed. Move without a dtype; or "
-            "get the values with qmove.dequantize_and_move(model, device, dtype)."
+            f"{type(model).__name__}.{call} was refused: some weights are quantized, "
+            f"first {names[0]!r} ({len(names)} in all). They hold codes, not values, and a cast "
+            "would destroy them. Nothing was changed. Move without a dtype; or get the values with "
+            "qmove.dequantize_and_move(model, device, dtype)."
         )
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """As `nn.Module.to` does it, but quantized weights are left alone."""
+    """As `nn.Module.to` does it, but quantized weights stay as they are."""
     with torch.no_grad():
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.dim() in (4, 5) and not is_quantized(tensor):
                 tensor.data = tensor.data.to(memory_format=memory_format)
-
-
-# How a model comes by them --------------------------------------------------------------------------------------------
 
 
 def _members(cls: type) -> dict[str, Any]:
@@ -212,24 +205,17 @@ _enabled = Variants(_members)
 
 def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get(METHODS_BEFORE, {})
-        original = (
-            before[name]
-            if name in before
-            else functools.partial(getattr(cls, name, _missing(name)), self)
-        )
+        def original(*args: Any, **kwargs: Any) -> Any:
+            before = self.__dict__.get(METHODS_BEFORE, {})
+            if name in before:
+                return before[name](*args, **kwargs)
+            return getattr(cls, name)(self, *args, **kwargs)
+
         if not is_enabled(
             self
-        ):  # a wrapper made in the meantime, such as accelerate's, outlives disable_to
+        ):  # a wrapper around this method, such as accelerate's, is still there
             return original(*args, **kwargs)
         with homes.lock:
             return function(self, original, *args, **kwargs)
 
     return functools.wraps(getattr(cls, name))(method) if hasattr(cls, name) else method
-
-
-def _missing(name: str) -> Callable[..., Any]:
-    def missing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    return missing
