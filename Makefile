@@ -31,10 +31,11 @@ ifneq ($(BROWSER_STAMP),)
 endif
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint and types
+check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 ifneq ($(BROWSER_STAMP),)
 	$(NPM) run check
 endif
@@ -57,5 +58,5 @@ $(VENV)/.qmove-browser: tools/setup_browser.py tests/web/package-lock.json | $(S
 	@touch $@
 
 clean: ## Remove the environment, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qmove-demo.png tests/browser/artefacts tests/web/node_modules
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache qmove-demo.png tests/browser/artefacts tests/web/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
