@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import QMoveError
+from ..model.kinds.bitsandbytes_layout import PACKED_STATE, QUANT_STATE
+from ..saved_tensors import NotSafetensors, read_header
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 # The last part of a tensor's name, by which the formats call what belongs to a quantized weight.
 QUANTIZATION_STATE = re.compile(
-    r"(\.|^)(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+"
+    rf"(\.|^)(SCB|weight_format|{'|'.join((*QUANT_STATE, *map(re.escape, PACKED_STATE.values())))}"
     r"|scales?|zeros?|qzeros|g_idx|weight_scale(_inv|_2)?|scale_(weight|input)|input_scale|scaled_fp8|comfy_quant)$"
 )
 
@@ -178,32 +178,13 @@ def _without_doubles(files: Sequence[Path], root: Path) -> tuple[list[Path], lis
 
 def _read_safetensors(path: Path, label: str) -> list[SavedTensor]:
     try:
-        with safe_open(path, framework="numpy"):  # checks the header, and that the file is whole
-            pass
-        header = _safetensors_header(path)
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise CannotInspect(
-            f"{path} is no whole safetensors file: {error}. Download or save it again."
-        ) from error
+        header = read_header(path)
+    except NotSafetensors as error:
+        raise CannotInspect(f"{error} Download or save it again.") from error
     return [
-        SavedTensor(
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            label,
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
+        SavedTensor(name, saved.saved_dtype, saved.shape, saved.end - saved.start, label)
+        for name, saved in header.items()
     ]
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """8 bytes of length, then JSON: https://huggingface.co/docs/safetensors (Format)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
 
 
 def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
@@ -277,8 +258,8 @@ def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
     def any_ends(*endings: str) -> bool:
         return any(name.endswith(endings) for name in names)
 
-    for kind in ("nf4", "fp4"):
-        if any_ends(f".quant_state.bitsandbytes__{kind}"):
+    for kind, packed_state in PACKED_STATE.items():
+        if any_ends(f".{packed_state}"):
             nested = ", double quantization" if any_ends(".nested_absmax") else ""
             return f"bitsandbytes {kind}{nested}"
     if any_ends(".SCB"):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from ..saved_tensors import HeaderEntry, NotSafetensors, read_header
 from ..storages import tensor_over
 
 
@@ -98,7 +100,7 @@ class Sources:
     """Finds the entries of weights maps. Keeps files open, and their headers at hand, for as long as it lives."""
 
     def __init__(self) -> None:
-        self._readers: dict[str, tuple[Any, dict[str, int]]] = {}
+        self._opened: dict[str, tuple[Any, dict[str, HeaderEntry]]] = {}
 
     def find(self, weights_map: Mapping[str, Any], name: str) -> Source:
         """The entry of `name`.
@@ -125,39 +127,33 @@ class Sources:
         Raises:
             Unusable: as `find`.
         """
-        reader, ranks = self._open(file)
-        if weight_name not in ranks:
+        reader, header = self._open(file)
+        saved = header.get(weight_name)
+        if saved is None:
             raise Unusable(f"the file {file} has no tensor {weight_name!r}")
-        header = reader.get_slice(weight_name)
-        dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
-        if dtype is None:
+        if saved.dtype is None:
             raise Unusable(
-                f"{weight_name!r} in {file} has the dtype {header.get_dtype()}, which torch does not have"
+                f"{weight_name!r} in {file} has the dtype {saved.saved_dtype}, which torch does not have"
             )
         return Source(
-            where=str(file), key=(os.path.realpath(file), weight_name, through), dtype=dtype,
-            shape=tuple(header.get_shape()), through=_dtype(through, file) if through else None, file=file,
-            offset=ranks[weight_name], shareable=True, _reader=reader, _weight_name=weight_name,
+            where=str(file), key=(os.path.realpath(file), weight_name, through), dtype=saved.dtype, shape=saved.shape,
+            through=_dtype(through, file) if through else None, file=file, offset=saved.start, shareable=True,
+            _reader=reader, _weight_name=weight_name,
         )  # fmt: skip
 
-    def _open(self, file: Path) -> tuple[Any, dict[str, int]]:
-        """A reader of a safetensors file, and the place of each tensor in the order of the file."""
-        from safetensors import SafetensorError, safe_open
-
+    def _open(self, file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
+        """A reader of a safetensors file, and its header."""
         key = os.path.realpath(file)
-        if key not in self._readers:
+        if key not in self._opened:
             _require_file(file)
             try:
-                reader = safe_open(str(file), framework="pt", device="cpu")
-            except (
-                SafetensorError
-            ) as error:  # also when the file ends before the last tensor that its header names
+                header = read_header(file)
+            except NotSafetensors as error:
                 raise Unusable(
                     f"the file {file} is truncated or no safetensors file ({error})"
                 ) from error
-            names = reader.offset_keys() if hasattr(reader, "offset_keys") else reader.keys()
-            self._readers[key] = reader, {name: rank for rank, name in enumerate(names)}
-        return self._readers[key]
+            self._opened[key] = safe_open(str(file), framework="pt", device="cpu"), header
+        return self._opened[key]
 
 
 def has_entry(weights_map: Mapping[str, Any], name: str) -> bool:
@@ -249,15 +245,3 @@ def _dtype(name: str, file: Path) -> torch.dtype:
 
 def _names(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, dtype)
-    for name, dtype in {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-        "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
-    }.items()
-    if hasattr(torch, dtype)
-}  # fmt: skip

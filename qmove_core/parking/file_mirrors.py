@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from .. import homes
 from ..digests.digest import digest_storages
@@ -19,19 +15,12 @@ from ..memory import arena, mapped_files, mirrors
 from ..memory.mapped_files import MappedFile
 from ..model.holdings import Holding
 from ..model.inventory import inventory
+from ..model.kinds import bitsandbytes_layout
+from ..saved_tensors import NotSafetensors, read_header
 from ..settings import settings
 from . import streaming
 
 log = logging.getLogger("qmove")
-
-# How bitsandbytes calls the parts of a quantized weight in memory, and in a file. Source: its `QuantState` and `Int8Params`.
-_QUANT_STATE = {
-    ".weight.SCB": ".SCB",
-    ".quant_state.absmax": ".absmax",
-    ".quant_state.code": ".quant_map",
-    ".quant_state.state2.absmax": ".nested_absmax",
-    ".quant_state.state2.code": ".nested_quant_map",
-}
 
 
 class CannotMirror(QMoveError):
@@ -159,29 +148,14 @@ class _Saved:
             raise CannotMirror(f"{self.path} cannot be mapped into memory: {error}.") from error
 
     def _tensors(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor begins and ends in the file: 8 bytes of length, a JSON header of it, then the data.
-
-        Source: https://huggingface.co/docs/safetensors (Format).
-        """
+        """Where each tensor begins and ends in the file."""
         try:
-            with safe_open(
-                self.path, framework="numpy"
-            ):  # checks the header, and that the file is whole
-                pass
-            with self.path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            header = read_header(self.path)
+        except NotSafetensors as error:
             raise CannotMirror(
-                f"{self.path} is no whole safetensors file: {error}. Only the files that the model was loaded from, as "
-                "safetensors, can mirror it."
+                f"{error} Only the files that the model was loaded from, as safetensors, can mirror it."
             ) from error
-        data = 8 + length
-        return {
-            name: (data + entry["data_offsets"][0], data + entry["data_offsets"][1])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        return {name: (saved.start, saved.end) for name, saved in header.items()}
 
 
 def _name_in(tensors: dict[str, tuple[int, int]], holding: Holding, prefix: str) -> str | None:
@@ -197,6 +171,6 @@ def _name_in(tensors: dict[str, tuple[int, int]], holding: Holding, prefix: str)
 def _saved_names(holding: Holding) -> Iterator[str]:
     for name in holding.names:
         yield name
-        for in_memory, in_file in _QUANT_STATE.items():
-            if name.endswith(in_memory):
-                yield name.removesuffix(in_memory) + in_file
+        in_file = bitsandbytes_layout.saved_name(name)
+        if in_file is not None:
+            yield in_file

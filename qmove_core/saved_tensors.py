@@ -1,0 +1,75 @@
+"""The header of a safetensors file: what each tensor in it is, and where its bytes lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import QMoveError
+
+
+class NotSafetensors(QMoveError, ValueError):
+    """A file that is missing, cut short, or no safetensors file."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """One tensor of a file.
+
+    Attributes:
+        saved_dtype: as the file names it ("F8_E4M3"), which torch may not have.
+        start, end: where its bytes begin and end in the file.
+    """
+
+    saved_dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None if this torch does not have it."""
+        return _DTYPES.get(self.saved_dtype)
+
+
+def read_header(file: Path) -> dict[str, HeaderEntry]:
+    """The tensors of a safetensors file by name. Reads the header only.
+
+    Raises:
+        NotSafetensors: the file is missing, its header is malformed, or it is shorter than its header says.
+    """
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header, and that the file is whole
+            pass
+        # 8 bytes of length, then JSON: https://huggingface.co/docs/safetensors (Format). The library keeps offsets
+        # to itself.
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
+        return {
+            name: HeaderEntry(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + length + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotSafetensors(f"{file} is no whole safetensors file: {error}.") from error
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+        "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
+    }.items()
+    if hasattr(torch, dtype)
+}  # fmt: skip
