@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import QMoveError
 
@@ -36,21 +37,20 @@ class HeaderEntry:
         return _DTYPES.get(self.saved_dtype)
 
 
-def read_header(file: Path) -> dict[str, HeaderEntry]:
-    """The tensors of a safetensors file by name. Reads the header only.
+def open_safetensors(file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
+    """The library's own reader of a file, which maps it into memory, and the tensors of the file by name.
 
     Raises:
         NotSafetensors: the file is missing, its header is malformed, or it is shorter than its header says.
     """
     try:
-        with safe_open(file, framework="numpy"):  # checks the header, and that the file is whole
-            pass
-        # 8 bytes of length, then JSON: https://huggingface.co/docs/safetensors (Format). The library keeps offsets
-        # to itself.
+        # Checks the header, and that the file is whole. It keeps the offsets to itself, so the header is read again:
+        # 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, Format).
+        reader = safetensors.safe_open(str(file), framework="pt", device="cpu")
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
             header = json.loads(content.read(length))
-        return {
+        return reader, {
             name: HeaderEntry(
                 entry["dtype"],
                 tuple(entry["shape"]),
@@ -59,8 +59,15 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError
+    ) as error:  # fmt: skip
         raise NotSafetensors(f"{file} is no whole safetensors file: {error}.") from error
+
+
+def read_header(file: Path) -> dict[str, HeaderEntry]:
+    """The tensors of a safetensors file by name. Raises as `open_safetensors`."""
+    return open_safetensors(file)[1]
 
 
 _DTYPES: dict[str, torch.dtype] = {

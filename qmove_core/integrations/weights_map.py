@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from ..saved_tensors import HeaderEntry, NotSafetensors, read_header
+from ..saved_tensors import HeaderEntry, NotSafetensors, open_safetensors
 from ..storages import tensor_over
 
 
@@ -147,12 +146,11 @@ class Sources:
         if key not in self._opened:
             _require_file(file)
             try:
-                header = read_header(file)
+                self._opened[key] = open_safetensors(file)
             except NotSafetensors as error:
                 raise Unusable(
                     f"the file {file} is truncated or no safetensors file ({error})"
                 ) from error
-            self._opened[key] = safe_open(str(file), framework="pt", device="cpu"), header
         return self._opened[key]
 
 
