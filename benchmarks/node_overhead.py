@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES, REPEATS = 2000, 7
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
 
     with suppress(simcuda.SimulationError):  # a build of torch for a real GPU needs none
         simcuda.activate()
-    from comfyui.conftest import settings, stages
-    from comfyui.fake_host import FakeHost
+    from tests.nodes.builders.fake_host import FakeHost
+    from tests.nodes.conftest import executor, settings
 
     host = FakeHost()
     sys.modules.update(host.modules())
@@ -44,14 +44,14 @@ def main() -> None:
     host.add(FromAPack)
     for name in ("EmptyImage", "FromAPack"):
         without = _microseconds(host, name)
-        stages.install()
+        executor.install()
         for switch in (False, True):
             settings.change({settings.AUTO_PARK: switch})
             extra = _microseconds(host, name) - without
             print(
                 f"{name}, auto-parking {'on ' if switch else 'off'}: {extra:6.1f} us for each node"
             )
-        stages.uninstall()
+        executor.uninstall()
 
 
 def _microseconds(host: object, name: str) -> float:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.nodes.comfyui_process import ComfyUI
+from tests.nodes.builders.comfyui_process import ComfyUI
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGEHAND = Path(__file__).resolve().parent / "packs" / "stagehand"

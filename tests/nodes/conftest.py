@@ -37,7 +37,8 @@ load_pack()
 from qmove_pack.nodes.host import guard, listen_to_core, settings  # noqa: E402
 from qmove_pack.nodes.host.stages import executor  # noqa: E402
 
-from .fake_host import FakeHost  # noqa: E402
+from tests.nodes.builders.fake_host import FakeHost  # noqa: E402
+from tests.nodes.builders.guarded import Guarded  # noqa: E402
 
 
 class RealHost:
@@ -57,7 +58,7 @@ def real_modules() -> dict[str, ModuleType]:
     if COMFYUI_DIR is None:
         pytest.skip("needs a ComfyUI: name a checkout in COMFYUI_DIR")
     before = dict(sys.modules)
-    sys.path[:0] = [COMFYUI_DIR, str(Path(__file__).parent / "standins")]
+    sys.path[:0] = [COMFYUI_DIR, str(Path(__file__).parent / "builders" / "standins")]
     arguments, sys.argv = sys.argv, ["main.py"]
     try:
         for name in (
@@ -123,28 +124,6 @@ def _hooked_in(fake: FakeHost) -> Iterator[FakeHost]:
     yield fake
     executor.uninstall()
     fake.cache.entries.clear()
-
-
-class Guarded(logging.Handler):
-    """Keeps what `guard` has caught and logged: `failures` has what qmove then could not do."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.failures: list[str] = []
-        self._expected: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.module == "guard":
-            self.failures.append(str(record.args[0]))  # type: ignore[index]
-
-    def expect(self, *what: str) -> None:
-        """This test is about qmove failing to do `what`."""
-        self._expected.update(what)
-
-    def check(self) -> None:
-        assert set(self.failures) == self._expected, (
-            "what a guard has caught, and what was expected"
-        )
 
 
 @pytest.fixture(autouse=True)

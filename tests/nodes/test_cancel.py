@@ -15,9 +15,8 @@ import qmove_core as qmove
 from qmove_core import homes
 from tests.builders.device import GPU
 from tests.builders.snapshots import snapshot
-
-from .careless_nodes import model_of
-from .fake_host import FakeHost
+from tests.nodes.builders.careless_nodes import model_of
+from tests.nodes.builders.fake_host import FakeHost
 
 
 def moves_of(host: FakeHost) -> list[dict[str, Any]]:

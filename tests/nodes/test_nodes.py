@@ -15,10 +15,9 @@ import qmove_core as qmove
 import simcuda
 from tests.builders.device import GPU
 from tests.builders.dispatched_models import ON_DISK, dispatched
-
-from . import careless_nodes
-from .careless_nodes import MIB, model_of, noted, unwrap, wrap
-from .fake_host import FakeHost, ModelPatcher
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import MIB, model_of, noted, unwrap, wrap
+from tests.nodes.builders.fake_host import FakeHost, ModelPatcher
 
 node = careless_nodes.node
 

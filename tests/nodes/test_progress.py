@@ -13,10 +13,9 @@ import qmove_core as qmove
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
 from tests.builders.snapshots import snapshot
-
-from . import careless_nodes
-from .careless_nodes import model_of
-from .fake_host import FakeHost
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import model_of
+from tests.nodes.builders.fake_host import FakeHost
 
 node = careless_nodes.node
 

@@ -17,10 +17,9 @@ from qmove_pack.nodes.host.stages import job_queue
 import qmove_core as qmove
 from qmove_core import settings as core_settings
 from tests.builders.device import GPU
-
-from .careless_nodes import model_of
-from .conftest import Guarded
-from .fake_host import FakeHost
+from tests.nodes.builders.careless_nodes import model_of
+from tests.nodes.builders.fake_host import FakeHost
+from tests.nodes.builders.guarded import Guarded
 
 
 def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:

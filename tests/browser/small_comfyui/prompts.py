@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from tests.nodes.fake_host import FakeHost
+from tests.nodes.builders.fake_host import FakeHost
 
 from .server import Server
 

@@ -14,10 +14,9 @@ from qmove_pack.nodes.host.stages import auto_parking, needs
 import qmove_core as qmove
 import simcuda
 from tests.builders.device import GPU
-
-from . import careless_nodes
-from .careless_nodes import MIB, model_in, noted, stages
-from .fake_host import FakeHost, ModelPatcher
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import MIB, model_in, noted, stages
+from tests.nodes.builders.fake_host import FakeHost, ModelPatcher
 
 node = careless_nodes.node
 pytestmark = pytest.mark.simulated  # the stories are about a GPU that is too small

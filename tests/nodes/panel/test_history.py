@@ -11,10 +11,9 @@ from qmove_pack.nodes.host.panel import history
 
 import qmove_core as qmove
 from tests.builders.device import GPU
-
-from . import careless_nodes
-from .careless_nodes import MIB, node
-from .fake_host import FakeHost
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import MIB, node
+from tests.nodes.builders.fake_host import FakeHost
 
 PROMPT = {
     "load": node("Load", mib=16, shape="plain"),

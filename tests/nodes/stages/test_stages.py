@@ -16,11 +16,10 @@ from qmove_pack.nodes.host.stages import auto_parking, executor
 
 import qmove_core as qmove
 from tests.builders.device import GPU
-
-from . import careless_nodes
-from .careless_nodes import model_in, noted
-from .conftest import Guarded
-from .fake_host import FakeHost
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import model_in, noted
+from tests.nodes.builders.fake_host import FakeHost
+from tests.nodes.builders.guarded import Guarded
 
 node = careless_nodes.node
 
@@ -213,7 +212,7 @@ def test_a_node_that_is_staged_again_to_collect_its_results_brings_nothing_home(
 
 
 def test_comfyuis_own_models_are_not_adopted(host: FakeHost) -> None:
-    from .fake_host import ModelPatcher
+    from tests.nodes.builders.fake_host import ModelPatcher
 
     patcher = ModelPatcher(careless_nodes.model_of(16, "cpu"))
 

@@ -17,8 +17,7 @@ from qmove_core import hosting
 from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
-
-from .conftest import Guarded
+from tests.nodes.builders.guarded import Guarded
 
 MIB = 1 << 20
 

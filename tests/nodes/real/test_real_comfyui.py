@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import simcuda
-
-from .comfyui_process import HERE, ComfyUI
+from tests.nodes.builders.comfyui_process import HERE, ComfyUI
 
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
 pytestmark = [

@@ -11,10 +11,9 @@ from qmove_pack.nodes.host.stages import needs
 import qmove_core as qmove
 import simcuda
 from tests.builders.device import GPU
-
-from . import careless_nodes
-from .careless_nodes import MIB, noted
-from .fake_host import FakeHost
+from tests.nodes.builders import careless_nodes
+from tests.nodes.builders.careless_nodes import MIB, noted
+from tests.nodes.builders.fake_host import FakeHost
 
 node = careless_nodes.node
 pytestmark = pytest.mark.simulated
