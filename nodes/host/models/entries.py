@@ -44,7 +44,9 @@ class Entry:
         self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
         self.model_options: dict[str, Any] = {}
         self.leaving = False  # while ComfyUI is asked to drop the entry although the model stays
-        self.failure: Exception | None = None  # why the last load did not bring the model home
+        # Why a load did not bring the model home, while somebody waits for it. An error that is kept
+        # for longer keeps the frames of its traceback, and so the model, alive.
+        self.failures: list[Exception] | None = None
 
     @property
     def model(self) -> Any:
@@ -76,7 +78,6 @@ class Entry:
         ComfyUI may load it along with models of its own, so a failure is kept for the caller that needs this one.
         """
         adopted = self._adopted()
-        self.failure = None
         if adopted is None:
             return 0
         before = self.loaded_size()
@@ -85,8 +86,10 @@ class Entry:
         except Exception as error:
             if is_interrupt(error):
                 raise
-            self.failure = error
-            log.warning("%s stays parked: %s", adopted.name, error)
+            if self.failures is not None:
+                self.failures.append(error)
+            # A log record may be kept as well: it has the text, not the error with its frames.
+            log.warning("%s stays parked: %s", adopted.name, str(error))
         return self.loaded_size() - before
 
     def partially_unload(

@@ -80,12 +80,17 @@ def bring_home(models: Collection[Adopted]) -> None:
         return
     # All in one request: two would evict each other's models.
     entries = [entry for m in models for entry in entries_of(m) if entry.model_size()]
+    failures: list[Exception] = []
+    for entry in entries:
+        entry.failures = failures
     try:
         host.load_models_gpu(entries, force_full_load=True)
     except BaseException:
         _register_again(models)
         raise
-    failures = [entry.failure for entry in entries if entry.failure is not None]
+    finally:
+        for entry in entries:
+            entry.failures = None
     if failures:
         raise failures[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -324,6 +325,23 @@ def test_a_model_that_finds_no_room_stays_parked_and_who_asked_for_it_is_told(
     any_host.management.load_models_gpu(
         entries.entries_of(adopted[0]), force_full_load=True
     )  # the host by itself
+
+
+def test_a_load_that_failed_does_not_keep_the_model_alive(any_host: Any, gpu: GPU) -> None:
+    adopted = residency.take_in([model := big(100)])
+    residency.park(adopted)
+    simcuda.set_memory(64 * MIB)
+    with pytest.raises(qmove.NotEnoughMemory):
+        residency.bring_home(adopted)
+    any_host.management.load_models_gpu(entries.entries_of(adopted[0]), force_full_load=True)
+    any_host.management.current_loaded_models.clear()
+    died = weakref.ref(model)
+
+    del model, adopted
+    gc.collect()
+
+    assert died() is None
+    assert qmove.stats().arena_bytes == 0
 
 
 def test_a_model_that_woke_by_itself_is_in_the_books_again(any_host: Any) -> None:
