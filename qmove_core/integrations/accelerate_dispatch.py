@@ -7,6 +7,7 @@ So here hooks are only set aside: their attributes leave the modules, and come b
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..actions import Action
 from ..attributes import set_aside
@@ -22,37 +24,8 @@ from ..class_variants import own_class
 from ..errors import MetaTensorsPresent, counted
 from ..model.holdings import Inventory
 from ..model.kinds import bitsandbytes_offloaded
-from .weights_map import has_entry
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A name in a module whose values a hook keeps elsewhere: what stands there is fetched anew in each forward.
-
-    Attributes:
-        module: the module that has the tensor.
-        registered, name: its dictionary of parameters or of buffers, and the name in it.
-        full_name: the name in the whole model.
-        tensor: what stands there now: a meta tensor; or, until the first forward, a real one that it is tied to.
-        hook: the hook that keeps the values.
-        key: under which its `weights_map` has them.
-    """
-
-    module: nn.Module
-    registered: dict[str, torch.Tensor | None]
-    name: str
-    full_name: str
-    tensor: torch.Tensor
-    hook: Any
-    key: str
-
-    def put(self, tensor: torch.Tensor | None) -> None:
-        """Places a tensor object under the name, past `nn.Module.__setattr__`, which may wrap or refuse it."""
-        self.registered[self.name] = tensor
-
-    def get(self) -> torch.Tensor | None:
-        """The tensor object under the name now; None if there is none any more."""
-        return self.registered.get(self.name)
+from .slots import Slot, registered_slots
+from .weights_map import has_entry, loader_of
 
 
 def is_dispatched(modules: Iterable[nn.Module]) -> bool:
@@ -61,18 +34,32 @@ def is_dispatched(modules: Iterable[nn.Module]) -> bool:
 
 
 def slots(modules: Mapping[str, nn.Module]) -> list[Slot]:
-    """Every parameter and buffer of these modules (by name) whose values a hook keeps elsewhere."""
+    """Every parameter and buffer of these modules (by name) whose values a hook keeps elsewhere.
+
+    Their tensors are on the meta device; or real until the first forward, where they are tied to a real one.
+    """
     found: dict[tuple[int, str], Slot] = {}
     for module_name, module in modules.items():
-        for hook in _offload_hooks(module):
-            for key, owner, registered, name, tensor in _tensors_of(module, hook):
-                if hook.weights_map is not None:
-                    full_name = f"{module_name}.{key}" if module_name else key
-                    found.setdefault(
-                        (id(registered), name),
-                        Slot(owner, registered, name, full_name, tensor, hook, key),
-                    )
+        for hook in hooks_of(module):
+            if _is_offload_hook(hook) and hook.weights_map is not None:
+                for slot in _slots_of_hook(module, hook):
+                    slot.hook, slot.key = hook, slot.full_name
+                    slot.full_name = f"{module_name}.{slot.key}" if module_name else slot.key
+                    found.setdefault((id(slot.registered), slot.name), slot)
     return list(found.values())
+
+
+def _slots_of_hook(module: nn.Module, hook: Any) -> Iterator[Slot]:
+    """What a hook on `module` looks after; shared modules come under every name."""
+    owners = {"": module}
+    if hook.place_submodules:
+        owners = dict(module.named_modules(remove_duplicate=False))
+    for slot in registered_slots(owners):
+        kept = not slot.is_buffer or (
+            hook.offload_buffers and slot.name not in slot.module._non_persistent_buffers_set
+        )
+        if kept or slot.tensor.device.type == "meta":
+            yield slot
 
 
 def refuse_lost(action: Action, held: Inventory) -> None:
@@ -199,34 +186,68 @@ def is_dispatch_hook(hook: Any) -> bool:
     )
 
 
-def _offload_hooks(module: nn.Module) -> list[Any]:
-    return [hook for hook in hooks_of(module) if is_offload_hook(hook)]
-
-
-def is_offload_hook(hook: Any) -> bool:
+def _is_offload_hook(hook: Any) -> bool:
     """Whether a hook keeps weights elsewhere and fetches them in each forward."""
     return bool(getattr(hook, "offload", False)) and hasattr(hook, "weights_map")
 
 
-def _tensors_of(
-    module: nn.Module, hook: Any
-) -> Iterator[tuple[str, nn.Module, dict[str, torch.Tensor | None], str, torch.Tensor]]:
-    """(key, owner, registered, name, tensor) of what a hook on `module` looks after; shared modules come under every name."""
-    owners = (
-        module.named_modules(remove_duplicate=False) if hook.place_submodules else [("", module)]
-    )
-    for prefix, owner in owners:
-        for registered in (owner._parameters, owner._buffers):
-            for name, tensor in registered.items():
-                kept = registered is owner._parameters or (
-                    hook.offload_buffers and name not in owner._non_persistent_buffers_set
-                )
-                if tensor is not None and (kept or tensor.device.type == "meta"):
-                    key = f"{prefix}.{name}" if prefix else name
-                    yield key, owner, registered, name, tensor  # type: ignore[misc]
-
-
 def _is_graph_module(module: nn.Module) -> bool:
-    return "GraphModuleImpl" in str(
-        type(module)
-    )  # accelerate's own test: there it replaces the class's forward
+    # accelerate's own test: of these it replaces the forward of the class
+    return "GraphModuleImpl" in str(type(module))
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """The arguments of `accelerate.dispatch_model`, as far as the hooks still tell them. The defaults are accelerate's.
+
+    It is plain data: a materialized model must not keep the weights alive that its hooks kept.
+
+    Attributes:
+        device_map: from names of modules to devices, "cpu" and "disk".
+        main_device: where what lies on "cpu" and "disk" is run.
+        offload_dir: the folder of the `.dat` files, if there is one.
+        offload_index: what each weight on the disk is called there.
+        offload_buffers, skip_keys, preload_module_classes: as in accelerate.
+    """
+
+    device_map: dict[str, Any]
+    main_device: Any
+    offload_dir: Any
+    offload_index: dict[str, Any] | None
+    offload_buffers: bool
+    skip_keys: Any
+    preload_module_classes: list[str] | None
+
+
+_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def remember_options(modules: Iterable[nn.Module]) -> None:
+    """Notes how each of these modules that carries a device map was dispatched."""
+    for module in modules:
+        if isinstance(module.__dict__.get("hf_device_map"), Mapping):
+            _remembered[module] = _options_of(module)
+
+
+def remembered_options(model: object) -> DispatchOptions | None:
+    """How `model` was dispatched before it was materialized."""
+    return _remembered.get(model) if isinstance(model, nn.Module) else None
+
+
+def _options_of(root: Any) -> DispatchOptions:
+    hooks = [(module, hook) for module in root.modules() for hook in hooks_of(module)]
+    offloading = [(module, hook) for module, hook in hooks if _is_offload_hook(hook)]
+    loaders = [loader_of(hook.weights_map) for _module, hook in offloading]
+    loader = next((loader for loader in loaders if loader is not None and loader.index), None)
+    devices = [getattr(hook, "execution_device", None) for hook in hooks_of(root)]
+    skip_keys = [getattr(hook, "skip_keys", None) for _module, hook in hooks]
+    preloading = {type(module).__name__ for module, hook in offloading if hook.place_submodules}
+    return DispatchOptions(
+        device_map=copy.copy(root.hf_device_map),
+        main_device=next((device for device in devices if device is not None), None),
+        offload_dir=None if loader is None else loader.save_folder,
+        offload_index=None if loader is None else dict(loader.index),
+        offload_buffers=any(hook.offload_buffers for _module, hook in offloading),
+        skip_keys=next((keys for keys in skip_keys if keys), None),
+        preload_module_classes=sorted(preloading) or None,
+    )

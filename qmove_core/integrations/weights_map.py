@@ -177,6 +177,12 @@ def keep_instead(weights_map: Mapping[str, Any], name: str, tensor: torch.Tensor
     return True
 
 
+def loader_of(weights_map: Mapping[str, Any] | None) -> Any:
+    """accelerate's `OffloadedWeightsLoader` below a weights map; None if there is none."""
+    entries = _without_prefix(weights_map, "")[1]
+    return entries if _is_loader(entries) else None
+
+
 def _without_prefix(weights_map: Any, name: str) -> tuple[str, Any]:
     """The map inside accelerate's `PrefixedDataset`s, and what `name` is called there."""
     while hasattr(weights_map, "dataset") and hasattr(weights_map, "prefix"):

@@ -1,80 +1,54 @@
 """Brings the bytes of offloaded weights into memory: each file once and in its own order, several stretches at a time.
 
-Files are read through memory maps. The system is told what comes next, so that it reads far ahead in large pieces; touching
-the pages then finds them there.
+Files are read through memory maps. The system is asked for what comes next, so that it reads far ahead in large
+blocks; touching the pages then finds them in memory.
 """
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import functools
 import mmap
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 import torch
 
 from ..digests.checksum import checksum_of
-from ..integrations.weights_map import Source
+from ..memory import pages
 from ..transfer.copies import Progress
+from .plan import TensorPlan
 
 CHUNK = 64 << 20  # bytes between two looks at whether to stop; the same again is read ahead
-STRETCH = (
-    256 << 20
-)  # bytes that one thread reads at a time; neighbours in a file, so that the disk reads on
+# Bytes that one thread reads at a time; neighbours in a file, so that the disk reads on.
+STRETCH = 256 << 20
 WORKERS = min(8, os.cpu_count() or 1)
+_WILLNEED = 3  # MADV_WILLNEED of Linux; Windows has no such name
 
 
-@dataclass(slots=True)
-class Read:
-    """One tensor to bring into memory.
-
-    Attributes:
-        source: where its data lies.
-        opened: the tensor there, as `source.open()` gave it.
-        into: a tensor of the model's dtype to copy it to; None to leave it where it is, with its pages in memory.
-        wants_digest, digest: whether to take the digest of what the model gets, and that digest.
-    """
-
-    source: Source
-    opened: torch.Tensor
-    into: torch.Tensor | None
-    wants_digest: bool = False
-    digest: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-
-def read(reads: Sequence[Read], progress: Progress | None = None) -> None:
-    """Carries out all of `reads`. What `progress` raises stops them.
+def read(
+    plans: Iterable[TensorPlan], progress: Progress | None = None, *, checksums: bool = False
+) -> None:
+    """Brings the bytes of all `plans` into memory: into their `data`, or where they lie, with the pages in memory.
 
     Args:
-        progress: called in the calling thread as (bytes done, bytes in all).
+        progress: called in the calling thread as (bytes done, bytes in all). What it raises stops the reading.
+        checksums: whether to take the checksum of what the model gets.
     """
-    counter = _Counter(sum(item.nbytes for item in reads), progress)
-    ordered = sorted(reads, key=lambda item: (str(item.source.file or ""), item.source.offset))
-    on_host = [item for item in ordered if item.into is None or item.into.device.type == "cpu"]
+    ordered = sorted(plans, key=lambda item: (str(item.source.file or ""), item.source.offset))
+    counter = _Counter(sum(item.source.nbytes for item in ordered), progress, checksums)
+    on_host = [item for item in ordered if item.data is None or item.data.device.type == "cpu"]
+    to_device = [
+        item for item in ordered if item.data is not None and item.data.device.type != "cpu"
+    ]
     with ThreadPoolExecutor(WORKERS, "qmove-read") as pool:
         pending: set[Future[None]] = {
-            pool.submit(_read_stretch, part, counter) for part in _stretches(on_host)
+            pool.submit(_read_stretch, stretch, counter) for stretch in _stretches(on_host)
         }
         try:
             # Copies to a device go through one thread: its link is the bottleneck, and the order of streams stays simple.
-            for part in _stretches(
-                [
-                    item
-                    for item in ordered
-                    if item.into is not None and item.into.device.type != "cpu"
-                ]
-            ):
-                _read_stretch(part, counter, counter.report)
+            for stretch in _stretches(to_device):
+                _read_stretch(stretch, counter, counter.report)
             while pending:
                 done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
                 counter.report()
@@ -89,8 +63,8 @@ def read(reads: Sequence[Read], progress: Progress | None = None) -> None:
 class _Counter:
     """Bytes read so far, counted by several threads and reported by one."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.stopped = False
+    def __init__(self, total: int, progress: Progress | None, checksums: bool) -> None:
+        self.stopped, self.checksums = False, checksums
         self._total, self._progress = total, progress
         self._done, self._reported = 0, -1
         self._lock = threading.Lock()
@@ -105,26 +79,26 @@ class _Counter:
             self._progress(self._reported, self._total)
 
 
-def _stretches(reads: Iterable[Read]) -> list[list[Read]]:
-    stretches: list[list[Read]] = []
+def _stretches(plans: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
+    stretches: list[list[TensorPlan]] = []
     size = STRETCH
-    for item in reads:
+    for item in plans:
         if size >= STRETCH:
             stretches.append([])
             size = 0
         stretches[-1].append(item)
-        size += item.nbytes
+        size += item.source.nbytes
     return stretches
 
 
 def _read_stretch(
-    reads: Sequence[Read], counter: _Counter, report: Callable[[], None] = lambda: None
+    plans: Sequence[TensorPlan], counter: _Counter, report: Callable[[], None] = lambda: None
 ) -> None:
     with torch.no_grad(), torch.inference_mode(False):
-        for item, following in zip(reads, [*reads[1:], None], strict=True):
+        for item, following in zip(plans, [*plans[1:], None], strict=True):
             if item.source.file is not None:
                 _read_ahead(item.opened, 0)
-                if following is not None and item.nbytes < CHUNK:
+                if following is not None and item.source.nbytes < CHUNK:
                     _read_ahead(following.opened, 0)
             _read_one(item, counter, report)
             report()
@@ -132,30 +106,30 @@ def _read_stretch(
                 return
 
 
-def _read_one(item: Read, counter: _Counter, report: Callable[[], None]) -> None:
-    source, into = item.opened, item.into
-    as_it_is = into is None or (
-        source.dtype == into.dtype and item.source.through in (None, source.dtype)
+def _read_one(item: TensorPlan, counter: _Counter, report: Callable[[], None]) -> None:
+    opened, data = item.opened, item.data
+    as_it_is = data is None or (
+        opened.dtype == data.dtype and item.source.through in (None, opened.dtype)
     )
-    if as_it_is and source.is_contiguous() and (into is None or into.is_contiguous()):
-        pieces = _bytes_of(source).split(CHUNK)
-        places = _bytes_of(into).split(CHUNK) if into is not None else [None] * len(pieces)
-        for index, (piece, place) in enumerate(zip(pieces, places, strict=True)):
+    if as_it_is and opened.is_contiguous() and (data is None or data.is_contiguous()):
+        parts = _bytes_of(opened).split(CHUNK)
+        places = _bytes_of(data).split(CHUNK) if data is not None else [None] * len(parts)
+        for index, (part, place) in enumerate(zip(parts, places, strict=True)):
             if item.source.file is not None:
-                _read_ahead(source, (index + 1) * CHUNK)
+                _read_ahead(opened, (index + 1) * CHUNK)
             if place is not None:
-                place.copy_(piece)
+                place.copy_(part)
             elif item.source.file is not None:
-                piece[:: mmap.PAGESIZE].sum()  # touches every page
-            counter.add(piece.numel())
+                part[:: mmap.PAGESIZE].sum()  # touches every page
+            counter.add(part.numel())
             report()
             if counter.stopped:
                 return
-    elif into is not None:
-        into.copy_(item.source.cast(source))
-        counter.add(item.nbytes)
-    if item.wants_digest:
-        item.digest = checksum_of(source if into is None else into)
+    elif data is not None:
+        data.copy_(item.source.cast(opened))
+        counter.add(item.source.nbytes)
+    if counter.checksums:
+        item.checksum = checksum_of(opened if data is None else data)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,20 +137,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read_ahead(tensor: torch.Tensor, start: int) -> None:
-    """Asks the system to read the next CHUNK bytes of a mapped tensor. Only a hint: without it reading is slower, not wrong."""
-    madvise = _madvise()
+    """Asks the system to read the next CHUNK bytes of a mapped tensor. Only a hint: without it reading is slower."""
     nbytes = min(tensor.numel() * tensor.itemsize - start, CHUNK)
-    if madvise is not None and nbytes > 0:
-        first = (tensor.data_ptr() + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(
-            ctypes.c_void_p(first),
-            ctypes.c_size_t(tensor.data_ptr() + start + nbytes - first),
-            mmap.MADV_WILLNEED,
-        )
-
-
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
+    if nbytes > 0:
+        address = tensor.data_ptr() + start
+        first = address // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.advise(first, address + nbytes - first, _WILLNEED)

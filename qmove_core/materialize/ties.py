@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..digests.checksum import checksum_of
-from ..integrations.accelerate_dispatch import Slot
+from ..integrations.slots import Slot, registered_slots
 from ..integrations.weights_map import Source
 from ..model.holdings import Inventory
 
@@ -38,7 +38,11 @@ class Tied:
 def find_ties(held: Inventory, found: Sequence[tuple[Slot, Source]]) -> list[Tied]:
     """Groups slots that are tied, and finds the real tensors that some of them are tied to."""
     groups = _by_object_and_entry(found)
-    registered = _registered_tensors(held)
+    registered = {
+        slot.full_name: slot.tensor
+        for slot in registered_slots(held.modules)
+        if slot.tensor.device.type != "meta"
+    }
     for hinted in _hinted(held, groups, registered):
         _join_equal(hinted, groups)
     return groups
@@ -59,16 +63,6 @@ def _by_object_and_entry(found: Iterable[tuple[Slot, Source]]) -> list[Tied]:
         group.slots.append(slot)
         known.update({key: known.get(key, group) for key in keys})
     return groups
-
-
-def _registered_tensors(held: Inventory) -> dict[str, torch.Tensor]:
-    """Every real parameter and buffer by its full names."""
-    tensors: dict[str, torch.Tensor] = {}
-    for module_name, module in held.modules.items():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor.device.type != "meta":
-                tensors[f"{module_name}.{name}" if module_name else name] = tensor
-    return tensors
 
 
 def _hinted(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import ChangesNotKept
 from ..integrations import diffusers_offload
-from ..integrations.accelerate_dispatch import Slot
+from ..integrations.slots import Slot
 from ..integrations.weights_map import keep_instead
 from ..memory import budget
 from ..model.holdings import Inventory
@@ -25,8 +24,8 @@ from ..parking import requests
 from ..storages import exchange, stand_in
 from ..transfer.copies import Progress
 from ..transfer.transaction import Step, relocate
-from .materialize import Materialized, materialize, part_digests
-from .plan import Piece
+from .materialize import Materialized, materialize, part_checksums
+from .plan import TensorPlan
 
 log = logging.getLogger("qmove")
 
@@ -48,7 +47,7 @@ def materialized(
         As `materialize_meta_tensors`. On leaving also ChangesNotKept, for weights that were removed, cast or reshaped, and
         NotEnoughMemory: then the model stays materialized, with its changes, and without its dispatch.
     """
-    done = materialize(model, target_device, progress, wants_digests=True)
+    done = materialize(model, target_device, progress, checksums=True)
     try:
         yield model
     finally:
@@ -64,51 +63,41 @@ def undo(model: object, done: Materialized) -> None:
             requests.restore(model)
         held = inventory(model)
         changes = _changes(action, done, held)
-        _check_budget(action, changes)
-        groups = {
-            id(change.piece.group): change.piece.group
-            for change in changes
-            if change.piece.group is not None
-        }
-        use_new_files = [diffusers_offload.write_again(group) for group in groups.values()]
-        away = [
-            (holding, home)
-            for holding in held.holdings
-            if (
-                home := next(
-                    (done.homes[name] for name in holding.names if name in done.homes), None
-                )
-            )
-            is not None
-            and holding.device != home
-            and homes.parked_home(holding.tensors[0]) is None  # parked before, and still so
+        # Changed weights on a device need room on the host; those on the host stay where they are.
+        arriving = {id(value): value.nbytes for *_, value in changes if value.device.type != "cpu"}
+        budget.require(action, {devices.CPU: sum(arriving.values())})
+        groups = {id(planned.group): planned.group for planned, _slot, _value in changes}
+        use_new_files = [
+            diffusers_offload.write_again(group) for group in groups.values() if group is not None
         ]
-        # Nothing is remembered of where the bytes come from: the dispatch says where things belong.
-        steps = [Step(holding, home) for holding, home in away]
+        steps = []
+        for holding in held.holdings:
+            known = [done.homes[name] for name in holding.names if name in done.homes]
+            was_parked = homes.parked_home(holding.tensors[0]) is not None  # and still is
+            if known and known[0] != holding.device and not was_parked:
+                # Nothing is remembered of where the bytes come from: the dispatch says where things belong.
+                steps.append(Step(holding, known[0]))
         relocate(
             action, held, steps, on_commit=lambda: _commit(action, done, changes, use_new_files)
         )
     log.info("dispatched %s again: %d weights had changed", type(model).__name__, len(changes))
 
 
-@dataclass(frozen=True)
-class _Change:
-    piece: Piece
-    slot: Slot
-    value: torch.Tensor  # what the model has now
+Change = tuple[TensorPlan, Slot, torch.Tensor]  # the last is what the model has now
 
 
-def _changes(action: Action, done: Materialized, held: Inventory) -> list[_Change]:
+def _changes(action: Action, done: Materialized, held: Inventory) -> list[Change]:
     """What must be written to where the dispatch keeps its weights."""
-    changes, problems = [], []
-    for piece in done.pieces:
-        for slot in piece.slots:
+    changes: list[Change] = []
+    problems = []
+    for planned in done.plans:
+        for slot in planned.slots:
             value = slot.get()
-            problem = _obstacle(piece, value)
+            problem = _obstacle(planned, value)
             if problem:
                 problems.append((slot.full_name, problem))
-            elif value is not None and _is_changed(piece, value):
-                changes.append(_Change(piece, slot, value))
+            elif value is not None and _is_changed(planned, value):
+                changes.append((planned, slot, value))
     names = {id(tensor): holding.name for holding in held.holdings for tensor in holding.tensors}
     problems += [
         (names.get(id(tensor), "?"), why)
@@ -119,89 +108,71 @@ def _changes(action: Action, done: Materialized, held: Inventory) -> list[_Chang
     return changes
 
 
-def _obstacle(piece: Piece, value: torch.Tensor | None) -> str:
+def _obstacle(planned: TensorPlan, value: torch.Tensor | None) -> str:
     """Why the place of a weight in the dispatch cannot hold what the model has there now."""
     if value is None:
         return "it was removed"
     if value.device.type == "meta":
         return "it is on the meta device, and its data is gone"
-    if value.dtype != piece.dtype or value.shape != piece.shape:
-        return f"it is {_described(value.dtype, value.shape)} now and was {_described(piece.dtype, piece.shape)}"
-    if value is not piece.slots[0].get():
-        return f"it is no longer tied to {piece.name}"
-    if piece.parts and part_digests(value, piece.slots[0]) != piece.part_digests:
-        return "what its quantized values are to be multiplied with has changed"
+    if value.dtype != planned.dtype or value.shape != planned.shape:
+        now, before = (
+            f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+            for dtype, shape in ((value.dtype, value.shape), (planned.dtype, planned.shape))
+        )
+        return f"it is {now} now and was {before}"
+    if value is not planned.slots[0].get():
+        return f"it is no longer tied to {planned.name}"
+    if planned.parts and part_checksums(value, planned.slots[0]) != planned.part_checksums:
+        return "the scales of its quantized values have changed"
     return ""
 
 
-def _is_changed(piece: Piece, value: torch.Tensor) -> bool:
-    if _looks_into_source(piece, value):
-        return False  # what was written to it is already there
-    return piece.digest is None or checksum_of(value) != piece.digest
-
-
-def _looks_into_source(piece: Piece, value: torch.Tensor) -> bool:
-    in_ram = piece.source.file is None
-    same_place = value.device == piece.opened.device and value.data_ptr() == piece.opened.data_ptr()
-    return in_ram and piece.is_shared and same_place and value.stride() == piece.opened.stride()
-
-
-def _check_budget(action: Action, changes: list[_Change]) -> None:
-    """Changed weights that lie on a device need room on the host; those on the host stay where they are."""
-    arriving = {
-        id(change.value): change.value for change in changes if change.value.device.type != "cpu"
-    }
-    nbytes = sum(value.nbytes for value in arriving.values())
-    budget.require(action, {devices.CPU: nbytes})
+def _is_changed(planned: TensorPlan, value: torch.Tensor) -> bool:
+    opened = planned.opened
+    in_ram = planned.source.file is None and planned.is_shared
+    same_place = value.device == opened.device and value.data_ptr() == opened.data_ptr()
+    if in_ram and same_place and value.stride() == opened.stride():
+        return False  # what was written to it is already in the source
+    return planned.checksum is None or checksum_of(value) != planned.checksum
 
 
 def _commit(
     action: Action,
     done: Materialized,
-    changes: list[_Change],
+    changes: list[Change],
     use_new_files: list[Callable[[], None]],
 ) -> None:
     kept: dict[int, torch.Tensor] = {}
     refused = []
-    for change in changes:
-        piece, value = change.piece, change.value
-        if piece.group is not None:
+    for planned, slot, value in changes:
+        if planned.group is not None:
             continue
-        if piece.source.file is None and piece.source.dtype == value.dtype:
-            with torch.no_grad(), torch.inference_mode(piece.opened.is_inference()):
-                piece.opened.copy_(value)
+        if planned.source.file is None and planned.source.dtype == value.dtype:
+            with torch.no_grad(), torch.inference_mode(planned.opened.is_inference()):
+                planned.opened.copy_(value)
             continue
         with torch.inference_mode(False):
             on_host = kept.setdefault(id(value), value.detach().cpu())
-        if not keep_instead(change.slot.hook.weights_map, change.slot.key, on_host):
-            refused.append((change.slot.full_name, "its weights map takes no new entries"))
+        if not keep_instead(slot.hook.weights_map, slot.key, on_host):
+            refused.append((slot.full_name, "its weights map takes no new entries"))
     if refused:
         raise ChangesNotKept(action, refused)
     for use in use_new_files:
         use()
     diffusers_offload.update_pinned_copies(done.groups)
     done.undo.close()
-    for piece in done.pieces:
-        for slot in piece.slots:
+    for planned in done.plans:
+        for slot in planned.slots:
             slot.put(slot.tensor)
-    for registered, name, buffer in done.buffers:
-        _put_buffer_back(registered, name, buffer)
+    for slot in done.buffers:
+        _put_buffer_back(slot)
 
 
-def _put_buffer_back(
-    registered: dict[str, torch.Tensor | None], name: str, buffer: torch.Tensor
-) -> None:
+def _put_buffer_back(slot: Slot) -> None:
     """The same object, with the value that its place has now."""
-    value = registered.get(name)
-    if (
-        value is not None
-        and value is not buffer
-        and value.dtype == buffer.dtype
-        and value.shape == buffer.shape
-    ):
+    value, buffer = slot.get(), slot.tensor
+    if value is None or value is buffer:
+        return
+    if value.dtype == buffer.dtype and value.shape == buffer.shape:
         exchange(buffer, stand_in(buffer, value))
-        registered[name] = buffer
-
-
-def _described(dtype: torch.dtype, shape: torch.Size) -> str:
-    return f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+        slot.put(buffer)

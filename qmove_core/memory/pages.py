@@ -42,9 +42,14 @@ def touch(memory: numpy.ndarray) -> None:
     It never writes: somebody else may be writing there now. Where the system cannot populate pages they are read instead,
     which makes them on Windows; on a Linux before 5.14 it does not, and locking them takes longer.
     """
-    populate = _madvise()
-    if populate is None or populate(memory.ctypes.data, memory.nbytes, _POPULATE_WRITE) != 0:
+    if not advise(memory.ctypes.data, memory.nbytes, _POPULATE_WRITE):
         memory[::PAGE].max(initial=0)
+
+
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """`madvise` for a page-aligned stretch of memory. False where the system has none, or refuses."""
+    madvise = _madvise()
+    return madvise is not None and madvise(address, nbytes, advice) == 0
 
 
 @functools.cache

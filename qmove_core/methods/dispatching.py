@@ -11,8 +11,7 @@ from torch import nn
 
 from .. import homes
 from ..errors import MissingDependency, QMoveError, counted
-from ..integrations.accelerate_dispatch import is_dispatched
-from ..integrations.dispatch_options import DispatchOptions, remembered
+from ..integrations.accelerate_dispatch import DispatchOptions, is_dispatched, remembered_options
 from ..integrations.weights_map import Sources, Unusable
 from ..materialize.materialize import materialize_meta_tensors
 from ..parking import requests
@@ -70,7 +69,7 @@ def redispatch(
     with homes.lock:
         if is_dispatched(model.modules()):
             materialize_meta_tensors(model)
-        old = remembered(model)
+        old = remembered_options(model)
         if device_map is None and old is None:
             raise QMoveError(
                 f"{type(model).__name__} was not dispatched with a device_map before. "

@@ -165,7 +165,7 @@ def qmove_something_on_the_gpu(model: Any) -> Any:
 def test_changed_scales_are_refused(tmp_path: Path, gpu: GPU, precision: str) -> None:
     model = offloaded(precision, tmp_path, "cpu")
     with (
-        pytest.raises(ChangesNotKept, match=r"up_proj\.weight: what its quantized values"),
+        pytest.raises(ChangesNotKept, match=r"up_proj\.weight: the scales of its quantized values"),
         qmove.materialized(model),
     ):
         weight = model.model.layers[1].mlp.up_proj.weight

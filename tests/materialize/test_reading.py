@@ -12,6 +12,8 @@ import torch
 import qmove_core as qmove
 from qmove_core.digests.checksum import checksum_of
 from qmove_core.materialize import reading
+from qmove_core.materialize.plan import TensorPlan
+from qmove_core.memory import pages
 from tests.builders.device import GPU
 from tests.builders.dispatched_models import ON_DISK, dispatched, state, tower
 
@@ -38,7 +40,7 @@ def test_files_are_read_in_their_own_order(tmp_path: Path, monkeypatch: pytest.M
     seen: dict[str, list[int]] = {}
     read_one = reading._read_one
 
-    def watching(item: reading.Read, *arguments: Any) -> None:
+    def watching(item: TensorPlan, *arguments: Any) -> None:
         seen.setdefault(item.source.where, []).append(item.opened.data_ptr())
         read_one(item, *arguments)
 
@@ -74,7 +76,7 @@ def test_an_error_while_reading_arrives_and_nothing_is_changed(
 ) -> None:
     model = dispatched(tmp_path, ON_DISK)
 
-    def broken(item: reading.Read, *_arguments: Any) -> None:
+    def broken(item: TensorPlan, *_arguments: Any) -> None:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output error"):
@@ -87,7 +89,7 @@ def test_an_error_while_reading_arrives_and_nothing_is_changed(
 
 def test_without_madvise_it_is_only_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and macOS."""
-    monkeypatch.setattr(reading, "_madvise", lambda: None)
+    monkeypatch.setattr(pages, "_madvise", lambda: None)
     truth = state(tower())
     model = dispatched(tmp_path, ON_DISK, "safetensors")
     qmove.materialize_meta_tensors(model)
