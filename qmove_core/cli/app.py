@@ -129,10 +129,10 @@ def demo(
     ] = Path("qmove-demo.png"),
 ) -> None:
     """Park and restore a real quantized model, beside what plain .to() leaves and does."""
-    from .demo import park_and_restore as demonstration
+    from .demo import run
 
     try:
-        raise typer.Exit(demonstration.main(console, picture))
+        raise typer.Exit(run.main(console, picture))
     except QMoveError as error:
         raise _failed(error) from error
 

@@ -16,7 +16,6 @@ from typer.testing import CliRunner, Result
 
 from qmove_core import devices
 from qmove_core.cli import app
-from qmove_core.cli.demo import park_and_restore
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +86,6 @@ def test_demo_without_gpu_and_without_simulator_says_what_to_do(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "simcuda" else find_spec(name)
     )
-    monkeypatch.setattr(park_and_restore, "is_simulated", lambda: False)
     result = qmove("demo")
     assert result.exit_code == 1
     assert (
@@ -101,7 +99,6 @@ def test_demo_without_gpu_starts_over_on_the_simulated_one(
     without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     started = []
-    monkeypatch.setattr(park_and_restore, "is_simulated", lambda: False)
     monkeypatch.setattr(subprocess, "call", lambda command, env: started.append(command) or 3)
     picture = tmp_path / "picture.png"
     result = qmove("demo", "--picture", str(picture))
@@ -114,7 +111,7 @@ def test_demo_without_gpu_starts_over_on_the_simulated_one(
             "--devices",
             "2",
             "-m",
-            "qmove_core.cli.app",
+            "qmove_core.cli",
             "demo",
             "--picture",
             str(picture),

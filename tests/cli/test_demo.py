@@ -1,4 +1,4 @@
-"""The demo itself: a real model makes the trip, and the figures shown are the ones measured."""
+"""The demo itself: a real model leaves and comes back, and the figures shown are the ones measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qmove_core.cli.demo import park_and_restore, picture
+from qmove_core.cli.demo import park_and_restore, picture, run
 from qmove_core.cli.demo.picture import Timeline
+from qmove_core.cli.demo.setting import Setting
 from tests.builders.device import GPU
 
 
@@ -21,7 +22,7 @@ def only_int8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_demo_on_a_real_model(gpu: GPU, only_int8: None, tmp_path: Path) -> None:
     output, picture = io.StringIO(), tmp_path / "folder" / "demo.png"
-    succeeded = park_and_restore.main(Console(file=output, width=100), picture) == 0
+    succeeded = run.main(Console(file=output, width=100), picture) == 0
     shown = output.getvalue()
     assert succeeded, shown
     assert "all-MiniLM-L6-v2 out of VRAM and back" in shown
@@ -30,7 +31,7 @@ def test_the_demo_on_a_real_model(gpu: GPU, only_int8: None, tmp_path: Path) -> 
     assert gpu.allocated() == 0
 
 
-PERFECT = park_and_restore.Trip(
+PERFECT = park_and_restore.Round(
     "nf4",
     "qmove",
     before=9,
@@ -45,17 +46,18 @@ PERFECT = park_and_restore.Trip(
 def test_a_demo_in_which_qmove_breaks_its_promise_fails(
     gpu: GPU, only_int8: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(park_and_restore.Bench, "load", lambda bench, precision: None)
-    monkeypatch.setattr(park_and_restore.Bench, "embed", lambda bench, model: None)
+    monkeypatch.setattr(Setting, "load", lambda setting, *places, **options: None)
+    monkeypatch.setattr(Setting, "embed", lambda setting, model: None)
+    monkeypatch.setattr(run, "materialize_dispatched", lambda setting: True)
     monkeypatch.setattr(picture, "draw", lambda *arguments: None)
     monkeypatch.setattr(
-        park_and_restore, "_by_to", lambda bench, precision: replace(PERFECT, way=".to()")
+        park_and_restore, "_by_to", lambda setting, precision: replace(PERFECT, way=".to()")
     )
     monkeypatch.setattr(
-        park_and_restore, "_by_qmove", lambda bench, precision: replace(PERFECT, away=1)
+        park_and_restore, "_by_qmove", lambda setting, precision, line: replace(PERFECT, away=1)
     )
     output = io.StringIO()
-    assert park_and_restore.main(Console(file=output, width=100), tmp_path / "demo.png") == 1
+    assert run.main(Console(file=output, width=100), tmp_path / "demo.png") == 1
     assert "nf4 qmove left 1 B of 9 B in VRAM (11%)" in output.getvalue()
 
 
@@ -71,7 +73,7 @@ def test_a_demo_in_which_qmove_breaks_its_promise_fails(
     ],
     ids=str,
 )
-def test_any_flaw_spoils_a_trip(flaw: dict[str, object]) -> None:
+def test_any_flaw_spoils_a_round(flaw: dict[str, object]) -> None:
     assert PERFECT.is_perfect
     assert not replace(PERFECT, **flaw).is_perfect  # type: ignore[arg-type]
 

@@ -96,7 +96,6 @@ def test_a_missing_package_is_named_with_what_is_lost(without: Callable[[str], N
 
 def test_a_machine_without_accelerator_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "known", lambda: ["cpu"])
-    monkeypatch.setattr(doctor, "is_simulated", lambda: False)
     report = doctor.examine()
     assert report.devices == []
     assert report.findings[0].startswith("No accelerator")

@@ -1,1 +1,1 @@
-"""What `qmove demo` runs and draws."""
+"""`qmove demo`: two acts with a real model, in which every figure is measured while it runs."""

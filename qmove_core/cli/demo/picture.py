@@ -25,7 +25,7 @@ class Sample:
 
 
 class Timeline:
-    """Memory over time, sampled when something happens: at each stage's ends and at each copied storage."""
+    """Memory over time, sampled at the ends of each stage and at each copied storage."""
 
     def __init__(self, vram: Callable[[], int], ram: Callable[[], int]) -> None:
         self._vram, self._ram = vram, ram
@@ -43,17 +43,15 @@ class Timeline:
         self.note()
         started, ended = self._running[0][0], self._running[-1][0]
         for moment, vram, ram in self._running:
-            self.samples.append(
-                Sample(len(self.names), (moment - started) / (ended - started), vram, ram)
-            )
+            share = (moment - started) / (ended - started)
+            self.samples.append(Sample(len(self.names), share, vram, ram))
         self.names.append(name)
         self.seconds.append(ended - started)
 
     def state(self, name: str) -> None:
         """A stage in which nothing happens."""
-        self.samples += [
-            Sample(len(self.names), share, self._vram(), self._ram()) for share in (0.0, 1.0)
-        ]
+        for share in (0.0, 1.0):
+            self.samples.append(Sample(len(self.names), share, self._vram(), self._ram()))
         self.names.append(name)
         self.seconds.append(None)
 
@@ -87,27 +85,17 @@ def draw(
     figure = Figure(figsize=(10, 2.9 * len(timelines) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(timelines), 1, squeeze=False)[:, 0]
+    shown: dict[str, Any] = {}  # the legend, with what all panels have
     for panel, (precision, line) in zip(panels, timelines.items(), strict=True):
         _draw_panel(panel, precision, line, left_by_to.get(precision))
-    shown = {
-        label: handle
-        for panel in panels
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    panels[0].legend(
-        list(shown.values()),
-        list(shown),
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=3,
-        frameon=False,
-    )
-    panels[-1].set_xlabel(
-        "stages drawn equally wide; below them their seconds", size=9, color="0.35", loc="right"
-    )
-    figure.suptitle(
-        f"all-MiniLM-L6-v2 parked and restored by qmove ({where})", x=0.01, ha="left", weight="bold"
-    )
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    corner: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
+    panels[0].legend(shown.values(), shown.keys(), ncols=3, frameon=False, **corner)
+    note = "stages drawn equally wide; below them their seconds"
+    panels[-1].set_xlabel(note, size=9, color="0.35", loc="right")
+    title = f"all-MiniLM-L6-v2 parked and restored by qmove ({where})"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -115,24 +103,15 @@ def draw(
 def _draw_panel(panel: Any, precision: str, line: Timeline, left_by_to: int | None) -> None:
     x = [sample.stage + sample.share for sample in line.samples]
     ram = [sample.ram / 2**20 for sample in line.samples]
+    vram = [sample.vram / 2**20 for sample in line.samples]
     panel.fill_between(x, ram, color=RAM_COLOUR, alpha=0.35, lw=0, label="RAM (qmove's arena)")
-    panel.plot(
-        x, [sample.vram / 2**20 for sample in line.samples], color=VRAM_COLOUR, lw=2.2, label="VRAM"
-    )
+    panel.plot(x, vram, color=VRAM_COLOUR, lw=2.2, label="VRAM")
     if left_by_to:
         away, mib = line.names.index("parked"), left_by_to / 2**20
-        panel.hlines(
-            mib,
-            away,
-            away + 1,
-            color=LEFT_COLOUR,
-            ls="--",
-            lw=2,
-            label="VRAM after plain .to('cpu')",
-        )
-        panel.text(
-            away + 0.5, mib, f"{mib:.1f} MiB", color=LEFT_COLOUR, ha="center", va="bottom", size=9
-        )
+        dashed: Any = {"color": LEFT_COLOUR, "ls": "--", "lw": 2}
+        panel.hlines(mib, away, away + 1, label="VRAM after plain .to('cpu')", **dashed)
+        centred: Any = {"ha": "center", "va": "bottom", "size": 9}
+        panel.text(away + 0.5, mib, f"{mib:.1f} MiB", color=LEFT_COLOUR, **centred)
     seconds = ["" if value is None else f"{value:.2f} s" for value in line.seconds]
     ticks = [f"{name}\n{duration}" for name, duration in zip(line.names, seconds, strict=True)]
     panel.set_xticks([number + 0.5 for number in range(len(ticks))], ticks, size=9)
