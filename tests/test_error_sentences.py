@@ -120,7 +120,7 @@ def test_numbers_and_lists_of_names_agree_with_their_nouns() -> None:
 
 OTHER_CLASSES = {
     "QMoveError", "DigestUnavailable", "UnknownDevice", "NoTensors", "DtypeCastRefused", "MissingDependency",
-    "CannotMirror", "CannotInspect", "NoAccelerator",
+    "CannotMirror", "CannotInspect", "NoAccelerator", "NotSafetensors",
 }  # fmt: skip
 
 

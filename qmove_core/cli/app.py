@@ -54,17 +54,15 @@ def doctor(as_json: AsJson = False) -> None:
     table.add_row("system", host.system + (" (WSL)" if host.wsl else ""))
     table.add_row("python", host.python)
     for device in report.devices:
-        table.add_row(
-            device.name, f"{device.model}: {_bytes(device.free)} free of {_bytes(device.total)}"
-        )
+        free = f"{_bytes(device.free)} free of {_bytes(device.total)}"
+        table.add_row(device.name, f"{device.model}: {free}")
     if not report.devices:
         table.add_row("devices", "no accelerator")
     table.add_row("RAM", f"{_bytes(host.ram_available)} available of {_bytes(host.ram_total)}")
     table.add_row("for parked models", f"{_bytes(host.usable)}, limited by: {host.usable_limit}")
-    table.add_row(
-        "cgroup limit",
-        "none" if host.cgroup_free is None else f"{_bytes(host.cgroup_free)} free under it",
-    )
+    no_cgroup = host.cgroup_free is None
+    cgroup = "none" if no_cgroup else f"{_bytes(host.cgroup_free)} free under it"
+    table.add_row("cgroup limit", cgroup)
     table.add_row("memlock limit", "none" if host.memlock is None else _bytes(host.memlock))
     for name, version in report.versions.items():
         build = f" ({report.torch_build})" if name == "torch" else ""
@@ -93,10 +91,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(model.to_dict(), indent=2))
         return
-    table = Table(
-        title=f"{_bytes(model.nbytes)} in {len(model.tensors)} tensors: {model.source}",
-        title_justify="left",
-    )
+    title = f"{_bytes(model.nbytes)} in {len(model.tensors)} tensors: {model.source}"
+    table = Table(title=title, title_justify="left")
     for heading in ("file", "kind", "dtype"):
         table.add_column(heading)
     table.add_column("tensors", justify="right")
@@ -107,18 +103,16 @@ def inspect(
         nbytes = sum(tensor.nbytes for tensor in members)
         table.add_row(file, kind, dtype, str(len(members)), _bytes(nbytes), largest.name)
     console.print(table)
-    for component, quantization in model.quantization.items():
-        console.print(
-            f"quantization{f' of {component}' if component else ''}: {quantization}", markup=False
-        )
-    if not model.quantization:
-        console.print("quantization: none")
+    for component, quantization in (model.quantization or {"": "none"}).items():
+        of = f" of {component}" if component else ""
+        console.print(f"quantization{of}: {quantization}", markup=False)
     for note in model.notes:
         console.print(f"note: {note}", markup=False)
     host = examine().host
     fits = "fits" if model.nbytes <= host.usable else "does not fit"
     console.print(
-        f"Parked as saved it {fits} in the {_bytes(host.usable)} of RAM that qmove may use ({host.usable_limit})."
+        f"Parked as saved it {fits} in the {_bytes(host.usable)} of RAM that qmove may use "
+        f"({host.usable_limit})."
     )
 
 
@@ -151,11 +145,5 @@ def _bytes(nbytes: int | None) -> str:
 def _installed_version() -> str:
     try:
         return importlib.metadata.version("qmove")
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # run from a checkout, or inside ComfyUI's custom_nodes
+    except importlib.metadata.PackageNotFoundError:  # a checkout, or in ComfyUI's custom_nodes
         return "(not installed as a package)"
-
-
-if __name__ == "__main__":
-    main()

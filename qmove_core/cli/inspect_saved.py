@@ -1,4 +1,4 @@
-"""What a saved model holds, read from headers only: a file, a folder, or an installed package that ships weights."""
+"""What a saved model holds, read from headers: of a file, a folder, or a package with weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 # The last part of a tensor's name, by which the formats call what belongs to a quantized weight.
-QUANTIZATION_STATE = re.compile(
-    rf"(\.|^)(SCB|weight_format|{'|'.join((*QUANT_STATE, *map(re.escape, PACKED_STATE.values())))}"
-    r"|scales?|zeros?|qzeros|g_idx|weight_scale(_inv|_2)?|scale_(weight|input)|input_scale|scaled_fp8|comfy_quant)$"
+_STATE_NAMES = (
+    *(re.escape(name) for name in (*QUANT_STATE, *PACKED_STATE.values())),
+    *("SCB", "weight_format", "scales?", "zeros?", "qzeros", "g_idx", "weight_scale(_inv|_2)?"),
+    *("scale_(weight|input)", "input_scale", "scaled_fp8", "comfy_quant"),
 )
+QUANTIZATION_STATE = re.compile(rf"(\.|^)({'|'.join(_STATE_NAMES)})$")
 
 
 class CannotInspect(QMoveError, ValueError):
@@ -75,9 +77,8 @@ class SavedModel:
         grouped: dict[tuple[str, str, str], list[SavedTensor]] = defaultdict(list)
         for tensor in self.tensors:
             grouped[tensor.file, tensor.kind, tensor.dtype].append(tensor)
-        return dict(
-            sorted(grouped.items(), key=lambda item: -sum(tensor.nbytes for tensor in item[1]))
-        )
+        largest = sorted(grouped, key=lambda key: -sum(tensor.nbytes for tensor in grouped[key]))
+        return {key: grouped[key] for key in largest}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,11 +86,11 @@ class SavedModel:
 
 
 def inspect_saved(path_or_package: str | Path) -> SavedModel:
-    """Reads what a saved model holds from the headers of its files. No weight is loaded and no pickled code runs.
+    """Reads the headers of a saved model. No weight is loaded and no pickled code runs.
 
     Args:
-        path_or_package: a .safetensors or torch file; a folder of them, as transformers and diffusers save it; or the name
-            of an installed package that ships weights.
+        path_or_package: a .safetensors or torch file; a folder of them, as transformers and
+            diffusers save it; or the name of an installed package that ships weights.
 
     Raises:
         CannotInspect: nothing is there, nothing in it is a saved model, or a file is broken.
@@ -111,15 +112,16 @@ def _inspect_package(name: str) -> SavedModel:
     folders = _package_folders(name)
     if not folders:
         raise CannotInspect(
-            f"{name!r} is no file or folder here and no installed package. "
-            "Give a .safetensors or torch file, a model's folder, or the name of a package that ships weights."
+            f"{name!r} is no file or folder here and no installed package. Give a .safetensors or "
+            "torch file, a model's folder, or the name of a package that ships weights."
         )
     for folder in folders:
         files = _weight_files(folder)
         if files:
             return _inspect_files(folder, folder, files)
     raise CannotInspect(
-        f"The installed package {name!r} ships no weights: no file in it ends in {', '.join(SUFFIXES)}."
+        f"The installed package {name!r} ships no weights: no file in it ends in "
+        f"{', '.join(SUFFIXES)}."
     )
 
 
@@ -145,35 +147,25 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _inspect_files(source: Path, root: Path, files: Sequence[Path]) -> SavedModel:
-    kept, notes = _without_doubles(files, root)
-    model = SavedModel(str(source), [], notes=notes)
-    for path in kept:
+    model = SavedModel(str(source), [])
+    safe = {path.parent for path in files if path.suffix == ".safetensors"}
+    inside: dict[Path, list[SavedTensor]] = defaultdict(list)
+    for path in files:
         label = path.relative_to(root).as_posix()
-        model.tensors += (
-            _read_safetensors(path, label)
-            if path.suffix == ".safetensors"
-            else _read_torch(path, label, notes)
-        )
-    for folder in dict.fromkeys(path.parent for path in kept):
-        inside = {path.relative_to(root).as_posix() for path in kept if path.parent == folder}
-        found = _quantization_of(
-            folder, [tensor for tensor in model.tensors if tensor.file in inside]
-        )
-        if found:
+        if path.suffix == ".safetensors":
+            tensors = _read_safetensors(path, label)
+        elif path.parent in safe and path.suffix in TORCH_SUFFIXES:  # the same weights once more
+            model.notes.append(f"{label} was left out: there are safetensors beside it.")
+            continue
+        else:
+            tensors = _read_torch(path, label, model.notes)
+        model.tensors += tensors
+        inside[path.parent] += tensors
+    for folder, tensors in inside.items():
+        if found := _quantization_of(folder, tensors):
             component = folder.relative_to(root).as_posix()
             model.quantization["" if component == "." else component] = found
     return model
-
-
-def _without_doubles(files: Sequence[Path], root: Path) -> tuple[list[Path], list[str]]:
-    """Leaves out torch files in folders that hold safetensors: they are the same weights in the older format."""
-    safe = {path.parent for path in files if path.suffix == ".safetensors"}
-    doubles = [path for path in files if path.suffix in TORCH_SUFFIXES and path.parent in safe]
-    notes = [
-        f"{path.relative_to(root).as_posix()} was left out: there are safetensors beside it."
-        for path in doubles
-    ]
-    return [path for path in files if path not in doubles], notes
 
 
 def _read_safetensors(path: Path, label: str) -> list[SavedTensor]:
@@ -194,15 +186,16 @@ def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
         )
     if not zipfile.is_zipfile(path):
         raise CannotInspect(
-            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then it cannot be read without "
-            "loading it. Save it again with torch.save, or better as safetensors."
+            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then it "
+            "cannot be read without loading it. Save it again with torch.save, or better as "
+            "safetensors."
         )
     try:
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises pickle's, its own and RuntimeErrors here
         notes.append(
-            f"{label} holds pickled objects ({str(error).splitlines()[0]}) and was not unpickled, which could run code: "
-            "only the sizes of its storages are known."
+            f"{label} holds pickled objects ({str(error).splitlines()[0]}) and was not unpickled, "
+            "which could run code: only the sizes of its storages are known."
         )
         return _torch_storages(path, label)
     return [
@@ -217,33 +210,26 @@ def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
     ]
 
 
-def _tensors_in(name: str, content: object) -> Iterable[tuple[str, torch.Tensor]]:
+def _tensors_in(name: str, content: object) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(content, torch.Tensor):
         yield name, content
-        return
-    if isinstance(content, dict):
-        items: Iterable[tuple[object, object]] = content.items()
-    elif isinstance(content, (list, tuple)):
-        items = enumerate(content)
-    else:
-        return
-    for key, value in items:
-        yield from _tensors_in(f"{name}.{key}" if name else str(key), value)
+    elif isinstance(content, (dict, list, tuple)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            yield from _tensors_in(f"{name}.{key}" if name else str(key), value)
 
 
 def _torch_storages(path: Path, label: str) -> list[SavedTensor]:
     with zipfile.ZipFile(path) as archive:
-        entries = [
-            entry for entry in archive.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)
+        return [
+            SavedTensor(entry.filename, "bytes", (entry.file_size,), entry.file_size, label)
+            for entry in archive.infolist()
+            if re.search(r"(^|/)data/\d+$", entry.filename)
         ]
-    return [
-        SavedTensor(entry.filename, "bytes", (entry.file_size,), entry.file_size, label)
-        for entry in entries
-    ]
 
 
 def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
-    """How the model in `folder` is quantized: as its config says, else as the names and dtypes show; "" if it is not."""
+    """How the model in `folder` is quantized, by its config, else by names and dtypes; else ""."""
     config = folder / "config.json"
     if config.is_file():
         try:
@@ -253,7 +239,6 @@ def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
         if declared:
             return _describe(declared)
     names = {tensor.name for tensor in tensors}
-    dtypes = {tensor.dtype for tensor in tensors}
 
     def any_ends(*endings: str) -> bool:
         return any(name.endswith(endings) for name in names)
@@ -267,37 +252,25 @@ def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
     if any_ends(".comfy_quant"):
         return "ComfyUI (comfy-kitchen)"
     if any_ends(".qweight"):
-        return (
-            "GPTQ"
-            if any_ends(".g_idx")
-            else "AWQ"
-            if any_ends(".qzeros")
-            else "packed weights (.qweight), format unknown"
-        )
+        unknown = "packed weights (.qweight), format unknown"
+        return "GPTQ" if any_ends(".g_idx") else "AWQ" if any_ends(".qzeros") else unknown
     if any_ends(".weight_scale_inv"):
         return "fp8, scaled in blocks"
-    if any(dtype.upper().startswith(("F8", "FLOAT8")) for dtype in dtypes):
-        return (
-            "fp8, scaled"
-            if any_ends("scaled_fp8", ".scale_weight", ".weight_scale")
-            else "fp8 weights, without scales"
-        )
+    if any(tensor.dtype.upper().startswith(("F8", "FLOAT8")) for tensor in tensors):
+        scaled = any_ends("scaled_fp8", ".scale_weight", ".weight_scale")
+        return "fp8, scaled" if scaled else "fp8 weights, without scales"
     return ""
 
 
 def _describe(declared: dict[str, Any]) -> str:
     """transformers' and diffusers' `quantization_config` in words."""
-    method = str(declared.get("quant_method", "unknown method"))
     if declared.get("load_in_8bit"):
         return "bitsandbytes int8"
     if declared.get("load_in_4bit"):
         nested = ", double quantization" if declared.get("bnb_4bit_use_double_quant") else ""
         return f"bitsandbytes {declared.get('bnb_4bit_quant_type', 'fp4')}{nested}"
+    method = str(declared.get("quant_method", "unknown method"))
     bits = declared.get("bits", declared.get("weights"))
-    return (
-        method
-        if bits is None
-        else f"{method}, {bits} bit"
-        if isinstance(bits, int)
-        else f"{method}, {bits}"
-    )
+    if bits is None:
+        return method
+    return f"{method}, {bits} bit" if isinstance(bits, int) else f"{method}, {bits}"
