@@ -16,7 +16,7 @@ from .homes import lock, parked_bytes, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
-from .model.walk import slots_of
+from .slots import slots_of
 
 __all__ = [
     "Description",

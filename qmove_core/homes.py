@@ -14,7 +14,7 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from .digests.digest import Digest
-from .model.walk import slots_of
+from .slots import slots_of
 
 lock = threading.RLock()  # held for the whole of each move: two threads never move at once
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..collector import collection_deferred
 from . import kinds
 from .holdings import Holding, Immovable, Inventory, MetaTensor
-from .walk import FoundTensor, Walk, walk
+from .walk import FoundTensor, walk
 
 
 def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
@@ -23,23 +24,12 @@ def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
         An `Inventory`. It refers to the model's tensors, and so keeps them alive.
     """
     roots = [("", model), *((f"<extra {index}>", root) for index, root in enumerate(extra))]
-    return _from_walk(walk(roots, leave_out=kinds.process_wide_tensors()))
-
-
-def _from_walk(walked: Walk) -> Inventory:
-    result = Inventory(holdings=[])
-    by_storage: dict[int, Holding] = {}
-    with torch._C.DisableTorchFunctionSubclass():
-        for found in walked.tensors.values():
-            _sort_in(found, result, by_storage)
-    result.holdings = list(by_storage.values())
+    with collection_deferred():
+        walked = walk(roots, leave_out=kinds.process_wide_tensors())
+        result = Inventory(holdings=[])
+        _sort_in(walked.tensors.values(), result)
     result.immovable += [
-        Immovable(
-            name,
-            None,
-            f"a {type(obj).__name__} replays kernels with the raw addresses of the weights; delete it first",
-        )
-        for name, obj in walked.fixed
+        Immovable(name, None, _GRAPH.format(type(obj).__name__)) for name, obj in walked.fixed
     ]
     result.foreign = [name for name, _module in walked.foreign]
     for name, module in walked.modules.values():
@@ -49,31 +39,37 @@ def _from_walk(walked: Walk) -> Inventory:
     return result
 
 
-def _sort_in(found: FoundTensor, result: Inventory, by_storage: dict[int, Holding]) -> None:
-    tensor, name = found.tensor, found.names[0]
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
-        return  # a lazy module before its first forward: no bytes yet
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        result.wrappers.append((name, tensor))
-        return
-    if tensor.device.type == "meta":
-        result.meta.append(
-            MetaTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, tensor)
-        )
-        return
-    obstacle = _obstacle(tensor)
-    if obstacle:
-        result.immovable.append(Immovable(name, tensor.device, obstacle))
-        return
-    storage = tensor.untyped_storage()
-    holding = by_storage.get(storage._cdata)
-    if holding is None:
-        by_storage[storage._cdata] = Holding(
-            storage.nbytes(), storage.device, found.kind, tensor.dtype, list(found.names), [tensor]
-        )
-    else:
-        holding.names += found.names
-        holding.tensors.append(tensor)
+_GRAPH = "a {} replays kernels with the raw addresses of the weights; delete it first"
+
+
+def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
+    by_storage: dict[int, Holding] = {}
+    with torch._C.DisableTorchFunction():
+        for found in tensors:
+            tensor, names = found.tensor, found.names
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
+                continue  # a lazy module before its first forward: no bytes yet
+            if hasattr(type(tensor), "__tensor_flatten__"):
+                result.wrappers.append((names[0], tensor))
+                continue
+            if tensor.is_meta:
+                shape, dtype = tuple(tensor.shape), tensor.dtype
+                result.meta.append(MetaTensor(names[0], shape, dtype, tensor.nbytes, tensor))
+                continue
+            obstacle = _obstacle(tensor)
+            if obstacle:
+                result.immovable.append(Immovable(names[0], tensor.device, obstacle))
+                continue
+            storage = tensor.untyped_storage()
+            holding = by_storage.get(storage._cdata)
+            if holding is None:
+                by_storage[storage._cdata] = Holding(
+                    storage.nbytes(), tensor.device, found.kind, tensor.dtype, names, [tensor]
+                )
+            else:
+                holding.names += names
+                holding.tensors.append(tensor)
+    result.holdings = list(by_storage.values())
 
 
 def _obstacle(tensor: torch.Tensor) -> str:

@@ -18,18 +18,19 @@ import functools
 import gc
 import inspect
 import io
-import itertools
 import logging
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+
+from ..slots import slots_of
 
 
 class Reach(IntEnum):
@@ -73,8 +74,9 @@ def walk(roots: Iterable[tuple[str, object]], leave_out: Set[int] = frozenset())
     of a quantization library; they are not recorded.
     """
     walker = _Walker(leave_out)
-    # Wrapper subclasses answer attribute access through __torch_function__; here their own Python attributes are wanted.
-    with torch._C.DisableTorchFunctionSubclass():
+    # Wrapper subclasses and modes (a `with torch.device(...)`) answer attribute access through __torch_function__; here
+    # the tensors' own Python attributes are wanted.
+    with torch._C.DisableTorchFunction():
         walker.run(roots)
     return walker.result
 
@@ -96,13 +98,11 @@ class _Walker:
         # For this walk only: a cache that outlives it would keep classes alive that were made for one model.
         self._visitor_of = functools.cache(_visitor_of)
         self._slots_of = functools.cache(slots_of)
-        self._seen: dict[
-            int, object
-        ] = {}  # keeps what was seen alive, so that no id is used twice during the walk
+        self._seen: dict[int, object] = {}  # alive, so that no id is used twice during the walk
 
     def run(self, roots: Iterable[tuple[str, object]]) -> None:
         for name, root in roots:
-            if isinstance(root, nn.Module):
+            if _is_module(root):
                 self._own(name, root)
             self._push(root, name, Reach.ROOT, _TENSOR)
         while self._queue:
@@ -114,30 +114,25 @@ class _Walker:
         ]
 
     def _push(self, obj: object, name: str, reach: Reach, kind: str) -> None:
-        if self._visitor_of(type(obj)) is _Walker._skip:  # type: ignore[arg-type]
+        """Records a tensor with what hangs on it, and queues anything else that may hold one; each object once."""
+        visitor = self._visitor_of(type(obj))  # type: ignore[arg-type]
+        if visitor is _Walker._skip:
             return
-        if id(obj) in self._seen:
-            found = self.result.tensors.get(id(obj))
+        key = id(obj)
+        if key in self._seen:
+            found = self.result.tensors.get(key)
             if (
                 found is not None and name not in found.names
             ):  # inner tensors are attributes as well
                 found.names.append(name)
-            return
-        if (
-            isinstance(obj, nn.Module)
-            and id(obj) not in self.result.modules
-            and not self._claim(obj, name, reach)
-        ):
-            return
-        self._seen[id(obj)] = obj
-        if isinstance(obj, torch.Tensor):
-            if id(obj) in self._leave_out:
-                return
-            self.result.tensors[id(obj)] = FoundTensor(obj, kind, [name])
-            self._tensor(
-                obj, name
-            )  # at once: a quant state is then named after its weight, not after the module
-        else:
+        elif visitor is _Walker._tensor:
+            self._seen[key] = obj
+            if key not in self._leave_out:
+                self.result.tensors[key] = FoundTensor(obj, kind, [name])  # type: ignore[arg-type]
+                # At once: a quant state is then named after its weight, not after the module.
+                self._tensor(obj, name)  # type: ignore[arg-type]
+        elif not _is_module(obj) or key in self.result.modules or self._claim(obj, name, reach):
+            self._seen[key] = obj
             self._queue.append((obj, name, reach, kind))
 
     def _claim(self, module: nn.Module, name: str, reach: Reach) -> bool:
@@ -181,23 +176,19 @@ class _Walker:
 
     def _module(self, module: nn.Module, name: str, reach: Reach, kind: str) -> None:
         prefix = f"{name}." if name else ""
-        for child_name, child in module._modules.items():
-            if child is not None:
-                self._push(child, prefix + child_name, Reach.OWN, _STATE)
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                self._push(parameter, prefix + parameter_name, Reach.OWN, _PARAMETER)
-        for buffer_name, buffer in module._buffers.items():
-            if buffer is not None:
-                self._push(buffer, prefix + buffer_name, Reach.OWN, _BUFFER)
-        slots = ((slot, getattr(module, slot, None)) for slot in self._slots_of(type(module)))  # type: ignore[arg-type]
-        for attribute, value in itertools.chain(module.__dict__.items(), slots):
-            if attribute in _REGISTERED or not _may_hold(value):
+        registered: tuple[tuple[Mapping[str, object], str], ...] = (
+            (module._modules, _STATE),
+            (module._parameters, _PARAMETER),
+            (module._buffers, _BUFFER),
+        )
+        for named, its_kind in registered:
+            for attribute, value in named.items():
+                self._push(value, prefix + attribute, Reach.OWN, its_kind)
+        for attribute, value in self._attributes_of(module):
+            if attribute in _REGISTERED:
                 continue
             is_hook = "hook" in attribute
-            deliberate = isinstance(
-                value, nn.Module
-            )  # nn.Module.__setattr__ would have registered it
+            deliberate = _is_module(value)  # nn.Module.__setattr__ would have registered it
             reach = Reach.BEYOND if deliberate or is_hook else Reach.OWN
             self._push(value, prefix + attribute, reach, _CAPTURED if is_hook else _STATE)
 
@@ -248,78 +239,51 @@ class _Walker:
 
     def _attributes(self, obj: object, name: str, reach: Reach, kind: str) -> None:
         prefix = f"{name}." if name else ""
-        for attribute, value in getattr(obj, "__dict__", {}).items():
-            if _may_hold(value):
-                self._push(value, prefix + attribute, reach, kind)
-        for slot in self._slots_of(type(obj)):  # type: ignore[arg-type]
-            value = getattr(obj, slot, None)
-            if _may_hold(value):
-                self._push(value, prefix + slot, reach, kind)
+        for attribute, value in self._attributes_of(obj):
+            self._push(value, prefix + attribute, reach, kind)
+
+    def _attributes_of(self, obj: object) -> Iterator[tuple[str, object]]:
+        """The attributes of an object, without the bulk that can hold no tensor."""
+        named = _read(obj, "__dict__") or {}
+        slots = self._slots_of(type(obj))  # type: ignore[arg-type]
+        if slots:
+            named = named | {slot: _read(obj, slot) for slot in slots}
+        for attribute, value in named.items():
+            cls = type(value)
+            if cls not in _BUILT_IN or (value and cls not in _PLAIN):
+                yield attribute, value
 
 
 _REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
+_PLAIN = frozenset({type(None), bool, int, float, str, type, torch.dtype, torch.device, torch.Size})
+_BUILT_IN = _PLAIN | {dict, OrderedDict, list, tuple, set}  # an empty one holds nothing
 
-_SKIPPED: tuple[type, ...] = (
-    *(
-        type,
-        types.ModuleType,
-        types.CodeType,
-        types.FrameType,
-        types.TracebackType,
-        types.BuiltinFunctionType,
-    ),
-    *(
-        types.GenericAlias,
-        types.UnionType,
-        property,
-        staticmethod,
-        classmethod,
-        inspect.Signature,
-        inspect.Parameter,
-    ),
-    *(
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        bytearray,
-        memoryview,
-        range,
-        slice,
-        type(Ellipsis),
-    ),
-    *(
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        torch.Generator,
-        torch.Size,
-        torch.UntypedStorage,
-    ),
-    *(
-        weakref.ReferenceType,
-        weakref.ProxyType,
-        weakref.CallableProxyType,
-        logging.Logger,
-        io.IOBase,
-    ),
+_SKIPPED = (
+    # code
+    (type, types.ModuleType, types.CodeType, types.FrameType, types.TracebackType)
+    + (types.BuiltinFunctionType, types.GenericAlias, types.UnionType)
+    + (property, staticmethod, classmethod, inspect.Signature, inspect.Parameter)
+    # plain values
+    + (type(None), bool, int, float, complex, str, bytes, bytearray, memoryview)
+    + (range, slice, type(Ellipsis), torch.dtype, torch.device, torch.layout)
+    + (torch.memory_format, torch.Size, torch.Generator, torch.UntypedStorage)
+    # what belongs to somebody else
+    + (weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType)
+    + (logging.Logger, io.IOBase)
 )
 
 
 def _visitor_of(cls: type) -> Callable[..., None]:
+    if issubclass(cls, torch.Tensor):
+        return _Walker._tensor
     if issubclass(cls, nn.Module):
         return _Walker._module
     if issubclass(cls, torch.cuda.CUDAGraph):
         return _Walker._fixed
     if issubclass(cls, _SKIPPED) or cls.__module__ in ("numpy", "threading", "_thread", "enum"):
         return _Walker._skip
-    if issubclass(
-        cls, dict
-    ):  # another mapping may load what it is asked for (accelerate's offloaded weights): see its attributes
+    # Another mapping may load what it is asked for (accelerate's offloaded weights): see its attributes.
+    if issubclass(cls, dict):
         return _Walker._mapping
     if issubclass(cls, (list, tuple, set, frozenset, deque)):
         return _Walker._sequence
@@ -329,19 +293,25 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._method
     if issubclass(cls, functools.partial):
         return _Walker._partial
-    if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or slots_of(cls)):  # type: ignore[arg-type]
+    if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or slots_of(cls)):
         return _Walker._object
     return _Walker._opaque
 
 
-_ATOMS = frozenset({type(None), bool, int, float, str, type, torch.dtype, torch.device, torch.Size})
-_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
+def _is_module(obj: object) -> TypeGuard[nn.Module]:
+    """Also for a proxy of a module; one that is not bound raises when its class is asked for."""
+    try:
+        return isinstance(obj, nn.Module)
+    except Exception:
+        return False
 
 
-def _may_hold(value: object) -> bool:
-    """Rules out, cheaply, the bulk of what a module's `__dict__` has: plain values and empty hook dictionaries."""
-    cls = type(value)
-    return cls not in _ATOMS and (cls not in _CONTAINERS or bool(value))
+def _read(obj: object, attribute: str) -> Any:
+    """The attribute; None for one that is not set, and where the author's own code raises."""
+    try:
+        return getattr(obj, attribute, None)
+    except Exception:
+        return None
 
 
 def _beyond(reach: Reach) -> Reach:
@@ -356,14 +326,3 @@ def _is_empty(cell: types.CellType) -> bool:
     ):  # a variable of the enclosing function that was not assigned yet, or was deleted
         return True
     return False
-
-
-def slots_of(cls: type) -> tuple[str, ...]:
-    """The names of all `__slots__` of a class and its bases that hold a value of an instance."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            is_private = name.startswith("__") and not name.endswith("__")
-            names.append(f"_{base.__name__.lstrip('_')}{name}" if is_private else name)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

@@ -24,6 +24,8 @@ ONLY_LOOK = (
     "inventory.py",
     "errors.py",
     "live_graph.py",
+    "holdings.py",
+    "slots.py",
     "budget.py",
 )  # they cannot leave it half
 

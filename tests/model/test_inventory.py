@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import qmove_core as qmove
 from qmove_core.model import walk
@@ -186,6 +189,44 @@ def test_it_stops_at_modules_of_code_and_classes(gpu: GPU, monkeypatch: pytest.M
     assert names(model) == {"0.weight", "0.bias"}
 
 
+class UnsetSlot:
+    """Its `__getattr__` is asked for the slot, and works only once the object is connected."""
+
+    __slots__ = ("connection",)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not connected")
+
+
+class ModuleWithUnsetSlot(nn.Module):
+    __slots__ = ("connection",)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not connected")
+
+
+class UnboundProxy:
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        raise RuntimeError("working outside of a request")
+
+
+class Locked:
+    def __getattribute__(self, name: str) -> Any:
+        raise PermissionError(name)
+
+
+@pytest.mark.parametrize("odd", [UnsetSlot, ModuleWithUnsetSlot, UnboundProxy, Locked])
+def test_an_object_that_raises_when_it_is_read_holds_nothing(gpu: GPU, odd: type) -> None:
+    model = layers(1)
+    found = names(model)
+    model[0].__dict__["odd"] = odd()
+    model[0].several = [odd()]
+
+    assert names(model) == found
+    assert names({"odd": odd(), "model": model}) == {f"model.{name}" for name in found}
+
+
 def test_meta_tensors_are_listed_apart(gpu: GPU) -> None:
     model = nn.Sequential(layers(1), nn.Linear(8, 4, device="meta"))
 
@@ -250,3 +291,58 @@ def test_ten_thousand_tensors_are_all_found(gpu: GPU) -> None:
 
     assert len(inventory.holdings) == 10_000
     assert inventory.nbytes == 5000 * (16 + 8)
+
+
+def test_it_holds_back_the_garbage_collector_and_leaves_the_collector_as_it_was(gpu: GPU) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(1000)])
+    started: list[int] = []
+    gc.callbacks.append(
+        note := lambda phase, info: started.append(info["generation"]) if phase == "start" else None
+    )
+    try:
+        gc.collect()
+        started.clear()
+        inventory = qmove.inventory(model)
+        after = len(started)
+        assert gc.isenabled()
+        gc.disable()
+        qmove.inventory(model)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.callbacks.remove(note)
+
+    assert after <= 1  # the one that was due is made up for
+    assert len(inventory.holdings) == 2000
+
+
+class AsksNothing(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"inventory called {func}")
+
+
+def fake_tensor_mode() -> Any:
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "a function mode": AsksNothing,
+    "a default device": lambda: torch.device("meta"),
+    "fake tensors": fake_tensor_mode,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_it_is_the_same_whatever_is_switched_on_around_it(gpu: GPU, state: str) -> None:
+    model = layers(2)
+    model.view = model[0].weight.T
+    expected = qmove.inventory(model).to_dict()
+
+    with STATES[state]():
+        found = qmove.inventory(model).to_dict()
+
+    assert found == expected
