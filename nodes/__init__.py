@@ -1,4 +1,4 @@
-"""qmove's nodes for ComfyUI, one a file. Importing this hooks qmove into the ComfyUI that does it."""
+"""qmove's nodes for ComfyUI, one a file. Importing this hooks qmove into ComfyUI."""
 
 from .one_core import load_core
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class AnyType(str):
-    """Equal to every other type. ComfyUI's validation compares with `!=`; a plain "*" fails it up to 0.3.75."""
+    """Equal to every other type: ComfyUI compares with `!=`, where "*" fails up to 0.3.75."""
 
     def __ne__(self, other: object) -> bool:
         return False

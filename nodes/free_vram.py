@@ -10,7 +10,7 @@ from .shown import shown
 
 
 class QMoveFreeVRAM:
-    """Parks the least useful models until so much VRAM is free: first what no remaining node uses, then what is used last."""
+    """Parks models, the least useful first, until this much VRAM is free."""
 
     CATEGORY = "qmove"
     DESCRIPTION = __doc__
@@ -27,12 +27,15 @@ class QMoveFreeVRAM:
             "min": 0.1,
             "max": 1024.0,
             "step": 0.1,
-            "tooltip": "GiB that are to be free on each GPU.",
+            "tooltip": "GiB that should be free on each GPU.",
         }
         return {
             "required": {"gib": ("FLOAT", gib)},
             "optional": {
-                "after": (ANY, {"tooltip": "What is to come before. It is passed through."})
+                "after": (
+                    ANY,
+                    {"tooltip": "The node runs after this input, which is passed through."},
+                )
             },
         }
 

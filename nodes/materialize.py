@@ -12,7 +12,7 @@ from .shown import shown
 
 
 class QMoveMaterialize:
-    """Gives every meta tensor of a dispatched model its real data, so that the model can be moved and parked."""
+    """Gives the meta tensors of a dispatched model their data, so that it can be parked."""
 
     CATEGORY = "qmove"
     DESCRIPTION = __doc__
@@ -23,12 +23,13 @@ class QMoveMaterialize:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        target = {"default": "cpu", "tooltip": "Where the data goes. It must fit there."}
         return {
             "required": {
                 "model": (ANY, {"tooltip": "A model that was loaded with a device_map."}),
-                "target_device": (for_hosts.known_devices(), {"default": "cpu", "tooltip": "Where the data goes. It must fit there."}),
+                "target_device": (for_hosts.known_devices(), target),
             }
-        }  # fmt: skip
+        }
 
     def materialize(self, model: Any, target_device: str) -> dict[str, Any]:
         report = requests.materialize_value(model, target_device)

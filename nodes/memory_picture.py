@@ -1,4 +1,4 @@
-"""Draws who holds what: a bar for each device and for the host's memory, with the models on it by name."""
+"""Draws what is in memory: a bar for each device and for RAM, with the models by name."""
 
 from __future__ import annotations
 
@@ -24,18 +24,15 @@ def write_text(snapshot: dict[str, Any]) -> str:
         lines += [f"  {name}: {readable_bytes(nbytes)}" for name, nbytes, _color in parts if nbytes]
     done = snapshot["done"]
     lines.append(
-        f"Since the start: {done['parks']} parks, {done['restores']} restores, {readable_bytes(done['copied_bytes'])} copied."
+        f"Since the start: {done['parks']} parks, {done['restores']} restores, "
+        f"{readable_bytes(done['copied_bytes'])} copied."
     )
     return "\n".join(lines)
 
 
 def draw_picture(snapshot: dict[str, Any]) -> torch.Tensor:
     """The snapshot as an IMAGE: float32 of shape (1, height, width, 3), from 0 to 1."""
-    from PIL import (  # ComfyUI has it; whoever only imports the nodes need not
-        Image,
-        ImageDraw,
-        ImageFont,
-    )
+    from PIL import Image, ImageDraw, ImageFont  # ComfyUI has it; importing the nodes needs none
 
     bars = list(_bars(snapshot))
     rows = sum(2 + sum(1 for part in parts if part[1]) for _title, _total, parts in bars)

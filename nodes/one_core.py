@@ -1,7 +1,7 @@
-"""Sees to it that a process has one `qmove_core`, whichever way it came: with this pack, or as an installed package.
+"""Makes sure that a process has one `qmove_core`: the pack's own copy, or an installed package.
 
-Other packs that `import qmove_core` must see the models that the nodes have parked. So the pack's own copy is imported
-under its plain name, and one that is there already is used as it is.
+Other packs that `import qmove_core` must see the models that the nodes have parked. So the pack's
+own copy is imported under its plain name, and one that is imported already is used as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger("qmove")
 
 
 def load_core(own_copy: Path = OWN_COPY) -> ModuleType:
-    """The process's `qmove_core`: the one imported already, else the pack's own copy, else an installed one.
+    """Returns `qmove_core`: the one imported already, else the pack's copy, else an installed one.
 
     Raises:
         ImportError: there is none, or it cannot be imported (it names what is missing).

@@ -25,7 +25,7 @@ class QMovePark:
         model = (
             "Any model: a pipeline, a transformers model, a dict of models, a MODEL, CLIP or VAE."
         )
-        after = "What the stage that used the model gave. The model is parked after that stage."
+        after = "An output of the stage that used the model. The model is parked after that stage."
         return {
             "required": {"model": (ANY, {"tooltip": model})},
             "optional": {"after": (ANY, {"tooltip": after})},

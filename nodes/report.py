@@ -24,13 +24,15 @@ class QMoveReport:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "optional": {"after": (ANY, {"tooltip": "The report is made when this is there."})},
+            "optional": {
+                "after": (ANY, {"tooltip": "The report is made after this input arrives."})
+            },
             "required": {},
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
-        """Never the same as before: memory changes although no input does. Nothing but the report lies behind this node."""
+        """Never equal: memory changes although no input does. Only reports depend on this node."""
         return float("nan")
 
     def report(self, after: Any = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .shown import shown
 
 
 class QMoveRestore:
-    """Brings a parked model back to the device it came from, or to another one. Nodes that use it do this by themselves."""
+    """Brings a parked model back to a device. A model that is used wakes by itself."""
 
     CATEGORY = "qmove"
     DESCRIPTION = __doc__

@@ -1,7 +1,8 @@
-"""What a program that hosts models (ComfyUI) may use beside qmove's public names; the one door to the rest of the core.
+"""For a program that hosts models (ComfyUI): the one door to the core beside its public names.
 
-A host manages models that others load. It asks where the tensors of a model are, and for whom; it is asked for room
-before a move fails, and it hears of every move. Each name is documented where it is defined.
+A host manages models that others load. It asks where the tensors of a model are and what the model
+is, it can free VRAM before a move fails, and it is called after every move. Each name is documented
+where it is defined.
 
     for_hosts.on_shortage(free_vram)        # free_vram(device, nbytes) may park other models
     for_hosts.on_move(mark_state_as_stale)  # also when a parked model woke by itself

@@ -12,7 +12,7 @@ from .stages import auto_parking, executor
 
 
 def start() -> None:
-    """Hooks qmove into the ComfyUI of this process. What this version of it lacks is logged and left out."""
+    """Hooks qmove into the ComfyUI of this process; logs what this version of it lacks."""
     if comfy.model_management() is None:
         return
     settings.load_stored()

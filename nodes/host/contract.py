@@ -1,7 +1,8 @@
 """What qmove uses of ComfyUI, as types: nothing else of the host is touched.
 
-ComfyUI gives no stable interface for this. The shapes below hold in 0.3.64 and everything since; where versions differ,
-the member says so. A fake host with these shapes is enough to test everything under `nodes/host`.
+ComfyUI gives no stable interface for this. The shapes below hold in 0.3.64 and everything since;
+where versions differ, the member says so. A fake host with these shapes is enough to test
+everything under `nodes/host`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 
 class HostEntry(Protocol):
-    """What ComfyUI's model management calls on an object that it has loaded; an adapter need not be a `ModelPatcher`."""
+    """What ComfyUI's model management calls on a loaded object, a `ModelPatcher` or not."""
 
     load_device: torch.device
     offload_device: torch.device

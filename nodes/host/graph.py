@@ -1,4 +1,4 @@
-"""Reads the prompt's graph while it runs: what a node will be given, what came out of one, and who still needs what."""
+"""Reads the prompt's graph while it runs: inputs, outputs, and which nodes are still to come."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def links_of(graph: ExecutionList, node_id: str) -> Iterator[tuple[str, int]]:
 
 
 def steps_ahead(graph: ExecutionList) -> dict[str, int]:
-    """For each node that remains, how many others must run before it can: the more, the later it comes."""
+    """For each node that remains, how many others must run before it: the more, the later."""
     waits_for: dict[str, set[str]] = {node_id: set() for node_id in graph.pendingNodes}
     for source, waiting in graph.blocking.items():
         for node_id in waiting:
@@ -75,7 +75,7 @@ def is_custom(graph: ExecutionList, node_id: str) -> bool:
 
 
 def choices_of(graph: ExecutionList, node_id: str) -> tuple[Any, ...]:
-    """What was chosen on the node itself: files, precisions, switches; no prose and no numbers, which change on each run."""
+    """What was chosen on the node: files, precisions, switches; no prose and no numbers."""
     chosen = []
     for name, value in graph.dynprompt.get_node(node_id)["inputs"].items():
         if isinstance(value, (str, bool)):

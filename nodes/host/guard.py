@@ -1,4 +1,4 @@
-"""A failure of qmove inside ComfyUI's own loop is logged, once, and never fails the prompt that happens to run."""
+"""A failure of qmove inside ComfyUI's own loop is logged, once, and never fails the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The accelerators of this machine and what is in use on them, read cheaply enough for each stage."""
+"""The accelerators and what is in use on them, read cheaply enough to do it at each stage."""
 
 from __future__ import annotations
 

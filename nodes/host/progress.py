@@ -1,7 +1,7 @@
-"""The progress of each move: on the node it happens for, in ComfyUI's bar, in the panel; and cancelling.
+"""Shows each move on its node, in ComfyUI's bar and in the panel; and cancels moves.
 
-A move inside a prompt is stopped by the user's interrupt, one that a button asked for by `cancel`. Both raise in the
-callback of the core, which then rolls the move back.
+A move inside a prompt is stopped by the user's interrupt, one that a button asked for by `cancel`.
+Both raise in the callback of the core, which then rolls the move back.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _lock = threading.Lock()
 class Cancelled(BaseException):
     """A move that a button asked for was cancelled.
 
-    Not an Exception, as with asyncio's: ComfyUI's model management, which it passes through, must not
-    take it for a failure and go on.
+    Like asyncio's it is not an Exception: it passes through ComfyUI's model management, which must
+    not take it for a failure and go on.
     """
 
 
@@ -95,7 +95,10 @@ def running() -> list[dict[str, Any]]:
 
 
 def cancel(number: int) -> str:
-    """Stops a move; the model stays where it was. Returns what is cancelled: the "move", or the "prompt" that needs it.
+    """Stops a move; the model stays where it was.
+
+    Returns:
+        What is cancelled: the "move", or the "prompt" that needs it.
 
     Raises:
         NoSuchMove: it has ended, or ComfyUI needs it done.
@@ -130,8 +133,8 @@ class Move:
         self.done, self.total = 0, nbytes
         self.state = "running"
         self.result: Any = None
-        # ComfyUI unloads models outside of prompts too (POST /free). An interrupt that was left over
-        # must not stop that: raised there it would end ComfyUI's worker.
+        # ComfyUI unloads models outside of prompts too (POST /free). An interrupt that was left
+        # over must not stop that: there it would end ComfyUI's worker.
         self._host = comfy.model_management() if self.node_id is not None else None
         self.cancels = "prompt" if self._host else "move" if _asked_for.get() else None
         self._cancelled = False

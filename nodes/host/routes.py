@@ -77,7 +77,7 @@ def install() -> bool:
 
 
 def read_park(body: Any) -> Callable[[], str]:
-    """`{"models": [1, 2]}` or `{"models": "all"}`; or the models of a node: `{"node": "5", "class": "CheckpointLoader"}`."""
+    """`{"models": [1, 2]}`, `{"models": "all"}`, or those of `{"node": "5", "class": "Load"}`."""
     if isinstance(body, dict) and "node" in body:
         found = _models_of_node(_object(body, {"node", "class"}))
         return lambda: requests.park_value(found)

@@ -1,7 +1,7 @@
 """qmove's settings in ComfyUI: defaults, what the user's file says at start, and checked changes.
 
-They are process-wide, as a running prompt carries no user. ComfyUI stores only values that differ from the defaults,
-so the defaults are known here as well as in the frontend.
+They are process-wide, as a running prompt carries no user. ComfyUI stores only values that differ
+from the defaults, so the defaults are known here as well as in the frontend.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def vram_to_keep_free() -> int:
 
 
 def keep_mirrors() -> bool:
-    """Whether the host copies of models that came home are kept, so that the next park copies less."""
+    """Whether host copies of models that came home are kept, so that the next park copies less."""
     return bool(_values[KEEP_MIRRORS])
 
 
@@ -75,7 +75,7 @@ def current() -> dict[str, Any]:
 
 
 def change(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets what `changes` has, all of it or nothing, and returns all settings. Holds for parked models too.
+    """Sets all of `changes` or nothing, and returns all settings. It holds for parked models too.
 
     Raises:
         InvalidSettings: an unknown name, a wrong type, or a value out of range.
@@ -106,7 +106,7 @@ def _check(name: str, value: Any) -> None:
 
 @never_fails("read ComfyUI's stored settings", None)
 def load_stored() -> None:
-    """Takes over what ComfyUI has stored for its default user; logs and leaves out values that do not fit."""
+    """Takes over what ComfyUI has stored for its default user, as far as it is valid."""
     folder = comfy.user_directory()
     file = Path(folder) / "default" / "comfy.settings.json" if folder else None
     if file is None or not file.is_file():
@@ -125,7 +125,7 @@ def reset() -> None:
 
 
 def _apply(changes: Mapping[str, Any]) -> None:
-    """Passes to the core what concerns it. Mirrors that may not be kept any longer are freed at once."""
+    """Passes to the core what concerns it. Mirrors that may not be kept are freed at once."""
     options: dict[str, Any] = {}
     if RAM_LIMIT in changes:
         options["ram_limit"] = int(changes[RAM_LIMIT] * GIB) or None

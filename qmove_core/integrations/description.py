@@ -1,4 +1,4 @@
-"""What people call a model (int8, nf4, bf16), and how much of it a dispatch keeps on disk or in RAM."""
+"""What people call a model (int8, nf4, bf16), and how much of it a dispatch keeps elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHORT = {
 @dataclass(frozen=True)
 class Description:
     """Attributes:
-    kind: "int8", "nf4", "bf16" and the like: the format of most bytes, of the quantized ones if there are any.
+    kind: "int8", "nf4", "bf16" and the like: the format of most bytes; quantized ones come first.
     on_disk: bytes that a dispatch keeps in files.
     offloaded: bytes that a dispatch keeps in RAM.
     """

@@ -1,7 +1,7 @@
-"""The models that qmove knows in this ComfyUI: their true sizes, and which modules are parts of them.
+"""The models that qmove knows in this ComfyUI: their true sizes, and which modules are their parts.
 
-A model is adopted when it appears on a wire, or is given to one of our nodes. All references to it are weak: adopting a
-model keeps nothing alive.
+A model is adopted when it appears on a wire, or is given to one of our nodes. All references to it
+are weak: adopting a model keeps nothing alive.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Adopted:
         self.last_used_at = time.time()
 
     def refresh(self) -> None:
-        """Takes stock again if the modules, parameters or buffers are not those of the last time."""
+        """Takes the inventory again if modules, parameters or buffers have changed."""
         fingerprint = _fingerprint(self.model)
         if fingerprint == self._fingerprint:
             return
@@ -171,7 +171,7 @@ def can_be_adopted(model: object) -> bool:
 
 
 def _fingerprint(model: Any) -> object:
-    """Changes when tensors come or go: cheap, where an inventory looks at every object of the model."""
+    """Changes when tensors come or go. Cheap: an inventory looks at every object of the model."""
     if not isinstance(model, nn.Module):
         values = getattr(model, "__dict__", {}).items()
         return tuple(sorted((name, id(value)) for name, value in values))

@@ -1,7 +1,8 @@
 """Entries: an adopted model on one device, as ComfyUI's model management sees it.
 
-ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models are parked whole:
-`partially_unload` frees nothing, upon which ComfyUI detaches the entry, drops it and empties the allocator's cache.
+ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models
+are parked whole: `partially_unload` frees nothing, upon which ComfyUI detaches the entry, drops it
+and empties the allocator's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _entries: weakref.WeakKeyDictionary[Adopted, dict[torch.device, Entry]] = (
 
 
 def entries_of(adopted: Adopted) -> list[Entry]:
-    """The entries of a model: one for each device that is home to a part of it, or was. They die with the model."""
+    """One entry for each device that is home to a part of the model, or was. They die with it."""
     entries = _entries.setdefault(adopted, {})
     for device in {**adopted.resident, **adopted.parked}:
         if device not in entries:
@@ -73,9 +74,10 @@ class Entry:
     def partially_load(
         self, device: torch.device, extra: float, force_patch_weights: bool = False
     ) -> int:
-        """Brings the whole model home, however little room ComfyUI offers: half a model does not run.
+        """Brings the whole model home, however little room is offered: half a model does not run.
 
-        ComfyUI may load it along with models of its own, so a failure is kept for the caller that needs this one.
+        ComfyUI may load it along with models of its own, so a failure is kept for the caller that
+        needs this one.
         """
         adopted = self._adopted()
         if adopted is None:
@@ -99,7 +101,7 @@ class Entry:
 
     @never_fails("park a model for ComfyUI, which needs its memory", None)
     def detach(self, unpatch_all: bool = True) -> None:
-        """Parks the model. With `unpatch_all=False` ComfyUI only takes the entry out, to put it in again at once."""
+        """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew."""
         adopted = self._adopted()
         if unpatch_all and adopted is not None and not self.leaving:
             adopted.park()

@@ -1,7 +1,8 @@
-"""Who is on the device: brings models home and parks them, always through ComfyUI's model management.
+"""Brings models home and parks them, always through ComfyUI's model management.
 
-So its list is true: what is resident is in it, what it must evict for us it evicts, and when it needs room it finds our
-models. Without ComfyUI (a script that imports the nodes) the core does it alone.
+So its list of loaded models is true: what is resident is in it, it evicts what must go for us, and
+when it needs room it finds our models. Without ComfyUI (a script that imports the nodes) the core
+does it alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
 
 
 def register(models: Iterable[Adopted]) -> None:
-    """Puts what is resident into ComfyUI's list of loaded models, and takes out what left a device for good."""
+    """Lists what is resident as loaded in ComfyUI, and takes out what left a device for good."""
     host = comfy.model_management()
     models = list(models)
     if host is None or not models:
@@ -96,7 +97,7 @@ def bring_home(models: Collection[Adopted]) -> None:
 
 
 def swap(leaving: Adopted, coming: Adopted) -> None:
-    """Parks one model while another comes home, for which neither RAM nor VRAM needs room for both."""
+    """Parks one model while another comes home: neither RAM nor VRAM needs room for both."""
     _alive = leaving.model, coming.model
     _drop(entries_of(leaving))
     nbytes = [sum(leaving.resident.values()), sum(coming.parked.values())]
@@ -117,7 +118,7 @@ def swap(leaving: Adopted, coming: Adopted) -> None:
 
 
 def _register_again(models: Iterable[Adopted]) -> None:
-    """After a request that may have failed, whose entries ComfyUI took out and did not put in again."""
+    """After a request that may have failed, and whose entries ComfyUI may have taken out."""
     try:
         register(models)
     except Exception as error:
@@ -137,7 +138,7 @@ def park(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> N
 def park_until_free(
     order: Sequence[Adopted | HostEntry], device: torch.device, nbytes: float
 ) -> list[Adopted | HostEntry]:
-    """Parks models one by one, in this order, until `nbytes` are free on `device`; returns those it parked."""
+    """Parks models in this order until `nbytes` are free on `device`; returns those it parked."""
     done: list[Adopted | HostEntry] = []
     for model in order:
         if (meter.free_bytes(device) or 0) >= nbytes:
@@ -164,7 +165,7 @@ def hosts_own_entries() -> list[HostEntry]:
 
 
 def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
-    """ComfyUI's own loaded models that are not `used`. Dynamic ones yield to allocations by themselves: never idle."""
+    """ComfyUI's own loaded models that are not `used`, without those that yield by themselves."""
     models = {id(patcher.model) for patcher in used}  # clones share the model
     idle = [entry for entry in hosts_own_entries() if id(entry.model) not in models]
     # `is_dynamic` is there from 0.18.2.
@@ -177,7 +178,7 @@ def make_room(
     keep: Collection[Adopted] = (),
     keep_patchers: Collection[HostEntry] = (),
 ) -> None:
-    """Has ComfyUI free VRAM until `nbytes` are free on `device`, in its own order, but none of what is kept."""
+    """Has ComfyUI evict models, in its own order, until `nbytes` are free on `device`."""
     host = comfy.model_management()
     if host is not None:
         entries = [*(entry for adopted in keep for entry in entries_of(adopted)), *keep_patchers]

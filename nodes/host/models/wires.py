@@ -1,7 +1,7 @@
-"""Finds the models in what flows on a wire: an opaque model, a pipeline, a dict, or ComfyUI's own MODEL, CLIP or VAE.
+"""Finds the models on a wire: an opaque model, a pipeline, a dict, or a MODEL, CLIP or VAE.
 
-The search goes from object to object and stops at modules and at ComfyUI's patchers, so its cost does not grow with the
-size of a model.
+The search goes from object to object and stops at modules and at ComfyUI's patchers, so its cost
+does not grow with the size of a model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .adopted import adopted_of, can_be_adopted
 
 log = logging.getLogger("qmove")
 
-# A wire may carry a list of a million numbers; no pipeline has this many objects outside its modules.
+# A wire may carry a million numbers; no pipeline has this many objects outside its modules.
 MOST_OBJECTS = 20_000
 
 
@@ -95,7 +95,7 @@ def _with_additional(patcher: Any) -> list[HostEntry]:
 
 
 def _not_the_hosts(modules: list[nn.Module], patchers: list[HostEntry]) -> list[nn.Module]:
-    """Leaves out modules that ComfyUI manages itself: a VAE object holds its module beside the patcher of it."""
+    """Leaves out what ComfyUI manages itself: a VAE object holds its module beside its patcher."""
     if all(adopted_of(module) is not None for module in modules):
         return modules
     host = comfy.model_management()

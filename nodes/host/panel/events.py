@@ -1,4 +1,4 @@
-"""Sends the state when what the browsers show is out of date: a model moved, came or went, or a bar changed."""
+"""Sends the state when the browsers' picture is out of date: a model moved, or a bar changed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _next_look_at = 0.0
 
 
 def model_moved() -> None:
-    """Notes that the browsers' picture is out of date; it is sent between nodes, not during a move."""
+    """Notes that the picture is out of date; it is sent between nodes, not during a move."""
     global _changed
     _changed = True
 
 
 @never_fails("send what changed to the browser", None)
 def send_if_changed() -> None:
-    """Sends the state if a model has moved, come or gone, or a device's bar would look different."""
+    """Sends the state if a model has moved, come or gone, or if a device's bar has changed."""
     global _changed, _last_sent, _next_look_at
     started = time.perf_counter()
     outline = state.outline()
@@ -37,6 +37,6 @@ def send_if_changed() -> None:
 
 
 def send_if_due() -> None:
-    """As `send_if_changed`, between nodes: looking at the devices does not hold up many quick ones."""
+    """As `send_if_changed`, but seldom enough not to hold up many quick nodes."""
     if _changed or time.perf_counter() >= _next_look_at:
         send_if_changed()

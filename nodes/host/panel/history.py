@@ -1,8 +1,8 @@
 """VRAM over time in the last run, with its stages, for the chart in the browser.
 
-Memory is measured where a stage begins and ends, as far as that takes no more than a small share of the time: many quick
-nodes cost next to nothing. In between a thread reads PyTorch's own counters, which needs no call of the driver, so that a
-long stage shows what it takes.
+Memory is measured where a stage begins and ends, as far as that takes only a small share of the
+time: many quick nodes cost next to nothing. In between a thread reads PyTorch's own counters, which
+needs no call of the driver, so that a long stage shows what it takes.
 """
 
 from __future__ import annotations

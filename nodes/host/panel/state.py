@@ -32,9 +32,10 @@ _last: _Seen | None = None
 
 
 def snapshot() -> dict[str, Any]:
-    """All adopted models, the devices, the host's memory, and what was done since the start. Sizes are in bytes.
+    """All adopted models, the devices, RAM, and what was done since the start. Sizes are in bytes.
 
-    It does not wait for a move of another thread: then all models are as they were before it, and those that move are busy.
+    It does not wait for a move of another thread: then all models are as they were before it, and
+    those that move are busy.
     """
     seen = _look()
     moves = progress.running()
@@ -63,7 +64,10 @@ def snapshot() -> dict[str, Any]:
 
 
 def outline() -> tuple[object, ...]:
-    """Cheap to make; differs when a browser would show something else (a model came, was used or went; a bar changed)."""
+    """Differs when a browser would show something else: a model came, went or was used; a bar.
+
+    It is cheap to make.
+    """
     readings = [meter.read(device) for device in meter.devices()]
     bars = [200 * r.used // r.total for r in readings if r is not None and r.total]
     return tuple((adopted.number, adopted.last_used) for adopted in adopted_models()), tuple(bars)

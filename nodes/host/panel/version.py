@@ -1,4 +1,4 @@
-"""Which qmove this is: its version and where it comes from, for the badge on ComfyUI's about page."""
+"""The version of qmove and where it comes from, for the badge on ComfyUI's about page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROJECT_FILE = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 @functools.cache
 def about() -> dict[str, Any]:
-    """`version`, and `url` of the repository; None for what neither the pack's file nor the package says."""
+    """`version`, and `url` of the repository; None where neither pack nor package says it."""
     project: dict[str, Any] = {}
     try:
         toml = importlib.import_module("tomllib")  # Python 3.11

@@ -1,1 +1,1 @@
-"""What happens around each node of a prompt: room is made, models come home, requests wait their turn."""
+"""What happens around each node: room is made, models come home, requests wait their turn."""

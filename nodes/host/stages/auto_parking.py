@@ -1,8 +1,8 @@
 """Auto-parking: what is parked before a node runs, and what is brought home.
 
-With the switch off only one thing happens: parked models among a node's inputs come home. With it on, models that appear
-on wires are adopted, and room is made for each node: first what no remaining node uses goes, then what is used farthest
-ahead.
+With the switch off only one thing happens: parked models among a node's inputs come home. With it
+on, models that appear on wires are adopted, and room is made for each node: first the models go
+that no remaining node uses, then those that are used farthest ahead.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
 
 @never_fails("ask ComfyUI for room", None)
 def give_room(device: torch.device, nbytes: int) -> None:
-    """A model wakes while a node runs and finds too little room: others go, but none that this node was given."""
+    """For a model that wakes while a node runs: parks others, but none that the node was given."""
     wanted = nbytes + settings.vram_to_keep_free()
     residency.make_room(device, wanted, in_use.models, in_use.patchers)
 
@@ -111,9 +111,10 @@ def out_of_memory(
 def order_to_park(
     nodes: ExecutionList | None, node_id: str | None, inputs: NodeInputs
 ) -> list[Adopted | HostEntry]:
-    """All idle models, the least useful first: what no remaining node uses, then what is used farthest ahead.
+    """All idle models, the least useful first.
 
-    Among equals the one that was used longest ago comes first, then the bigger one.
+    First come those that no remaining node uses, then those used farthest ahead; among equals the
+    least recently used one, then the bigger one.
     """
     idle: list[Adopted | HostEntry] = [
         *residency.idle_models(inputs.models),
@@ -158,7 +159,7 @@ def _parked_objects() -> list[Any]:
 
 
 def _make_room(order: list[Adopted | HostEntry], inputs: NodeInputs, needed: Needed) -> None:
-    """Parks idle models in this order until each device has room for the node and for what it was given."""
+    """Parks idle models, in this order, until the node and what it was given have room."""
     if not order:
         return
     coming: Counter[torch.device] = Counter()
@@ -204,7 +205,7 @@ def _swap(
 
 @never_fails("bring a model home ahead of its use", None)
 def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: Needed) -> None:
-    """While this node computes, the model that is needed next begins to come home, if both have room."""
+    """Starts to bring home the model that is needed next, while this node computes, if both fit."""
     parked = {_identity(adopted): adopted for adopted in adopted_models() if adopted.parked}
     if not parked or needed is None:
         return
@@ -236,7 +237,7 @@ def _room_for(device: torch.device, coming: int, needed: Needed) -> float:
 
 
 def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
-    """For models on the wires of remaining nodes: how many nodes run before the next one that uses them."""
+    """For each model on a wire of a remaining node: how many nodes run before its next use."""
     uses: dict[int, int] = {}
     for waiting, steps in graph.steps_ahead(nodes).items():
         if waiting == node_id:

@@ -1,8 +1,8 @@
-"""Follows ComfyUI's executor as it stages and completes nodes: only there are a node's inputs known before it runs.
+"""Follows ComfyUI's executor: as it stages a node, the node's inputs are known before it runs.
 
-ComfyUI has no hook for this, so two methods of `ExecutionList` are wrapped, which have had the same signature since
-0.3.64, and the one that the executor calls with a node's error. Where one is not as expected, the log says so and that
-feature is off.
+ComfyUI has no hook for this, so two methods of `ExecutionList` are wrapped, which have had the same
+signature since 0.3.64, and the one that the executor calls with a node's error. Where one is not as
+expected, the log says so and that feature is off.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _Run:
     """What is known of one prompt while it runs.
 
     Attributes:
-        unfinished: nodes that were staged and put back: they wait for a task, for nodes they expanded into,
-            or for a lazy input.
+        unfinished: nodes that were staged and put back: they wait for a task, for nodes they
+            expanded into, or for a lazy input.
         node: the one that runs, with its class.
         measurement: of that node.
     """
@@ -51,7 +51,7 @@ _latest: weakref.ReferenceType[Any] | None = None
 
 
 def install() -> bool:
-    """Wraps the host's methods. Returns whether stages are seen now; doing it twice changes nothing."""
+    """Wraps ComfyUI's methods, once. Returns whether qmove follows the stages now."""
     cls = comfy.execution_list_class()
     stages = _has_method(cls, "stage_node_execution", is_async=True)
     if not stages or not _has_method(cls, "complete_node_execution"):
@@ -165,7 +165,7 @@ def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
         host = comfy.model_management()
         if host is None or not is_interrupt(error):
             raise
-        # Raised here it would end ComfyUI's worker. Asked for again, it is raised as the node begins.
+        # Raised here it would end ComfyUI's worker; asked for again, it is raised in the node.
         host.interrupt_current_processing(True)
         return None
 

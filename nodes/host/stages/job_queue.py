@@ -1,4 +1,4 @@
-"""Moves that a button or a route asks for wait until no node runs: a model must not leave under one."""
+"""Moves that a button asks for wait until no node runs: a model must not leave while it is used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _node_runs = False
 
 
 def run_or_queue(job: Job) -> tuple[bool, Any]:
-    """Runs `job` now if no node runs, else when the one that runs has ended. Its moves can be cancelled.
+    """Runs `job` now, or when the node that runs has ended. Its moves can be cancelled.
 
     Returns:
-        Whether it has run, and its result. The result of a job that waits, or its error, is sent to the browsers.
+        Whether it has run, and its result. The result or error of a job that waits goes to the
+        browsers.
     """
     with lock:
         if _node_runs:

@@ -9,7 +9,7 @@ import torch
 
 from .. import meter
 
-# Of what was learned: allocators fragment, and batches differ a little. ComfyUI adds the same to its own figures.
+# Allocators fragment, and batches differ a little. ComfyUI adds the same to its own figures.
 HEADROOM = 1.1
 
 
@@ -35,7 +35,10 @@ _learned: dict[tuple[str, str], Need] = {}
 
 
 def known(key: tuple[str, str], choices: tuple[Any, ...]) -> dict[torch.device, int] | None:
-    """What the node will need, with some headroom; None if it never ran, or ran with other choices (another model)."""
+    """Bytes the node will need, with some headroom.
+
+    None if it never ran, or ran with other choices (another model).
+    """
     need = _learned.get(key)
     if need is None or need.choices != choices:
         return None

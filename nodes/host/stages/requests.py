@@ -1,4 +1,4 @@
-"""What people ask for, in a node or from the browser: park, restore, materialize, free VRAM; each reports what it did."""
+"""What nodes and buttons ask for: park, restore, materialize, free VRAM; with reports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
 
 
 def park_all() -> str:
-    """Parks all adopted models one by one, so that each shows and can be cancelled; returns a line for each."""
+    """Parks all models one by one, so that each can be cancelled; returns a line for each."""
     with for_hosts.lock:
         models = residency.idle_models([])
     reports = [park_models([model]) for model in models]
@@ -133,7 +133,11 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
 
 
 def free_vram(nbytes: int, device: str | None = None) -> str:
-    """Parks the least useful models until `nbytes` are free on `device`, or on each; returns a line for each device."""
+    """Parks models, the least useful first, until `nbytes` are free on `device`, or on each one.
+
+    Returns:
+        A line for each device.
+    """
     order = auto_parking.order_to_park(
         executor.running_graph(), comfy.running_node(), auto_parking.NodeInputs()
     )
