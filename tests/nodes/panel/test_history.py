@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from qmove_pack.nodes.host import browser
+from qmove_pack.nodes.host import browser, settings
 from qmove_pack.nodes.host.panel import history
 
 import qmove_core as qmove
@@ -92,7 +92,9 @@ def test_cached_nodes_are_no_stages_and_a_run_of_only_these_leaves_the_last_one(
     assert [stage["node"] for stage in second["stages"]] == ["use"]
 
 
-def test_a_stage_that_fails_is_closed_with_the_run(host: FakeHost) -> None:
+@pytest.mark.parametrize("auto_park", [True, False])
+def test_a_stage_that_fails_is_closed_with_the_run(host: FakeHost, auto_park: bool) -> None:
+    settings.change({settings.AUTO_PARK: auto_park})
     host.run({"load": PROMPT["load"], "fail": node("Fail", model=("load", 0))})
 
     run = history.last_run()
