@@ -140,7 +140,7 @@ def _stage(nodes: ExecutionList, node_id: str) -> None:
         job_queue.node_ended()  # the last one, where it did not complete
         runs = not nodes.is_cached(node_id)
         if runs:
-            pass
+            _latest = weakref.ref(nodes)
             history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
         if runs and not auto_parking.has_nothing_to_do():
             run = _runs.setdefault(nodes, _Run())
