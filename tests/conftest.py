@@ -26,6 +26,14 @@ def second_gpu() -> GPU:
     return _gpu(1)
 
 
+@pytest.fixture(params=[0, 1], ids=["no avx512_bf16", "avx512_bf16"])
+def avx512_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without AVX512-BF16 and on one with it, whatever this machine has."""
+    from tests.builders.cpu_features import set_avx512_bf16
+
+    set_avx512_bf16(request.param, monkeypatch)
+
+
 def _gpu(index: int) -> GPU:
     gc.collect()
     return GPU(torch.device("cuda", index), torch.cuda.memory_allocated(index))

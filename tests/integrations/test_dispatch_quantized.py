@@ -15,6 +15,8 @@ from tests.builders.device import GPU
 from tests.builders.dispatched_models import objects_of
 from tests.builders.models import llama_inputs, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("avx512_bf16")
+
 FORMATS = [
     pytest.param("nf4", {"bnb_4bit_use_double_quant": False}, id="nf4"),
     pytest.param("nf4", {}, id="nf4 nested"),

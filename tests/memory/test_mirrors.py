@@ -80,6 +80,7 @@ def test_quanto_weights_are_copied_once(gpu: GPU, kind: str) -> None:
     round_trips_copy_nothing_after_the_first(quanto_layers(kind))
 
 
+@pytest.mark.usefixtures("avx512_bf16")
 @pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
 def test_a_llama_that_computes_between_its_parks_is_copied_once(
     gpu: GPU, precision: str, tmp_path: Any

@@ -21,6 +21,8 @@ from tests.builders.device import GPU
 from tests.builders.models import layers, llama_inputs, quanto_layers, tiny_llama
 from tests.builders.snapshots import contents, snapshot
 
+pytestmark = pytest.mark.usefixtures("avx512_bf16")
+
 Call = Callable[[Any], Any]
 
 

@@ -23,6 +23,8 @@ from tests.builders.device import GPU
 from tests.builders.models import llama_inputs, tiny_llama
 from tests.builders.snapshots import snapshot
 
+pytestmark = pytest.mark.usefixtures("avx512_bf16")
+
 WIDTH = 64
 Layer = Callable[[], nn.Module]
 

@@ -219,6 +219,7 @@ def test_a_unit_is_a_layer_with_all_below_it_or_a_module_outside_of_all_layers(g
 # Waking streams ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("avx512_bf16")
 @pytest.mark.usefixtures("singly")
 @pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
 def test_generate_wakes_a_llama_that_computes_while_the_rest_arrives(

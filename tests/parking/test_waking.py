@@ -35,6 +35,7 @@ def places_and_bytes(model: nn.Module) -> dict[str, tuple[str, bytes]]:
 # With the libraries people use -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("avx512_bf16")
 @pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
 def test_generate_on_a_parked_llama(gpu: GPU, precision: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny_llama(precision, tmp_path)
