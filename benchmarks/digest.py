@@ -2,8 +2,9 @@
 
     python -m simcuda benchmarks/digest.py        # or, with a GPU: python benchmarks/digest.py
 
-On the simulated GPU seconds are the CPU's wall seconds, which say nothing about a GPU; beside them stand the host's
-virtual seconds of the link model, in which an operator costs its launch alone. On a real GPU the best of five, from events.
+On the simulated GPU seconds are the CPU's wall seconds, which say nothing about a GPU; beside them
+stand the host's virtual seconds of the link model, in which an operator costs its launch alone. On
+a real GPU the best of five, from events.
 """
 
 from __future__ import annotations

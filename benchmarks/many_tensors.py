@@ -1,8 +1,10 @@
-"""What a model of many small tensors costs besides its bytes: `inventory`, `park` and `restore` of 100 to 10,000 tensors.
+"""What a model of many small tensors costs besides its bytes: `inventory`, `park` and `restore` of
+100 to 10,000 tensors.
 
     python -m simcuda benchmarks/many_tensors.py        # or, with a GPU: python benchmarks/many_tensors.py
 
-Wall seconds, the best of five. On the simulated GPU they are the CPU's, and copies are those within host memory.
+Wall seconds, the best of five. On the simulated GPU they are the CPU's, and copies are those within
+host memory.
 """
 
 from __future__ import annotations

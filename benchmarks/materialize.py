@@ -1,9 +1,11 @@
-"""How fast a model that lies on the disk comes into RAM: qmove, accelerate's own way, and loading it again.
+"""How fast a model that lies on the disk comes into RAM: qmove, accelerate's own way, and loading
+it again.
 
     python benchmarks/materialize.py [--gib 2] [--folder FOLDER] [--rounds 3]
 
-Everything runs on the CPU. "cold" drops the files from the page cache first (`posix_fadvise`); where the system does not do
-that, the figure says so. "own RAM" is memory that does not go away with the page cache.
+Everything runs on the CPU. "cold" drops the files from the page cache first (`posix_fadvise`);
+where the system does not do that, the figure says so. "own RAM" is memory that does not go away
+with the page cache.
 """
 
 from __future__ import annotations

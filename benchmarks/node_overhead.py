@@ -1,7 +1,8 @@
-"""What the pack costs each node while it has nothing to do: ComfyUI's staging with qmove hooked in, and without.
+"""What the pack costs each node while it has nothing to do: ComfyUI's staging with qmove hooked in,
+and without.
 
-`python benchmarks/node_overhead.py` in a checkout. It needs no ComfyUI: the hooks run on the tests' fake host, whose own staging
-takes a few microseconds, so that the difference is qmove's.
+`python benchmarks/node_overhead.py` in a checkout. It needs no ComfyUI: the hooks run on the tests'
+fake host, whose own staging takes a few microseconds, so that the difference is qmove's.
 """
 
 from __future__ import annotations

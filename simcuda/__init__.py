@@ -7,8 +7,9 @@
 
 or, for a program that knows nothing of it: ``python -m simcuda --devices 2 -m module arguments...``
 
-Sizes are counted to the byte and there is no caching allocator: ``torch.cuda.memory_reserved`` equals
-``memory_allocated``, and ``empty_cache`` has nothing to return. See README.md for what is modelled and what is not.
+Sizes are counted to the byte and there is no caching allocator: ``torch.cuda.memory_reserved``
+equals ``memory_allocated``, and ``empty_cache`` has nothing to return. See README.md for what is
+modelled and what is not.
 """
 
 from __future__ import annotations

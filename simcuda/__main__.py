@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our options up to the program, and the program with its own arguments, which are not ours to read."""
+    """Our options up to the program, and the program with its own arguments, which are not ours to
+    read."""
     i = 0
     while i < len(arguments):
         word = arguments[i]

@@ -1,4 +1,5 @@
-"""Brings the simulated devices up: build, load before torch, `import torch`, and finish its Python side."""
+"""Brings the simulated devices up: build, load before torch, `import torch`, and finish its Python
+side."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def activate(devices: int = 1, memory: str | int = "4GiB") -> None:
         memory: each device's capacity in bytes, or as "4GiB".
 
     Raises:
-        SimulationError: torch is imported already or is a CUDA build, this is not Linux, or there is no C++ compiler.
+        SimulationError: torch is imported already or is a CUDA build, this is not Linux, or there
+            is no C++ compiler.
         ValueError: the arguments make no machine.
     """
     global _active

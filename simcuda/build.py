@@ -83,8 +83,9 @@ def _key(compiler: str) -> str:
 def build() -> Path:
     """The compiled library, from the cache or freshly built (10 to 30 seconds).
 
-    Several processes may build at once: each writes a file of its own and renames it into place. Where a library is
-    already there no compiler is needed beyond its ``--version``, which is part of the key.
+    Several processes may build at once: each writes a file of its own and renames it into place.
+    Where a library is already there no compiler is needed beyond its ``--version``, which is part
+    of the key.
 
     Raises:
         SimulationError: no compiler, or it failed; its last lines are in the message.

@@ -1,7 +1,8 @@
 """The virtual clock: what copies, pins and kernels would have taken, exactly and repeatably.
 
-There is one clock for the host, whatever its threads: two threads that wait at once add up, where on a real machine
-they would overlap. Streams, copy engines and compute run beside it and beside each other.
+There is one clock for the host, whatever its threads: two threads that wait at once add up, where
+on a real machine they would overlap. Streams, copy engines and compute run beside it and beside
+each other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ def now() -> float:
 
 
 def reset() -> None:
-    """Back to zero, with every stream and engine idle. Events recorded before keep their old times."""
+    """Back to zero, with every stream and engine idle.
+
+    Events recorded before keep their old times.
+    """
     sim().sim_reset_clock()
 
 
@@ -38,7 +42,8 @@ def host_copy(nbytes: int) -> None:
 
 
 def compute(seconds: float, stream: torch.Stream | None = None) -> None:
-    """Queues a kernel that takes this long, on ``stream`` (default: the current device's current stream)."""
+    """Queues a kernel that takes this long, on ``stream`` (default: the current device's current
+    stream)."""
     if stream is None:
         import torch
 

@@ -38,7 +38,8 @@ class Counters:
 
 @dataclass(frozen=True)
 class HostCounters:
-    """Page-locked host memory: PyTorch's pinned tensors (rounded up to a power of two, as there) and registrations."""
+    """Page-locked host memory: PyTorch's pinned tensors (rounded up to a power of two, as there)
+    and registrations."""
 
     pinned: int
     """Bytes locked now, both kinds."""
@@ -76,7 +77,8 @@ def parse_size(size: int | str) -> int:
 
 
 def _index(device: int | str | torch.device) -> int:
-    """The device's index; a bare "cuda" is device 0, so that counts don't depend on what is current."""
+    """The device's index; a bare "cuda" is device 0, so that counts don't depend on what is
+    current."""
     import torch
 
     index = device if isinstance(device, int) else (torch.device(device).index or 0)
@@ -118,8 +120,8 @@ def set_pinned_limit(size: int | str | None) -> None:
 def strict_host_frees() -> Iterator[None]:
     """Inside, freeing a pinned tensor under a queued copy is an error when the copy runs.
 
-    PyTorch's own allocator keeps such memory until the copy is done, and so does the simulator by default; memory
-    locked with cudaHostRegister has no such protection and is always checked.
+    PyTorch's own allocator keeps such memory until the copy is done, and so does the simulator by
+    default; memory locked with cudaHostRegister has no such protection and is always checked.
     """
     before = sim().sim_set_strict_host_frees(1)
     try:
@@ -129,7 +131,8 @@ def strict_host_frees() -> Iterator[None]:
 
 
 def last_error() -> int:
-    """The CUDA error number that a failed call of this thread left for the next operator to raise; 0 for none."""
+    """The CUDA error number that a failed call of this thread left for the next operator to raise;
+    0 for none."""
     return int(sim().sim_peek_last_error())
 
 

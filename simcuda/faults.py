@@ -1,4 +1,5 @@
-"""Planned faults: the n-th allocation, pin or copy fails, a copy stops half way, a bit flips, a callback watches."""
+"""Planned faults: the n-th allocation, pin or copy fails, a copy stops half way, a bit flips, a
+callback watches."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Fault:
 
 
 def _new_references(error: BaseException, times: int) -> tuple[int, int]:
-    """Addresses of an exception's class and instance, with references counted for ``times`` raises from C++."""
+    """Addresses of an exception's class and instance, with references counted for ``times`` raises
+    from C++."""
     for _ in range(times):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(type(error)))
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
@@ -69,14 +71,16 @@ def fail(
     """Inside the block, the ``nth`` event of a kind fails (counted from 1, from the block's start).
 
     Args:
-        kind: "alloc" (device memory), "pinned_alloc" (PyTorch's pinned allocator), "pin" (cudaHostRegister), or "copy"
-            (over the link, in any direction).
-        error: what to raise, an exception or its class, ``KeyboardInterrupt`` and other ``BaseException`` included.
-            None for what CUDA does: ``torch.OutOfMemoryError``; ``torch.AcceleratorError`` for a pinned allocation or a
-            copy; for a pin the code ``cudaErrorMemoryAllocation``, which also stays behind as the thread's last error.
+        kind: "alloc" (device memory), "pinned_alloc" (PyTorch's pinned allocator), "pin"
+            (cudaHostRegister), or "copy" (over the link, in any direction).
+        error: what to raise, an exception or its class, ``KeyboardInterrupt`` and other
+            ``BaseException`` included. None for what CUDA does: ``torch.OutOfMemoryError``;
+            ``torch.AcceleratorError`` for a pinned allocation or a copy; for a pin the code
+            ``cudaErrorMemoryAllocation``, which also stays behind as the thread's last error.
         after_bytes: for "copy": how many bytes reach the destination first; None for half of them.
         times: how many events in a row fail, from the ``nth`` on.
-        late: for a "copy" that is queued: fail when it runs, at the call that waits, instead of when it is queued.
+        late: for a "copy" that is queued: fail when it runs, at the call that waits, instead of
+            when it is queued.
     """
     if kind not in KINDS:
         raise ValueError(f"cannot fail {kind!r}: use one of {', '.join(KINDS)}")
@@ -98,7 +102,8 @@ def fail(
 
 @contextmanager
 def flip_bit(kind: str = "copy", nth: int = 1) -> Iterator[Fault]:
-    """Inside the block, the ``nth`` copy over the link arrives with the lowest bit of its middle byte flipped."""
+    """Inside the block, the ``nth`` copy over the link arrives with the lowest bit of its middle
+    byte flipped."""
     if kind != "copy":
         raise ValueError(f"a bit can flip in a copy only, not in {kind!r}")
     if nth < 1:
@@ -114,7 +119,8 @@ _callback: Callable[[CopyNotice], object] | None = None
 
 
 def _notify(raw: ctypes._Pointer[RawNotice], error: ctypes._Pointer[ctypes.c_void_p]) -> None:
-    """Calls the callback, and hands what it raised to C++, which raises it again at the copy's caller."""
+    """Calls the callback, and hands what it raised to C++, which raises it again at the copy's
+    caller."""
     callback = _callback
     if callback is None:
         return
@@ -140,7 +146,8 @@ _trampoline = NoticeFn(_notify)
 
 @contextmanager
 def on_copy(callback: Callable[[CopyNotice], object]) -> Iterator[None]:
-    """Inside the block, ``callback`` is called before each copy over the link; what it raises, the copy raises.
+    """Inside the block, ``callback`` is called before each copy over the link; what it raises, the
+    copy raises.
 
     The innermost block's callback is the one that is called.
     """

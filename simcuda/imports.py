@@ -1,8 +1,9 @@
 """What happens when certain packages are imported while the simulation is active.
 
-``torch.cuda`` finds the functions of a CUDA build in ``torch._C`` before its own code runs, so that this code, which
-decides by what is there, takes its CUDA branches. Packages with compiled CUDA kernels find no CUDA device for as long
-as their import lasts: they then choose the kernels that work on any device, which the simulated ones serve.
+``torch.cuda`` finds the functions of a CUDA build in ``torch._C`` before its own code runs, so that
+this code, which decides by what is there, takes its CUDA branches. Packages with compiled CUDA
+kernels find no CUDA device for as long as their import lasts: they then choose the kernels that
+work on any device, which the simulated ones serve.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# bitsandbytes would load libbitsandbytes_cuda*.so and register kernels that call it. Of quanto only the one package
-# that chooses extensions: the whole of it imports transformers, which remembers whether it saw a CUDA device.
+# bitsandbytes would load libbitsandbytes_cuda*.so and register kernels that call it. Of quanto only
+# the one package that chooses extensions: the whole of it imports transformers, which remembers
+# whether it saw a CUDA device.
 KERNEL_PACKAGES = ("bitsandbytes", "optimum.quanto.library.extensions")
 
 
@@ -44,7 +46,8 @@ def _with_cuda_bindings(run: Callable[[], None]) -> None:
 
 
 def _without_cuda(run: Callable[[], None]) -> None:
-    """Runs an import with ``torch.cuda.is_available()`` answering False, in this whole process, until it is done."""
+    """Runs an import with ``torch.cuda.is_available()`` answering False, in this whole process,
+    until it is done."""
     import torch
 
     before = torch.cuda.is_available

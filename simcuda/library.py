@@ -58,7 +58,8 @@ _loaded: ctypes.CDLL | None = None
 
 
 def load(path: Path, torch: Path) -> ctypes.CDLL:
-    """Loads torch's CPU libraries and then this one, before ``import torch`` asks whether there is a CUDA device."""
+    """Loads torch's CPU libraries and then this one, before ``import torch`` asks whether there is
+    a CUDA device."""
     global _loaded
     libraries = torch / "lib"
     first = sorted(libraries.glob("libgomp*")) + [

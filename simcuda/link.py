@@ -1,7 +1,9 @@
-"""What the link between host and devices costs: every constant of the virtual clock, with its source.
+"""What the link between host and devices costs: every constant of the virtual clock, with its
+source.
 
-The figures under ``PRESETS`` are others' measurements as the project collected them ("Figures to beat"); a constant
-nobody measured is marked as assumed. Change one with ``use(dataclasses.replace(link.PCIE5, launch=0.0))``.
+The figures under ``PRESETS`` are others' measurements as the project collected them ("Figures to
+beat"); a constant nobody measured is marked as assumed. Change one with
+``use(dataclasses.replace(link.PCIE5, launch=0.0))``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Link:
-    """Rates in bytes a second and delays in seconds. The order of the fields is that of ``Link`` in csrc/sim.h."""
+    """Rates in bytes a second and delays in seconds.
+
+    The order of the fields is that of ``Link`` in csrc/sim.h.
+    """
 
     h2d_pinned: float
     """Host to device, pinned."""

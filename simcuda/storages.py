@@ -1,4 +1,5 @@
-"""``torch.UntypedStorage`` on ``cuda``: a CPU build's storages do not know the device, so byte tensors serve them."""
+"""``torch.UntypedStorage`` on ``cuda``: a CPU build's storages do not know the device, so byte
+tensors serve them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The Python side of a CUDA build: what ``torch._C`` has there and a CPU build lacks.
 
-``torch.cuda``'s own Python code runs as it is. It finds its ``torch._C._cuda_*`` functions here; most of them are the
-device-neutral functions of ``torch.accelerator``, which reach the C++ side by themselves. Written for torch 2.13; a
-name that a later version asks for and that is missing here shows as an AttributeError naming it.
+``torch.cuda``'s own Python code runs as it is. It finds its ``torch._C._cuda_*`` functions here;
+most of them are the device-neutral functions of ``torch.accelerator``, which reach the C++ side by
+themselves. Written for torch 2.13; a name that a later version asks for and that is missing here
+shows as an AttributeError naming it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CUDA_VERSION = "12.8"  # what programs that tell CUDA from ROCm look for in torc
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """``torch._C._CudaDeviceProperties`` of a simulated device; the sizes of its chip are an Ada card's."""
+    """``torch._C._CudaDeviceProperties`` of a simulated device; the sizes of its chip are an Ada
+    card's."""
 
     index: int
     total_memory: int
@@ -76,7 +78,10 @@ class cudaError(IntEnum):
 
 
 def _host_register(ptr: int, nbytes: int, flags: int) -> cudaError:
-    """Page-locks host memory. As in CUDA a failure returns its code, and leaves it for the next operator to raise."""
+    """Page-locks host memory.
+
+    As in CUDA a failure returns its code, and leaves it for the next operator to raise.
+    """
     return cudaError(torch.ops.simcuda.host_register(ptr, nbytes))
 
 
@@ -90,7 +95,8 @@ def _mem_get_info(device: int) -> tuple[int, int]:
 
 
 def _make_cudart() -> types.ModuleType:
-    """``torch.cuda.cudart()``: the functions that PyTorch's own binding has, and no more (no cudaGetLastError)."""
+    """``torch.cuda.cudart()``: the functions that PyTorch's own binding has, and no more (no
+    cudaGetLastError)."""
     module = types.ModuleType("torch._C._cudart", "The simulated CUDA runtime.")
     functions: dict[str, Any] = {
         "cudaError": cudaError,

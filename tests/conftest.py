@@ -43,7 +43,8 @@ _modules_set_aside = 0
 
 
 def _set_imports_aside() -> None:
-    """Imported libraries are a million objects that are never garbage: frozen, they cost `gc.collect` no second each time."""
+    """Imported libraries are a million objects that are never garbage: frozen, they cost
+    `gc.collect` no second each time."""
     global _modules_set_aside
     if len(sys.modules) != _modules_set_aside:
         gc.collect()
@@ -53,7 +54,8 @@ def _set_imports_aside() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_anything_behind() -> Iterator[None]:
-    """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no host memory kept by it."""
+    """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no
+    host memory kept by it."""
     import qmove_core as qmove
     from qmove_core.memory import arena
     from qmove_core.parking import streaming

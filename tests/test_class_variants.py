@@ -1,4 +1,5 @@
-"""A variant of a class is given to an object for a while: the object behaves differently, and is then what it was."""
+"""A variant of a class is given to an object for a while: the object behaves differently, and is
+then what it was."""
 
 from __future__ import annotations
 

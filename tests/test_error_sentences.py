@@ -1,4 +1,5 @@
-"""Every error is written in sentences: each class is rendered with each action, and each message read where it is raised."""
+"""Every error is written in sentences: each class is rendered with each action, and each message
+read where it is raised."""
 
 from __future__ import annotations
 
@@ -116,7 +117,7 @@ def test_numbers_and_lists_of_names_agree_with_their_nouns() -> None:
     assert first_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
-# The other classes carry the sentence that they are raised with ------------------------------------------------------
+# The other classes carry the sentence that they are raised with -----------------------------------
 
 OTHER_CLASSES = {
     "QMoveError", "DigestUnavailable", "UnknownDevice", "NoTensors", "DtypeCastRefused", "MissingDependency",

@@ -1,4 +1,5 @@
-"""Bad input and missing resources get an error that says what was asked, what stands in the way, and what to do."""
+"""Bad input and missing resources get an error that says what was asked, what stands in the way,
+and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Brings what the tests of the browser's part need: Chromium, the real frontend packages, Node and the packages of tests/web.
+"""Brings what the tests of the browser's part need: Chromium, the real frontend packages, Node and
+the packages of tests/web.
 
 `make test` and `make check` run it after tools/setup_env.py, in the environment that one has made:
-`.venv/bin/python -m tools.setup_browser .venv`. Chromium is Debian's own; nothing is fetched but from package registries.
+`.venv/bin/python -m tools.setup_browser .venv`. Chromium is Debian's own; nothing is fetched but
+from package registries.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from tools.setup_env import pip, say, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 WEB = ROOT / "tests" / "web"
-# The oldest that qmove supports, the one of ComfyUI 0.33, and the newest there is; tests/browser/conftest.py finds them here.
+# The oldest that qmove supports, the one of ComfyUI 0.33, and the newest there is;
+# tests/browser/conftest.py finds them here.
 FRONTENDS = {"1.27.10": "1.27.10", "1.49.6": "1.49.6", "newest": "1.58.1"}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SYSTEM_PACKAGES = ("chromium", "fonts-noto-cjk")  # the fonts: for what the locales zh and ja show

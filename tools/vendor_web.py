@@ -1,7 +1,9 @@
-"""Fetches the third-party code that the web frontend ships, from the npm registry that npm is configured for.
+"""Fetches the third-party code that the web frontend ships, from the npm registry that npm is
+configured for.
 
-`web/vendor/` is committed, so that users need neither npm nor a network. Run this to move on to another version: change the
-version and the digest below, run it, commit the outcome. The same versions give the same files.
+`web/vendor/` is committed, so that users need neither npm nor a network. Run this to move on to
+another version: change the version and the digest below, run it, commit the outcome. The same
+versions give the same files.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ PACKAGES = [
 
 
 def main() -> None:
-    """Writes every package below `web/vendor/`, each in a folder of its own with its license and where it came from."""
+    """Writes every package below `web/vendor/`, each in a folder of its own with its license and
+    where it came from."""
     npm = shutil.which("npm")
     if npm is None:
         sys.exit("vendor_web: npm is needed (Debian, Ubuntu: apt install npm)")
@@ -75,7 +78,8 @@ def main() -> None:
 
 
 def unpack(package: Package, archive: Path, folder: Path) -> None:
-    """Takes the named files out of a package's archive, after its digest and its license were compared."""
+    """Takes the named files out of a package's archive, after its digest and its license were
+    compared."""
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if digest != package.integrity:
         sys.exit(

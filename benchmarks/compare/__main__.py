@@ -1,8 +1,10 @@
-"""qmove beside its peers, in one run: `make bench`, or `python -m benchmarks.compare [--quick] [--large] [--out FOLDER]`.
+"""qmove beside its peers, in one run: `make bench`, or `python -m benchmarks.compare [--quick]
+[--large] [--out FOLDER]`.
 
-Every measurement runs in a process of its own. Without a GPU they run on the simulated one, whose seconds are those of its link
-model; the page says so. The whole run takes a quarter of an hour on two cores and up to 12 GB of RAM and 8 GB of disk; `--quick`,
-with tiny models, under a minute or two, and writes nothing unless it is told where.
+Every measurement runs in a process of its own. Without a GPU they run on the simulated one, whose
+seconds are those of its link model; the page says so. The whole run takes a quarter of an hour on
+two cores and up to 12 GB of RAM and 8 GB of disk; `--quick`, with tiny models, under a minute or
+two, and writes nothing unless it is told where.
 """
 
 from __future__ import annotations
@@ -215,8 +217,9 @@ class Run:
             task,
             json.dumps(request),
         ]
-        # Threads that wait without spinning (see the Makefile); and without CUDA kernels bitsandbytes compiles its own for each
-        # shape, which takes minutes, where uncompiled ones do as well.
+        # Threads that wait without spinning (see the Makefile); and without CUDA kernels
+        # bitsandbytes compiles its own for each shape, which takes minutes, where uncompiled ones
+        # do as well.
         environment = {
             "OMP_WAIT_POLICY": "PASSIVE",
             **({"TORCHDYNAMO_DISABLE": "1"} if self.simulated else {}),

@@ -1,4 +1,5 @@
-"""One measurement in a process of its own: `python [-m simcuda] -m benchmarks.compare.child TASK JSON` prints a line of JSON."""
+"""One measurement in a process of its own: `python [-m simcuda] -m benchmarks.compare.child TASK
+JSON` prints a line of JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Those who are compared. Each holds two models, at most one of them in VRAM, and brings in the one that is used.
+"""Those who are compared. Each holds two models, at most one of them in VRAM, and brings in the one
+that is used.
 
-Each is used as its own documentation shows it for models that take turns, with pinned memory and streams where it offers them.
+Each is used as its own documentation shows it for models that take turns, with pinned memory and
+streams where it offers them.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ class AccelerateHook(Contender):
 
 
 class DiffusersModelOffload(Contender):
-    """A pipeline of two models: within a call the second one's hook sends the first one out, after it all are freed."""
+    """A pipeline of two models: within a call the second one's hook sends the first one out, after
+    it all are freed."""
 
     name = "diffusers model offload"
     package = "diffusers"
@@ -149,7 +152,10 @@ class DiffusersModelOffload(Contender):
 
 
 class DiffusersGroupOffload(Contender):
-    """Leaf by leaf, with a stream that prefetches from pinned memory. The weights go again after each forward."""
+    """Leaf by leaf, with a stream that prefetches from pinned memory.
+
+    The weights go again after each forward.
+    """
 
     name = "diffusers group offload, streams"
     package = "diffusers"
@@ -204,7 +210,8 @@ class Mmgp(Contender):
 
 
 class Reload(Contender):
-    """The model that is not used is deleted, and read again from its safetensors file, which is in the page cache."""
+    """The model that is not used is deleted, and read again from its safetensors file, which is in
+    the page cache."""
 
     name = "reload from safetensors"
     package = "safetensors"
@@ -243,7 +250,8 @@ def by_name(name: str) -> type[Contender]:
 
 
 def loader(workload: Workload, folder: Path) -> Load:
-    """Asked for the CPU it still puts what bitsandbytes quantized on the GPU, as `from_pretrained` does."""
+    """Asked for the CPU it still puts what bitsandbytes quantized on the GPU, as `from_pretrained`
+    does."""
 
     def load_model(index: int, device: str) -> nn.Module:
         return load(workload, folder, index, device if workload.precision == "fp16" else "cuda:0")

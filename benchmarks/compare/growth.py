@@ -1,4 +1,5 @@
-"""What qmove costs as a model grows, in tensors or in bytes; and beside a plain copy of the same bytes."""
+"""What qmove costs as a model grows, in tensors or in bytes; and beside a plain copy of the same
+bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ STEPS = ("inventory", "first park", "second park", "restore")
 
 
 def one_size(request: dict[str, Any]) -> dict[str, Any]:
-    """Readings of each step for a model of `tensors` tensors and about `nbytes` bytes, of `rounds` the one with the least wall.
+    """Readings of each step for a model of `tensors` tensors and about `nbytes` bytes, of `rounds`
+    the one with the least wall.
 
     The first park happens once.
     """
@@ -56,10 +58,11 @@ def _readings(steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, Any
 
 
 def beside_a_copy(request: dict[str, Any]) -> dict[str, Any]:
-    """Wall seconds of park and restore, and of a plain copy of the same storages to the host and back.
+    """Wall seconds of park and restore, and of a plain copy of the same storages to the host and
+    back.
 
-    "fresh": into memory that nobody used before. "again": the least of several rounds, with memory that is used again, and
-    no mirrors, so that every byte is copied.
+    "fresh": into memory that nobody used before. "again": the least of several rounds, with memory
+    that is used again, and no mirrors, so that every byte is copied.
     """
     import qmove_core as qmove
 
@@ -101,7 +104,8 @@ def beside_a_copy(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_of(tensors: int, nbytes: int) -> nn.Module:
-    """Linear layers on the device, two tensors each, fp16; `nbytes` in all, as near as square layers come."""
+    """Linear layers on the device, two tensors each, fp16; `nbytes` in all, as near as square
+    layers come."""
     width = max(4, round((nbytes / tensors) ** 0.5))
     with torch.device("cuda:0"):
         layers = [nn.Linear(width, width, dtype=torch.float16) for _ in range(tensors // 2)]

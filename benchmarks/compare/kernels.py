@@ -1,7 +1,8 @@
 """On the simulated GPU: the kernels of the linear layers as time on the virtual clock.
 
-There a layer runs on the CPU, where dequantizing a model's int8 or nf4 weights takes seconds to minutes that say nothing about
-a GPU. All the Python of a layer runs as it is, only the kernel at its end is replaced; on a real GPU nothing is.
+There a layer runs on the CPU, where dequantizing a model's int8 or nf4 weights takes seconds to
+minutes that say nothing about a GPU. All the Python of a layer runs as it is, only the kernel at
+its end is replaced; on a real GPU nothing is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 @contextmanager
 def virtual_kernels(seconds: float) -> Iterator[None]:
-    """Inside, a linear layer takes `seconds` of the virtual clock on the current stream, and returns its input.
+    """Inside, a linear layer takes `seconds` of the virtual clock on the current stream, and
+    returns its input.
 
     As on a GPU it is an error if its weights are not where its input is.
     """

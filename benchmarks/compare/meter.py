@@ -1,4 +1,5 @@
-"""What a swap moved, held and took: exact on the simulated GPU, and as near as PyTorch tells on a real one."""
+"""What a swap moved, held and took: exact on the simulated GPU, and as near as PyTorch tells on a
+real one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ LINKS: tuple[str | None, ...] = ("pcie4", "pcie5") if SIMULATED else (None,)
 
 @dataclass
 class Reading:
-    """One stretch of work: copies and bytes over the link each way, wall seconds, and seconds of the link model.
+    """One stretch of work: copies and bytes over the link each way, wall seconds, and seconds of
+    the link model.
 
     `link` is None on a real GPU, where the wall is the link's.
     """
@@ -121,10 +123,11 @@ def vram() -> int:
 
 
 class PeakRam:
-    """The most memory the process had of its own, sampled every 2 ms; the simulated GPU's memory does not count.
+    """The most memory the process had of its own, sampled every 2 ms; the simulated GPU's memory
+    does not count.
 
-    Mapped files do not count either: they are page cache, which the system takes back when it needs it. Page-locked
-    memory does.
+    Mapped files do not count either: they are page cache, which the system takes back when it needs
+    it. Page-locked memory does.
     """
 
     def __init__(self) -> None:
@@ -145,7 +148,8 @@ class PeakRam:
 
 
 def own_ram() -> int:
-    """Bytes of RAM that belong to this process alone, without files and without the simulated GPU's memory."""
+    """Bytes of RAM that belong to this process alone, without files and without the simulated GPU's
+    memory."""
     simulated = torch.cuda.memory_allocated() if SIMULATED else 0
     return _resident() - simulated
 

@@ -1,4 +1,5 @@
-"""qmove's single moves on one link, in a fresh process: first park, restore, second park, streaming restore and a forward."""
+"""qmove's single moves on one link, in a fresh process: first park, restore, second park, streaming
+restore and a forward."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ COMPUTE = (
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Readings by name, and `seconds_for`: what the bytes would take at the bare rates of link and pinning."""
+    """Readings by name, and `seconds_for`: what the bytes would take at the bare rates of link and
+    pinning."""
     import qmove_core as qmove
 
     workload, folder = workloads.Workload(**request["workload"]), Path(request["folder"])
@@ -53,9 +55,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 def _stream(
     qmove: Any, model: Any, x: torch.Tensor, share: float, result: dict[str, Any]
 ) -> dict[str, float]:
-    """A streaming restore and the first forward after it, whose kernels take `share` of the transfer's time together.
+    """A streaming restore and the first forward after it, whose kernels take `share` of the
+    transfer's time together.
 
-    "compute" is that forward on the resident model, launches included: it cannot be faster than that.
+    "compute" is that forward on the resident model, launches included: it cannot be faster than
+    that.
     """
     transfer = result["seconds_for"]["in"]
     with virtual_kernels(share * transfer / len(model.layers)):
@@ -75,7 +79,8 @@ def _stream(
 
 
 def _rates() -> dict[str, float]:
-    """Bytes a second of one large pinned copy each way, and of locking memory that was touched before."""
+    """Bytes a second of one large pinned copy each way, and of locking memory that was touched
+    before."""
     on_device = torch.empty(SAMPLE, dtype=torch.uint8, device="cuda:0")
     host = torch.zeros(SAMPLE, dtype=torch.uint8)
     cudart = torch.cuda.cudart()

@@ -64,7 +64,8 @@ def _bars(axes: Any, workload: dict[str, Any], key: str, clock: str, named: bool
 
 
 def growth(results: dict[str, Any], path: Path) -> None:
-    """Wall seconds of each step by the number of tensors and by bytes, both axes logarithmic: linear is a slope of one."""
+    """Wall seconds of each step by the number of tensors and by bytes, both axes logarithmic:
+    linear is a slope of one."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         FigureCanvasAgg(figure)

@@ -18,7 +18,8 @@ SWAPS_ON_FURTHER_LINKS = 2  # there and back: only the simulated link's speed di
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one contender; under "error" why it could not go on, under "stage" how far it came."""
+    """The figures of one contender; under "error" why it could not go on, under "stage" how far it
+    came."""
     workload = workloads.Workload(**request["workload"])
     folder, result = Path(request["folder"]), {"stage": "getting ready"}
     try:
@@ -96,7 +97,8 @@ def _compare(
 
 
 def _keeps_changes(contender: contenders.Contender, x: torch.Tensor) -> bool:
-    """Whether a weight that was changed in place, as merging a LoRA does, is still changed after two swaps."""
+    """Whether a weight that was changed in place, as merging a LoRA does, is still changed after
+    two swaps."""
     with _kernels():
         contender.use(0, x)
         with torch.no_grad():

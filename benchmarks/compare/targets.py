@@ -1,4 +1,5 @@
-"""What was to be reached, and what was: issue by issue a limit, the figure of this run, and whether it holds."""
+"""What was to be reached, and what was: issue by issue a limit, the figure of this run, and whether
+it holds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """A limit and what this run reached: `where` is a workload on a link, or says what was compared.
+    """A limit and what this run reached: `where` is a workload on a link, or says what was
+    compared.
 
     `figure` is None where nothing was measured; `note` then says why.
     """

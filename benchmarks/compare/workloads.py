@@ -1,7 +1,8 @@
-"""The models that are moved: stacks of linear layers as fp16, int8 or nf4, written to files once and loaded by every contender.
+"""The models that are moved: stacks of linear layers as fp16, int8 or nf4, written to files once
+and loaded by every contender.
 
-The weights of each layer differ, but are made from one layer that was really quantized, as quantizing gigabytes on a CPU
-would take longer than the benchmark.
+The weights of each layer differ, but are made from one layer that was really quantized, as
+quantizing gigabytes on a CPU would take longer than the benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Workload:
     """A model of `layers` square linear layers of `width`, each with a bias.
 
     Attributes:
-        precision: "fp16", "int8" (`bitsandbytes.nn.Linear8bitLt`) or "nf4" (`Linear4bit`, double quantization).
+        precision: "fp16", "int8" (`bitsandbytes.nn.Linear8bitLt`) or "nf4" (`Linear4bit`, double
+            quantization).
     """
 
     name: str
@@ -49,7 +51,8 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 class Stack(nn.Module):
-    """Layers one after the other; `device` and `dtype` as the models of transformers and diffusers have them."""
+    """Layers one after the other; `device` and `dtype` as the models of transformers and diffusers
+    have them."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -88,7 +91,8 @@ def save(workload: Workload, folder: Path) -> None:
 
 
 def load(workload: Workload, folder: Path, index: int, device: torch.device | str) -> Stack:
-    """The model as libraries load prequantized weights, ready to run on `device`, in memory of its own."""
+    """The model as libraries load prequantized weights, ready to run on `device`, in memory of its
+    own."""
     with torch.device("meta"):
         layers = [_empty_layer(workload) for _ in range(workload.layers)]
     with safe_open(workload.file(folder, index), "pt", device=str(device)) as file:
@@ -139,7 +143,8 @@ def _template(workload: Workload) -> dict[str, torch.Tensor]:
 
 
 def _varied(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """Another layer's tensor of the same kind: rows and columns rotated, an int8 layer's scales with its rows."""
+    """Another layer's tensor of the same kind: rows and columns rotated, an int8 layer's scales
+    with its rows."""
     if name == "weight":
         return tensor.roll((seed, seed // tensor.shape[0]), (0, 1))
     return tensor.roll(seed) if name in ("bias", "SCB") else tensor.clone()

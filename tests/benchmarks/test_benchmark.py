@@ -1,6 +1,8 @@
-"""The benchmark counts right and hides nothing: bytes, copies and peaks are exact, and what fails, leaks or changes is shown.
+"""The benchmark counts right and hides nothing: bytes, copies and peaks are exact, and what fails,
+leaks or changes is shown.
 
-Its tasks run here in this process instead of one each, which is the same code and takes seconds; times are not looked at.
+Its tasks run here in this process instead of one each, which is the same code and takes seconds;
+times are not looked at.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def figures_of(name: str, workload: workloads.Workload, folder: Path) -> dict[st
 
 
 def test_plain_to_moves_every_byte_both_ways(tmp_path: Path) -> None:
-    """Given two models of 6 layers, when they take turns ten times, then each turn is a model out and a model in."""
+    """Given two models of 6 layers, when they take turns ten times, then each turn is a model out
+    and a model in."""
     found = figures_of("plain .to()", FP16, tmp_path)
     nbytes, tensors = workloads.nbytes(FP16, tmp_path), 2 * FP16.layers
     for which, number in (("swaps pcie4", 10), ("swaps pcie5", 2)):

@@ -1,4 +1,5 @@
-"""What the browser tests share: models to load, and how a test opens a workflow and reads a row of the panel."""
+"""What the browser tests share: models to load, and how a test opens a workflow and reads a row of
+the panel."""
 
 from __future__ import annotations
 

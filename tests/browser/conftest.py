@@ -1,4 +1,5 @@
-"""One server, one browser and one tab for each version of the frontend; each test finds them as a first-time user would."""
+"""One server, one browser and one tab for each version of the frontend; each test finds them as a
+first-time user would."""
 
 from __future__ import annotations
 
@@ -124,9 +125,11 @@ _tabs: dict[BrowserContext, Tab] = {}
 def tab(
     request: pytest.FixtureRequest, context: BrowserContext, server: Server, frontend: str
 ) -> Iterator[Tab]:
-    """The tab of this version, tidied up: dialogs and panel closed, default settings, no model loaded.
+    """The tab of this version, tidied up: dialogs and panel closed, default settings, no model
+    loaded.
 
-    It stays open from test to test, as people leave it open; after a failure the next test gets a new one.
+    It stays open from test to test, as people leave it open; after a failure the next test gets a
+    new one.
     """
     kept = _tabs.pop(context, None)
     tab = kept or Tab(context.new_page(), server, frontend).open()

@@ -1,4 +1,5 @@
-"""The server processes that the browser talks to: the small one of this folder, or the real ComfyUI that COMFYUI_DIR names."""
+"""The server processes that the browser talks to: the small one of this folder, or the real ComfyUI
+that COMFYUI_DIR names."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ STAGEHAND = Path(__file__).resolve().parent / "packs" / "stagehand"
 REAL = os.environ.get("COMFYUI_DIR")
 # Of each simulated GPU. A real ComfyUI keeps 1.2 GiB free for computing.
 MEMORY = "4GiB" if REAL else "640MiB"
-# What the user's file says before the first start: no template dialog, no offers of other versions, and for 1.27.10 the two
-# values that it would set by itself while it starts, upon which it stumbles.
+# What the user's file says before the first start: no template dialog, no offers of other versions,
+# and for 1.27.10 the two values that it would set by itself while it starts, upon which it
+# stumbles.
 STORED = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
@@ -28,7 +30,8 @@ STORED = {
 def prompt_of(
     *models: tuple[str, str, int], use: bool = False, first_use: int = 101
 ) -> dict[str, Any]:
-    """Nodes 1, 2, ... load the models, nodes `first_use`, ... take them; each waits for the one before it."""
+    """Nodes 1, 2, ... load the models, nodes `first_use`, ... take them; each waits for the one
+    before it."""
     prompt: dict[str, Any] = {}
     for number, (name, kind, mib) in enumerate(models, 1):
         load = {"name": name, "kind": kind, "mib": mib, "device": "cuda:0"}
@@ -95,7 +98,7 @@ class Server(ComfyUI):
         assert status in (200, 202), f"{path}: {status} {answer}\n{self.tail()}"
         return answer
 
-    # What the tests ask and do on the server's side -------------------------------------------------------------------
+    # What the tests ask and do on the server's side -----------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         return self.get("/qmove/settings")
@@ -109,11 +112,13 @@ class Server(ComfyUI):
         return self.get("/stagehand/memory")["allocated"][device]
 
     def load(self, *models: tuple[str, str, int], use: bool = False) -> dict[str, Any]:
-        """Runs a prompt that loads models, each (name, kind, MiB), one after the other, and uses each at once if told to."""
+        """Runs a prompt that loads models, each (name, kind, MiB), one after the other, and uses
+        each at once if told to."""
         return self.run(prompt_of(*models, use=use))
 
     def load_resident(self, *models: tuple[str, str, int]) -> None:
-        """As `load`, and afterwards all are in VRAM, also those that were parked for a node of unknown needs."""
+        """As `load`, and afterwards all are in VRAM, also those that were parked for a node of
+        unknown needs."""
         self.load(*models)
         self.told("/qmove/restore", {"models": "all"})
 

@@ -1,4 +1,5 @@
-"""One tab of the browser with the real frontend in it: how a test finds its way around, in any version."""
+"""One tab of the browser with the real frontend in it: how a test finds its way around, in any
+version."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Tab:
         page.on("pageerror", lambda error: self._note(f"{error.message}\n{error.stack}"))
         page.on("response", self._note_response)
 
-    # Loading ---------------------------------------------------------------------------------------------------------
+    # Loading --------------------------------------------------------------------------------------
 
     def open(self) -> Tab:
         self.page.goto(self.server.url)
@@ -78,7 +79,7 @@ class Tab:
         self.store("Comfy.ColorPalette", name)
         self.page.wait_for_function(HAS_LIGHT_TEXT, arg=name == "dark")
 
-    # Finding ---------------------------------------------------------------------------------------------------------
+    # Finding --------------------------------------------------------------------------------------
 
     def part(self, name: str) -> Locator:
         """A part of the panel: the `data-testid` without "qmove-"."""
@@ -113,7 +114,7 @@ class Tab:
         """The control of a setting, by the label that it is announced with."""
         return self.page.locator(f'[aria-labelledby="{name}-label"]')
 
-    # Looking ---------------------------------------------------------------------------------------------------------
+    # Looking --------------------------------------------------------------------------------------
 
     def screenshot(self, name: str) -> Path:
         """Takes a picture of what the tab shows, once nothing moves."""
@@ -122,7 +123,7 @@ class Tab:
         self.page.screenshot(path=path, animations="disabled")
         return path
 
-    # What went wrong ---------------------------------------------------------------------------------------------------
+    # What went wrong ------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
         """What the console complained of since the last time it was asked."""

@@ -1,4 +1,5 @@
-"""How it looks, and whether it can be used without a mouse, on a narrow screen and by a screen reader; with pictures."""
+"""How it looks, and whether it can be used without a mouse, on a narrow screen and by a screen
+reader; with pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ OVERFLOWING = """panel => {
     const inside = [...panel.querySelectorAll('*')].filter(e => getComputedStyle(e).overflowX !== 'hidden')
     return [...sidebar, ...inside].filter(cut).map(e => `${e.scrollWidth} > ${e.clientWidth}: ${e.outerHTML.slice(0, 200)}`)
 }"""
-# Whether the labels of the chart's axis, which stand left of its lines, are light (on a dark theme) or dark.
+# Whether the labels of the chart's axis, which stand left of its lines, are light (on a dark theme)
+# or dark.
 LABELS_STAND_OUT = """dark => {
     const canvas = document.querySelector('[data-testid=qmove-chart] canvas')
     if (!canvas?.width) return false
@@ -51,7 +53,8 @@ def assert_accessible(tab: Tab) -> None:
 
 
 def in_both_themes(tab: Tab, name: str, *, accessible: bool = True) -> dict[str, Path]:
-    """Takes a picture in each theme, and lets axe look for what a screen reader or weak eyes would stumble over."""
+    """Takes a picture in each theme, and lets axe look for what a screen reader or weak eyes would
+    stumble over."""
     pictures = {}
     for theme in ("dark", "light"):
         tab.use_theme(theme)
@@ -85,7 +88,8 @@ def test_the_panel_while_a_model_moves_in_both_themes(themed_tab: Tab) -> None:
 
 
 def test_the_panel_after_a_run_in_both_themes(themed_tab: Tab, picture_for_readme: Any) -> None:
-    """Three stages whose models leave the VRAM one after the other, beside the workflow that does so with real ones."""
+    """Three stages whose models leave the VRAM one after the other, beside the workflow that does
+    so with real ones."""
     tab = themed_tab
     tab.page.set_viewport_size({"width": 1280, "height": 1130})
     tab.run(OPEN, "generate_upscale_restore_with_auto_parking")

@@ -25,7 +25,8 @@ NEXT_FRAME = """() => new Promise(drawn => {
 
 
 def run_in_browser(tab: Tab, prompt: dict[str, Any]) -> None:
-    """Puts a prompt on the canvas and presses Run, so that the nodes on the canvas are those that run."""
+    """Puts a prompt on the canvas and presses Run, so that the nodes on the canvas are those that
+    run."""
     tab.run("prompt => app.loadApiJson(prompt, 'test')", prompt)
     tab.run(
         "() => { app.canvas.ds.offset = [420, 160]; app.canvas.ds.scale = 0.8; app.canvas.setDirty(true, true) }"

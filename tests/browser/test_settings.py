@@ -1,4 +1,5 @@
-"""The settings dialog: a change reaches the running server, stays, and shows in every tab; what failed is taken back and told."""
+"""The settings dialog: a change reaches the running server, stays, and shows in every tab; what
+failed is taken back and told."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ CHANGES: dict[str, Any] = {
 
 
 def set_in_dialog(tab: Tab, name: str, value: Any) -> None:
-    """Uses the control as a person does, and waits until qmove's and ComfyUI's own routes have answered."""
+    """Uses the control as a person does, and waits until qmove's and ComfyUI's own routes have
+    answered."""
     control = tab.setting(name)
     with (
         tab.page.expect_response(

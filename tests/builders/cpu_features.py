@@ -1,4 +1,5 @@
-"""CPUs with AVX512-BF16 and without, as bitsandbytes sees them: no machine decides what a test sees."""
+"""CPUs with AVX512-BF16 and without, as bitsandbytes sees them: no machine decides what a test
+sees."""
 
 from __future__ import annotations
 

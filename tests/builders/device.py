@@ -1,4 +1,7 @@
-"""The device that tests run on: a real GPU if there is one, else simulated ones. Import it before torch."""
+"""The device that tests run on: a real GPU if there is one, else simulated ones.
+
+Import it before torch.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,13 @@ def _torch_is_a_cpu_build() -> bool:
     return "cuda: Optional[str] = None" in (Path(spec.origin).parent / "version.py").read_text()
 
 
-# Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
+# Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many
+# times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if _torch_is_a_cpu_build() and not simcuda.is_active():
-    # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes; uncompiled they do as well.
+    # Without CUDA kernels bitsandbytes compiles its own for each shape, which takes minutes;
+    # uncompiled they do as well.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     simcuda.activate(devices=2, memory="4GiB")
 
@@ -45,7 +50,8 @@ class GPU:
     """What a test asks of the device; the same on a simulated and on a real one.
 
     Attributes:
-        before: bytes that lay there before the test, such as tables that bitsandbytes keeps for the whole process.
+        before: bytes that lay there before the test, such as tables that bitsandbytes keeps for the
+            whole process.
     """
 
     device: torch.device

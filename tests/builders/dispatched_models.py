@@ -1,4 +1,5 @@
-"""Models that accelerate spread over devices, RAM and disk: one builder for each place where offloaded weights can lie."""
+"""Models that accelerate spread over devices, RAM and disk: one builder for each place where
+offloaded weights can lie."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import nn
 
 
 def needs_accelerate(release: str, because: str) -> pytest.MarkDecorator:
-    """Skips a test on older releases of accelerate, which `test_oldest_accelerate` runs others with."""
+    """Skips a test on older releases of accelerate, which `test_oldest_accelerate` runs others
+    with."""
     too_old = Version(accelerate.__version__) < Version(release)
     return pytest.mark.skipif(too_old, reason=f"needs accelerate {release}: {because}")
 
@@ -91,15 +93,17 @@ SOURCES = [
 ]
 
 
-# accelerate knows tied weights by the addresses that they had before the dispatch. If that memory is freed and a weight loaded
-# later happens to get the address, it is taken for the tied one, and the forward is wrong. Small models meet that at once.
+# accelerate knows tied weights by the addresses that they had before the dispatch. If that memory
+# is freed and a weight loaded later happens to get the address, it is taken for the tied one, and
+# the forward is wrong. Small models meet that at once.
 _originals: list[torch.Tensor] = []
 
 
 def dispatched(
     folder: Path, device_map: dict[str, Any], source: str = "dat", model: Any = None, **options: Any
 ) -> Any:
-    """`model` (a Tower) as accelerate dispatches it; weights on "disk" come from `.dat` files or from "safetensors"."""
+    """`model` (a Tower) as accelerate dispatches it; weights on "disk" come from `.dat` files or
+    from "safetensors"."""
     from accelerate import dispatch_model
 
     model = tower() if model is None else model
@@ -113,7 +117,8 @@ def dispatched(
 
 
 def safetensors_index(model: nn.Module, folder: Path) -> dict[str, dict[str, str]]:
-    """Saves a model to two files, tied weights once, and returns the offload index that transformers would make of them."""
+    """Saves a model to two files, tied weights once, and returns the offload index that
+    transformers would make of them."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +149,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def spread_llama(folder: Path, place: str) -> Any:
-    """A Llama with tied embeddings that `from_pretrained` puts half on a GPU, half on `place` ("cpu" or "disk")."""
+    """A Llama with tied embeddings that `from_pretrained` puts half on a GPU, half on `place`
+    ("cpu" or "disk")."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

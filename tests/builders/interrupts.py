@@ -1,4 +1,5 @@
-"""Interrupts at every place where one can come: an exception of a host's own, and Ctrl-C at the n-th line."""
+"""Interrupts at every place where one can come: an exception of a host's own, and Ctrl-C at the
+n-th line."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ ONLY_LOOK = (
 
 @contextmanager
 def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
-    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields the count of lines."""
+    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields
+    the count of lines."""
     lines = 0
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
@@ -41,7 +43,8 @@ def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
             ONLY_LOOK
         ):
             return None
-        # A trace function can raise between the body of a `with` and its `__exit__`; no signal arrives there.
+        # A trace function can raise between the body of a `with` and its `__exit__`; no signal
+        # arrives there.
         if event == "line" and not linecache.getline(
             frame.f_code.co_filename, frame.f_lineno
         ).lstrip().startswith("with "):

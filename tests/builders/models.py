@@ -1,4 +1,5 @@
-"""Models for tests, built from configs: real architectures and real quantization, small sizes, fixed seeds."""
+"""Models for tests, built from configs: real architectures and real quantization, small sizes,
+fixed seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def quantization_config(precision: str, **options: Any) -> Any:
 
 
 def tiny_llama(precision: str, folder: Any, device: Any = "cuda:0", **options: Any) -> Any:
-    """A Llama of 2 layers, saved to `folder` and loaded from there by `from_pretrained`, as users do it."""
+    """A Llama of 2 layers, saved to `folder` and loaded from there by `from_pretrained`, as users
+    do it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -58,7 +60,8 @@ def layers(
 
 
 def torchao_layers(kind: str) -> nn.Sequential:
-    """Two linear layers of 128 x 128, quantized by torchao: "int8", "int4", "float8" (weights only) or "nf4"."""
+    """Two linear layers of 128 x 128, quantized by torchao: "int8", "int4", "float8" (weights only)
+    or "nf4"."""
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -85,7 +88,8 @@ def torchao_layers(kind: str) -> nn.Sequential:
 
 
 def quanto_layers(kind: str) -> nn.Sequential:
-    """Two linear layers of 128 x 128, quantized by optimum-quanto: "qint8", "qint4", "qint2" or "qfloat8"."""
+    """Two linear layers of 128 x 128, quantized by optimum-quanto: "qint8", "qint4", "qint2" or
+    "qfloat8"."""
     import optimum.quanto
 
     model = layers(2, width=128)
@@ -109,7 +113,8 @@ def tiny_diffusion(device: Any = "cuda:0") -> Any:
 
 
 def tiny_stable_diffusion(device: Any = "cuda:0") -> Any:
-    """A text-to-image pipeline of diffusers, with text encoder, U-Net, VAE and a tokenizer of four words."""
+    """A text-to-image pipeline of diffusers, with text encoder, U-Net, VAE and a tokenizer of four
+    words."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,

@@ -1,4 +1,5 @@
-"""Models with tensors of all kinds: every dtype, odd strides, shared storages, inference tensors, two devices."""
+"""Models with tensors of all kinds: every dtype, odd strides, shared storages, inference tensors,
+two devices."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def inputs(model: nn.Sequential, device: str, dtype: torch.dtype = torch.float16
 
 
 def values(layer: nn.Module) -> torch.Tensor:
-    """What a layer's codes and scales stand for, in float32 on the CPU, computed here and not by qmove."""
+    """What a layer's codes and scales stand for, in float32 on the CPU, computed here and not by
+    qmove."""
     weight: Any = layer.weight
     if weight.dtype == torch.int8:
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB

@@ -1,4 +1,5 @@
-"""What a test compares before and after a move: bytes, tensors and everything that hangs on a model."""
+"""What a test compares before and after a move: bytes, tensors and everything that hangs on a
+model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import nn
 
 
 def snapshot(model: object) -> dict[str, tuple[Any, ...]]:
-    """Everything a round trip must preserve, by name of each holding: device, bytes, shapes, aliases, identities, attributes.
+    """Everything a round trip must preserve, by name of each holding: device, bytes, shapes,
+    aliases, identities, attributes.
 
     Tensors of wrapper subclasses have no bytes of their own; they are listed after the holdings.
     """
@@ -36,7 +38,8 @@ def snapshot(model: object) -> dict[str, tuple[Any, ...]]:
 def _outside(t: torch.Tensor) -> tuple[Any, ...]:
     """What a tensor object is apart from its bytes and its device."""
     with torch._C.DisableTorchFunctionSubclass():
-        # PyTorch sets the ones left out anew each time a jagged tensor is built or asked for its size.
+        # PyTorch sets the ones left out anew each time a jagged tensor is built or asked for its
+        # size.
         attributes = {
             name: id(value)
             for name, value in t.__dict__.items()

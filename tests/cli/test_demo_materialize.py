@@ -1,4 +1,5 @@
-"""Real input: MiniLM, dispatched over two GPUs, RAM and disk, as the second act of `make demo` shows it."""
+"""Real input: MiniLM, dispatched over two GPUs, RAM and disk, as the second act of `make demo`
+shows it."""
 
 from __future__ import annotations
 

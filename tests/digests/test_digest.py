@@ -1,4 +1,5 @@
-"""Digests: equal for equal bytes wherever they lie, different for any change, in fixed memory and few kernels."""
+"""Digests: equal for equal bytes wherever they lie, different for any change, in fixed memory and
+few kernels."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def one(storage: torch.UntypedStorage) -> Digest:
 
 
 class Launches(TorchDispatchMode):
-    """Counts what is queued on the device: every operator that is no view and allocates nothing only."""
+    """Counts what is queued on the device: every operator that is no view and allocates nothing
+    only."""
 
     FREE = (
         "empty",
@@ -196,7 +198,8 @@ def test_storages_of_two_devices_are_refused(gpu: GPU) -> None:
 
 
 def test_the_products_are_those_of_whole_numbers() -> None:
-    """Against numpy's int64, written down a second time, so that a digest never rests on a rounded sum."""
+    """Against numpy's int64, written down a second time, so that a digest never rests on a rounded
+    sum."""
     nbytes = 100 * ROW - 10  # 5 groups of 20 rows
     storage = storage_of(nbytes)
     numbers = digest_tree.matrices(CPU).numpy().astype(np.int64)
@@ -229,7 +232,8 @@ def test_inference_mode_autocast_and_default_device_change_nothing(gpu: GPU) -> 
 
 
 def test_pending_digests_are_of_what_lay_there_when_they_were_queued(gpu: GPU) -> None:
-    """On a side stream, after a copy that is still under way, and before the next write on that stream."""
+    """On a side stream, after a copy that is still under way, and before the next write on that
+    stream."""
     source = torch.full((LARGE,), 7, dtype=torch.uint8).pin_memory()
     target = torch.zeros(LARGE, dtype=torch.uint8, device=gpu.device)
     torch.accelerator.synchronize()

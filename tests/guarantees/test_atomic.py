@@ -1,4 +1,5 @@
-"""Guarantee 3, Atomic: whatever happens, the model is wholly where it was or wholly where it was going, and nothing is lost."""
+"""Guarantee 3, Atomic: whatever happens, the model is wholly where it was or wholly where it was
+going, and nothing is lost."""
 
 from __future__ import annotations
 

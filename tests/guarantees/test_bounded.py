@@ -1,4 +1,5 @@
-"""Guarantee 4, Bounded: peaks of VRAM and RAM are known, and budgets are checked before the first byte moves."""
+"""Guarantee 4, Bounded: peaks of VRAM and RAM are known, and budgets are checked before the first
+byte moves."""
 
 from __future__ import annotations
 

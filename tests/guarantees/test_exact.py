@@ -1,4 +1,5 @@
-"""Guarantee 2, Exact: after a restore every byte, dtype, shape, stride, alias, subclass and attribute is as before."""
+"""Guarantee 2, Exact: after a restore every byte, dtype, shape, stride, alias, subclass and
+attribute is as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Guarantee 1, Released: after a park the device holds 0 bytes of the model; what stayed is listed with its holders."""
+"""Guarantee 1, Released: after a park the device holds 0 bytes of the model; what stayed is listed
+with its holders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What is put back is the very value that was there: the same objects, the same classes, in the same order.
+"""What is put back is the very value that was there: the same objects, the same classes, in the
+same order.
 
-A round trip takes something away from each of these objects (a flag, a table, a hook, a wrapped method) and puts it
-back. Odd values stand in the places that are taken away: 1 is not True, and None is not the same as nothing.
+A round trip takes something away from each of these objects (a flag, a table, a hook, a wrapped
+method) and puts it back. Odd values stand in the places that are taken away: 1 is not True, and
+None is not the same as nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def put(obj: Any, name: str, value: Any) -> None:
 
 
 class Objects:
-    """Everything in the `__dict__`s of a model's modules, parameters, quant states and hook registries."""
+    """Everything in the `__dict__`s of a model's modules, parameters, quant states and hook
+    registries."""
 
     def __init__(self, model: Any) -> None:
         self.found = {
@@ -104,7 +107,7 @@ def linear_8bit() -> nn.Module:
     return layer.half().eval().cuda()
 
 
-# bitsandbytes ---------------------------------------------------------------------------------------------------------
+# bitsandbytes -------------------------------------------------------------------------------------
 
 
 def park_and_restore(model: Any) -> None:
@@ -154,7 +157,8 @@ def test_a_packing_flag_that_was_changed_while_away_stays_changed(gpu: GPU, valu
 def test_a_shared_table_and_what_stands_in_for_it_come_back(
     gpu: GPU, table_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quantization table that all models share never moves: where it is not, a twin stands in for it."""
+    """A quantization table that all models share never moves: where it is not, a twin stands in for
+    it."""
     layer = linear_4bit()
     monkeypatch.setitem(name2qmap, "dynamic", layer.quant_state.state2.code.to(table_on))
     layer.quant_state.state2.code = name2qmap["dynamic"]
@@ -168,7 +172,7 @@ def test_a_shared_table_and_what_stands_in_for_it_come_back(
         assert layer.quant_state.state2.code.device.type == "cuda"
 
 
-# accelerate -----------------------------------------------------------------------------------------------------------
+# accelerate ---------------------------------------------------------------------------------------
 
 
 def materialize_and_return(model: Any) -> None:
@@ -214,7 +218,8 @@ def test_a_hook_of_somebody_else_in_a_row_of_hooks_comes_back(tmp_path: Path, gp
 
 
 def test_a_parked_graph_module_gets_its_hook_back_and_wakes(gpu: GPU) -> None:
-    """accelerate replaces the `forward` of a GraphModule's class, which is not the class of a parked one."""
+    """accelerate replaces the `forward` of a GraphModule's class, which is not the class of a
+    parked one."""
     model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).cuda()
     x = torch.ones(2, 8, device="cuda")
     expected = model(x)
@@ -259,7 +264,7 @@ def test_what_hangs_on_an_offloaded_4_bit_weight_comes_back(gpu: GPU, value: Any
     objects.assert_same()
 
 
-# diffusers ------------------------------------------------------------------------------------------------------------
+# diffusers ----------------------------------------------------------------------------------------
 
 
 def group_offloaded() -> nn.Module:
@@ -313,7 +318,7 @@ def test_what_a_pipeline_notes_about_offloading_comes_back(gpu: GPU, value: Any)
     objects.assert_same()
 
 
-# Methods, and layers of another class -------------------------------------------------------------------------------
+# Methods, and layers of another class -------------------------------------------------------------
 
 
 @odd_values
@@ -401,7 +406,8 @@ def test_a_layer_that_cannot_change_stays_as_it_was(
 
 @pytest.mark.parametrize("make", [linear_4bit, linear_8bit])
 def test_a_forward_of_ones_own_survives_dequantizing(gpu: GPU, make: Any) -> None:
-    """accelerate keeps the forward that its hook replaces; only the class's own one changes with the class."""
+    """accelerate keeps the forward that its hook replaces; only the class's own one changes with
+    the class."""
     model = nn.Sequential(make())
 
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""diffusers' own offloaders: model, sequential and group offload undone, parked, and put back; a ComponentsManager."""
+"""diffusers' own offloaders: model, sequential and group offload undone, parked, and put back; a
+ComponentsManager."""
 
 from __future__ import annotations
 

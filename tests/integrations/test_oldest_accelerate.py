@@ -1,4 +1,5 @@
-"""The oldest accelerate that dispatched models are materialized with: `tools/setup_env.py` installs it beside the newest."""
+"""The oldest accelerate that dispatched models are materialized with: `tools/setup_env.py` installs
+it beside the newest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Parking a model that accelerate dispatched: its GPUs become free, and what lies on the host or disk is left alone."""
+"""Parking a model that accelerate dispatched: its GPUs become free, and what lies on the host or
+disk is left alone."""
 
 from __future__ import annotations
 

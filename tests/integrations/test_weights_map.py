@@ -1,4 +1,5 @@
-"""Offload files and indexes that are damaged: errors that name file and tensor, and a model that is as it was."""
+"""Offload files and indexes that are damaged: errors that name file and tensor, and a model that is
+as it was."""
 
 from __future__ import annotations
 
@@ -156,7 +157,8 @@ def test_all_problems_are_named_at_once(tmp_path: Path, gpu: GPU) -> None:
 def test_the_index_of_an_older_folder_is_read_as_accelerate_wrote_it(
     tmp_path: Path, gpu: GPU
 ) -> None:
-    """The entries in the index.json and those in memory are the same: nothing else is needed to find the data."""
+    """The entries in the index.json and those in memory are the same: nothing else is needed to
+    find the data."""
     dispatched(tmp_path, ON_DISK)
     index = json.loads((tmp_path / "offload" / "index.json").read_text())
     again = dispatched(tmp_path, ON_DISK)

@@ -1,4 +1,5 @@
-"""A model that accelerate spread over devices, RAM and disk becomes whole: `materialize_meta_tensors`."""
+"""A model that accelerate spread over devices, RAM and disk becomes whole:
+`materialize_meta_tensors`."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def test_safetensors_files_are_mapped_and_never_written(tmp_path: Path, gpu: GPU
 
 
 def test_a_dat_file_may_be_overwritten_afterwards(tmp_path: Path, gpu: GPU) -> None:
-    """accelerate rewrites the files of an offload folder in place when the folder serves another model."""
+    """accelerate rewrites the files of an offload folder in place when the folder serves another
+    model."""
     model = dispatched(tmp_path, ON_DISK)
     truth = state(tower())
     qmove.materialize_meta_tensors(model)

@@ -1,4 +1,5 @@
-"""`materialize_meta_tensors`: refusals before the first byte, memory that is lacking, and errors that change nothing."""
+"""`materialize_meta_tensors`: refusals before the first byte, memory that is lacking, and errors
+that change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Offload files are read once, in their own order, in several stretches at a time; and digests see every change."""
+"""Offload files are read once, in their own order, in several stretches at a time; and digests see
+every change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`dispatch_model` with a way back: `model.materialize()`, `.to()` that materializes first, and `redispatch`."""
+"""`dispatch_model` with a way back: `model.materialize()`, `.to()` that materializes first, and
+`redispatch`."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from tests.builders.dispatched_models import (
 
 @RELOADED_TIES
 def test_the_example_of_the_request(tmp_path: Path, gpu: GPU) -> None:
-    """What was asked of accelerate: several models take turns on the GPU, one read from the disk, then RAM."""
+    """What was asked of accelerate: several models take turns on the GPU, one read from the disk,
+    then RAM."""
     model = spread_llama(tmp_path, "disk")
     inputs = torch.arange(3, 19, device=gpu.device).reshape(2, 8)
     expected = model(inputs).logits.cpu()

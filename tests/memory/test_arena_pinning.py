@@ -1,4 +1,5 @@
-"""The arena: blocks are pinned piece by piece, in the background too, and go on pageable where pinning is refused."""
+"""The arena: blocks are pinned piece by piece, in the background too, and go on pageable where
+pinning is refused."""
 
 from __future__ import annotations
 

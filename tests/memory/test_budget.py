@@ -1,4 +1,5 @@
-"""Budgets: what may be used under RAM, cgroup and qmove's own limit, and that it is asked before anything moves."""
+"""Budgets: what may be used under RAM, cgroup and qmove's own limit, and that it is asked before
+anything moves."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.simulated
 
 
 def merge_lora(model: nn.Sequential, sign: int = 1) -> None:
-    """Adds a low-rank product to two of the weights, in place, as LoRA loaders do it; whole numbers, so that it can be undone."""
+    """Adds a low-rank product to two of the weights, in place, as LoRA loaders do it; whole
+    numbers, so that it can be undone."""
     for layer in (model[0], model[2]):
         up, down = (
             torch.ones(WIDTH, 2, device=layer.weight.device),

@@ -42,7 +42,8 @@ def nobody_else_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cgroup(monkeypatch: pytest.MonkeyPatch) -> Free:
-    """Sets what a cgroup of 16 GiB, of which this process has the rest, has free beyond what is to stay free."""
+    """Sets what a cgroup of 16 GiB, of which this process has the rest, has free beyond what is to
+    stay free."""
 
     def free(beyond_reserve: int) -> None:
         left = pressure.reserve(16 * GIB) + beyond_reserve

@@ -1,4 +1,5 @@
-"""`.to()` that works: the model's own methods move it, whatever its library says, and refuse what would destroy it."""
+"""`.to()` that works: the model's own methods move it, whatever its library says, and refuse what
+would destroy it."""
 
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ def test_a_pipeline_moves_with_its_components_and_stays_what_it_is(gpu: GPU) -> 
     assert (type(pipe), set(vars(pipe))) == (cls, attributes)
 
 
-# Casts ----------------------------------------------------------------------------------------------------------------
+# Casts --------------------------------------------------------------------------------------------
 
 CASTS: dict[str, Call] = {
     "to(dtype)": lambda model: model.to(torch.bfloat16),
@@ -216,7 +217,7 @@ def test_the_meta_device_is_refused_with_what_to_do_instead() -> None:
     assert snapshot(model) == before
 
 
-# On and off -----------------------------------------------------------------------------------------------------------
+# On and off ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("times", [1, 2])

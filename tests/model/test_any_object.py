@@ -1,4 +1,5 @@
-"""Anything that holds tensors can be parked: what is the object's own goes along, what belongs to others stays."""
+"""Anything that holds tensors can be parked: what is the object's own goes along, what belongs to
+others stays."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def inputs() -> torch.Tensor:
 
 
 class ModelPatcher:
-    """Like the wrapper objects of node packs: the network is three attributes deep, beside things that hold no tensor."""
+    """Like the wrapper objects of node packs: the network is three attributes deep, beside things
+    that hold no tensor."""
 
     def __init__(self) -> None:
         self.model = ModelBase()
@@ -216,7 +218,7 @@ def test_a_model_that_never_was_on_a_device_is_not_parked(gpu: GPU) -> None:
     assert qmove.parked_models() == []
 
 
-# Whose a module is ------------------------------------------------------------------------------------------------------
+# Whose a module is --------------------------------------------------------------------------------
 
 
 def test_a_back_reference_to_a_parent_does_not_take_the_parent_along(gpu: GPU) -> None:
@@ -281,7 +283,7 @@ def test_models_that_a_hook_refers_to_stay(gpu: GPU) -> None:
         assert torch.equal(first(sample, 1).sample, expected)
 
 
-# Nothing to park --------------------------------------------------------------------------------------------------------
+# Nothing to park ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_an_object_that_only_refers_to_somebody_elses_model_is_told_so(gpu: GPU)
         qmove.park(adapter)
 
 
-# What goes along --------------------------------------------------------------------------------------------------------
+# What goes along ----------------------------------------------------------------------------------
 
 
 class Cache:

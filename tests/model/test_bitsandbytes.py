@@ -1,4 +1,5 @@
-"""bitsandbytes layers and models: parked, restored, run on the CPU and brought back, every byte the same."""
+"""bitsandbytes layers and models: parked, restored, run on the CPU and brought back, every byte the
+same."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ Layer = Callable[[], nn.Module]
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    """No graphs; and bitsandbytes' own tables exist already, so that no test counts them as its model's bytes."""
+    """No graphs; and bitsandbytes' own tables exist already, so that no test counts them as its
+    model's bytes."""
     for quant_type in ("nf4", "fp4"):
         packed, state = quantize_4bit(
             torch.ones(64, 64, device="cuda"), quant_type=quant_type, compress_statistics=True
@@ -181,7 +183,8 @@ def test_a_layer_quantized_on_the_cpu_runs_on_the_device(name: str) -> None:
 
 
 def test_a_table_of_bitsandbytes_stays_when_one_of_its_users_moves(gpu: GPU) -> None:
-    """Releases before 0.46 let all double-quantized weights share one table; so may a user's own quant states."""
+    """Releases before 0.46 let all double-quantized weights share one table; so may a user's own
+    quant states."""
     kept, moved = quantized(LINEAR["nf4 double in uint8"]), quantized(LINEAR["nf4 double in uint8"])
     expected = moved(inputs(moved))
     if (
@@ -203,7 +206,7 @@ def test_a_table_of_bitsandbytes_stays_when_one_of_its_users_moves(gpu: GPU) -> 
     assert torch.equal(moved(inputs(moved)), expected)
 
 
-# Weights that bitsandbytes would repack, or has not quantized ---------------------------------------------------------
+# Weights that bitsandbytes would repack, or has not quantized -------------------------------------
 
 
 @pytest.mark.parametrize("flag", [1, True, 0, False], ids=repr)  # the C library answers with an int
@@ -293,7 +296,7 @@ def test_weights_that_stay_in_half_precision_for_training_move() -> None:
     assert (layer.weight.dtype, layer.weight.device.type) == (torch.float16, "cuda")
 
 
-# Whole models ---------------------------------------------------------------------------------------------------------
+# Whole models -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("forwards", [0, 1], ids=["before the first forward", "after a forward"])

@@ -1,4 +1,5 @@
-"""A live autograd graph over the weights: it would keep their bytes on the device, or meet them on another one."""
+"""A live autograd graph over the weights: it would keep their bytes on the device, or meet them on
+another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Wrapper subclasses (torchao, optimum-quanto, our own): outer tensors without bytes around inner tensors that have them."""
+"""Wrapper subclasses (torchao, optimum-quanto, our own): outer tensors without bytes around inner
+tensors that have them."""
 
 from __future__ import annotations
 

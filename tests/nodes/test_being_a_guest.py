@@ -1,4 +1,5 @@
-"""A good guest: light to import, one `qmove_core` in the process, relative imports, no trace outside of ComfyUI."""
+"""A good guest: light to import, one `qmove_core` in the process, relative imports, no trace
+outside of ComfyUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A move that a button asked for shows in the browser while it runs, and can be cancelled: the model is where it was."""
+"""A move that a button asked for shows in the browser while it runs, and can be cancelled: the
+model is where it was."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def moves_of(host: FakeHost) -> list[dict[str, Any]]:
 
 
 def cancel_each(host: FakeHost, monkeypatch: pytest.MonkeyPatch, number: int = 1) -> list[str]:
-    """The user cancels the `number`th move as soon as the browser shows it; returns what was cancelled."""
+    """The user cancels the `number`th move as soon as the browser shows it; returns what was
+    cancelled."""
     cancelled: list[str] = []
     send, seen = host.server.send_sync, set()
 

@@ -1,4 +1,5 @@
-"""A long move shows on the node and in ComfyUI's bar, and an interrupt stops it with the model whole."""
+"""A long move shows on the node and in ComfyUI's bar, and an interrupt stops it with the model
+whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The switch: defaults, what ComfyUI has stored, what the routes take, and what they tell the browser."""
+"""The switch: defaults, what ComfyUI has stored, what the routes take, and what they tell the
+browser."""
 
 from __future__ import annotations
 

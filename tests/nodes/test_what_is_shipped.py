@@ -1,4 +1,5 @@
-"""What comes with the nodes fits them: help pages, translations, example workflows, the frontend, the registry's entry."""
+"""What comes with the nodes fits them: help pages, translations, example workflows, the frontend,
+the registry's entry."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_files_mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts with an arena that holds nothing, and must end without a locked page or an open file."""
+    """Each test starts with an arena that holds nothing, and must end without a locked page or an
+    open file."""
     monkeypatch.setattr(pinning, "_said", set())
     gc.collect()
     qmove.trim()

@@ -1,4 +1,5 @@
-"""File-backed mirrors: what lies in a model's own safetensors files is parked without a copy and without RAM."""
+"""File-backed mirrors: what lies in a model's own safetensors files is parked without a copy and
+without RAM."""
 
 from __future__ import annotations
 
@@ -297,7 +298,8 @@ def test_prequantized_weights_of_bitsandbytes_lie_in_their_file(
     (path,) = (tmp_path / precision).glob("*.safetensors")
     quantized = torch.uint8 if precision == "nf4" else torch.int8
     assert sum(holding.dtype == quantized for holding in qmove.inventory(model).holdings) >= 14
-    # The file lacks the two rotary buffers, and of each of 14 doubly quantized weights one number, which is in its header.
+    # The file lacks the two rotary buffers, and of each of 14 doubly quantized weights one number,
+    # which is in its header.
     lacking = 2 * 64 + (14 * 4 if precision == "nf4" else 0)
     assert qmove.mirror_files(model, path) == qmove.inventory(model).nbytes - lacking
     assert qmove.park(model).copied_bytes == lacking

@@ -1,4 +1,5 @@
-"""Streaming restore: parks, moves, changes, deletions and mirrors of a model that is still arriving."""
+"""Streaming restore: parks, moves, changes, deletions and mirrors of a model that is still
+arriving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Prefetch: a parked model begins to arrive where there is room for it, and stays parked where there is none."""
+"""Prefetch: a parked model begins to arrive where there is room for it, and stays parked where
+there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Streaming restore: the model is home at once, and each part of it waits for its own bytes when it is used."""
+"""Streaming restore: the model is home at once, and each part of it waits for its own bytes when it
+is used."""
 
 from __future__ import annotations
 

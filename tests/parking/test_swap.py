@@ -1,4 +1,5 @@
-"""A swap: one model leaves while another comes, in both directions at once and without room for both."""
+"""A swap: one model leaves while another comes, in both directions at once and without room for
+both."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("tried_out")]
 
 
 def raw_bytes(model: nn.Module) -> bytes:
-    """What somebody's own kernel finds behind `data_ptr()`; the simulated device's memory lies on the host."""
+    """What somebody's own kernel finds behind `data_ptr()`; the simulated device's memory lies on
+    the host."""
     import ctypes
 
     return ctypes.string_at(model[3].weight.data_ptr(), model[3].weight.nbytes)

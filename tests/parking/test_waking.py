@@ -1,4 +1,5 @@
-"""A parked model wakes when it is used, gives the very results of a resident one, and then carries no trace of its sleep."""
+"""A parked model wakes when it is used, gives the very results of a resident one, and then carries
+no trace of its sleep."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from tests.builders.snapshots import snapshot, traces
 
 
 def places_and_bytes(model: nn.Module) -> dict[str, tuple[str, bytes]]:
-    """Device and bytes of every storage, not the tensors: a forward of bitsandbytes replaces empty ones."""
+    """Device and bytes of every storage, not the tensors: a forward of bitsandbytes replaces empty
+    ones."""
     return {name: content[:2] for name, content in snapshot(model).items()}
 
 

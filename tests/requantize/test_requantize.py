@@ -61,8 +61,8 @@ def _options(layer: Any) -> dict[str, Any]:
     return options | {"cls": type(layer), "shape": layer.weight.shape, "weight": type(layer.weight)}
 
 
-# The figures of move_and_requantize's docstring: name, the model's dtype, the dtype in between, and the largest error and the
-# error of the norm, in percent of the largest weight and of the norm.
+# The figures of move_and_requantize's docstring: name, the model's dtype, the dtype in between, and
+# the largest error and the error of the norm, in percent of the largest weight and of the norm.
 ROUND_TRIPS = [
     *[(name, own, between, 0, 0) for name in ("int8", "nf4 flat", "fp4 flat in bfloat16") for own, between in (
         (torch.float16, torch.float16), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16),

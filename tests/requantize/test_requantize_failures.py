@@ -1,4 +1,5 @@
-"""Dequantizing and requantizing: refusals and failures change nothing, and the peak of memory is known."""
+"""Dequantizing and requantizing: refusals and failures change nothing, and the peak of memory is
+known."""
 
 from __future__ import annotations
 

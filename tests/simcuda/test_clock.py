@@ -1,4 +1,5 @@
-"""Virtual time: what a copy costs, and that engines, streams and compute overlap exactly as far as the model says."""
+"""Virtual time: what a copy costs, and that engines, streams and compute overlap exactly as far as
+the model says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Libraries that look for CUDA find the simulated device, and those with kernels of their own do without them."""
+"""Libraries that look for CUDA find the simulated device, and those with kernels of their own do
+without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Page-locked host memory: what counts as pinned, limits, error codes, the error that a failed pin leaves behind."""
+"""Page-locked host memory: what counts as pinned, limits, error codes, the error that a failed pin
+leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Late copies: a program that forgets to wait sees old bytes, or an error where memory was freed under the copy."""
+"""Late copies: a program that forgets to wait sees old bytes, or an error where memory was freed
+under the copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tensors on a simulated device are real `cuda` tensors: operators, views, storages, randomness, devices kept apart."""
+"""Tensors on a simulated device are real `cuda` tensors: operators, views, storages, randomness,
+devices kept apart."""
 
 from __future__ import annotations
 

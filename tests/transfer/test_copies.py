@@ -1,4 +1,5 @@
-"""The copies: few, never across two registrations, behind what was queued before them, and as fast as the link."""
+"""The copies: few, never across two registrations, behind what was queued before them, and as fast
+as the link."""
 
 from __future__ import annotations
 

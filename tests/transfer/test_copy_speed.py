@@ -1,4 +1,5 @@
-"""The copies are as fast as the link: many small tensors, few large ones, the first park and a later one."""
+"""The copies are as fast as the link: many small tensors, few large ones, the first park and a
+later one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ def link(request: pytest.FixtureRequest) -> simcuda.link.Link:
 def test_ten_thousand_small_tensors_come_home_at_the_speed_of_the_link(
     gpu: GPU, name: str, keep_mirrors: bool, reached: float
 ) -> None:
-    """The aim is 1.05. Each digest that is read by itself takes 15 us, of 3,600 us for all bytes."""
+    """The aim is 1.05.
+
+    Each digest that is read by itself takes 15 us, of 3,600 us for all bytes.
+    """
     qmove.configure(keep_mirrors=keep_mirrors)
     simcuda.link.use(name)
     model = [part.clone() for part in tensors(10_000 * 20_000)[0].split(20_000)]

@@ -1,4 +1,5 @@
-"""`qmove.configure(verify=True)`: digests prove each move, and a bit that flips on its way is an error with a name."""
+"""`qmove.configure(verify=True)`: digests prove each move, and a bit that flips on its way is an
+error with a name."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def bytes_of(model: object) -> dict[str, Any]:
     return {name: content[1] for name, content in snapshot(model).items()}
 
 
-# What is proved ---------------------------------------------------------------------------------------------------------
+# What is proved -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep_mirrors", [False, True])
@@ -120,7 +121,7 @@ def test_where_a_device_has_no_room_for_digests_nothing_claims_to_be_proved(
     assert snapshot(model) == before
 
 
-# A bit flips ------------------------------------------------------------------------------------------------------------
+# A bit flips --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("singly")
@@ -233,7 +234,7 @@ def test_without_verify_a_flipped_bit_goes_unseen(gpu: GPU) -> None:
     assert bytes_of(model) != before
 
 
-# What is no error -------------------------------------------------------------------------------------------------------
+# What is no error ---------------------------------------------------------------------------------
 
 
 def add_in_place(model: nn.Sequential) -> None:
@@ -283,7 +284,7 @@ def test_a_bit_that_flips_in_a_weight_that_was_changed_while_parked_is_one(gpu: 
     assert bytes_of(model) == wanted
 
 
-# Together with streaming and mirrors ------------------------------------------------------------------------------------
+# Together with streaming and mirrors --------------------------------------------------------------
 
 
 def test_a_streaming_restore_waits_and_is_verified(gpu: GPU) -> None:

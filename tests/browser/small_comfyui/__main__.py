@@ -67,7 +67,8 @@ def _folder_paths(folder: Path) -> ModuleType:
 
 
 def _load_pack(path: Path, host: ServedHost) -> Pack:
-    """Imports a pack by its folder, under a name that no import statement could give, as ComfyUI does."""
+    """Imports a pack by its folder, under a name that no import statement could give, as ComfyUI
+    does."""
     name = str(path).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(
         name, path / "__init__.py", submodule_search_locations=[str(path)]

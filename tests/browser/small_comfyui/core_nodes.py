@@ -1,8 +1,8 @@
-"""Some core nodes by their names, inputs and outputs: those of the example workflows and of the frontends' own first
-workflow, and the loaders that old frontends expect.
+"""Some core nodes by their names, inputs and outputs: those of the example workflows and of the
+frontends' own first workflow, and the loaders that old frontends expect.
 
-They are not taken from the workflows: a workflow that names a node or an input that ComfyUI does not have is to fail. A real
-ComfyUI (COMFYUI_DIR) says whether this list is true.
+They are not taken from the workflows: a workflow that names a node or an input that ComfyUI does
+not have is to fail. A real ComfyUI (COMFYUI_DIR) says whether this list is true.
 """
 
 from __future__ import annotations

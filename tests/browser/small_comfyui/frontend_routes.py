@@ -1,4 +1,7 @@
-"""What the frontend asks a ComfyUI for. A path that is not here answers 404, which the tests see in the page's console."""
+"""What the frontend asks a ComfyUI for.
+
+A path that is not here answers 404, which the tests see in the page's console.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,8 @@ class FrontendRoutes:
         return web.FileResponse(self._frontend / "index.html")
 
     def _extensions(self) -> list[str]:
-        """Every script below the frontend's and the packs' folders: the frontend imports each of them."""
+        """Every script below the frontend's and the packs' folders: the frontend imports each of
+        them."""
         own = sorted((self._frontend / "extensions").rglob("*.js"))
         paths = [f"/{file.relative_to(self._frontend).as_posix()}" for file in own]
         for pack in self._packs:

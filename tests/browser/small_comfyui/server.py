@@ -1,4 +1,5 @@
-"""`server.PromptServer.instance` over aiohttp: routes for the packs to add to, and events to the browsers."""
+"""`server.PromptServer.instance` over aiohttp: routes for the packs to add to, and events to the
+browsers."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Server:
         self._sockets: dict[str, web.WebSocketResponse] = {}
 
     def add_to(self, application: web.Application) -> None:
-        """Adds the websocket and all routes that packs have added, bare and under /api, as ComfyUI does."""
+        """Adds the websocket and all routes that packs have added, bare and under /api, as ComfyUI
+        does."""
         for prefix in ("", "/api"):
             application.router.add_get(f"{prefix}/ws", self._websocket)
             for route in self.routes:

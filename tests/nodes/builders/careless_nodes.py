@@ -1,4 +1,5 @@
-"""Node classes of a pack that knows nothing of ComfyUI's memory, for the fake host, and prompts made of them."""
+"""Node classes of a pack that knows nothing of ComfyUI's memory, for the fake host, and prompts
+made of them."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def unwrap(value: Any) -> nn.Sequential:
 
 
 class Use(_Node):
-    """Runs a model, and notes which device its weights were on before it did, and what was allocated."""
+    """Runs a model, and notes which device its weights were on before it did, and what was
+    allocated."""
 
     INPUTS: ClassVar[dict[str, Any]] = {"model": ("*", {}), "seed": ("INT", {}), "after": ("*", {})}
 
@@ -145,7 +147,8 @@ def stages(count: int, mib: int, seed: int = 0) -> dict[str, Any]:
 
 
 def forget_all() -> None:
-    """For the next test: what was noted, and models that the classes of the last test still hold (classes are cycles)."""
+    """For the next test: what was noted, and models that the classes of the last test still hold
+    (classes are cycles)."""
     seen.clear()
     gc.collect()
 

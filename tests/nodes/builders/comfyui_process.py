@@ -149,7 +149,8 @@ class ComfyUI:
         return self.events.exists() and what in self.events.read_text().splitlines()
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
-        """Polls until `condition()` is true; fails with the log if the process dies or the deadline passes."""
+        """Polls until `condition()` is true; fails with the log if the process dies or the deadline
+        passes."""
         end = time.monotonic() + DEADLINE
         while time.monotonic() < end:
             result = condition()

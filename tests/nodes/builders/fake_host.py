@@ -1,7 +1,9 @@
-"""A small ComfyUI for tests: model management, execution stages, progress and server, as the contract describes them.
+"""A small ComfyUI for tests: model management, execution stages, progress and server, as the
+contract describes them.
 
-Written from the contract (`nodes/host/contract.py` says what qmove uses), not from ComfyUI's code. `old=True` has the shapes of
-0.3.64: no `get_cache`, outputs without an entry around them, an interrupt that is an Exception.
+Written from the contract (`nodes/host/contract.py` says what qmove uses), not from ComfyUI's code.
+`old=True` has the shapes of 0.3.64: no `get_cache`, outputs without an entry around them, an
+interrupt that is an Exception.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ INFERENCE = 16 << 20  # bytes the host keeps free for computing; the real one ha
 
 
 class Line:
-    """One line of the list of loaded models: it holds the entry weakly, and watches the real model die."""
+    """One line of the list of loaded models: it holds the entry weakly, and watches the real model
+    die."""
 
     def __init__(self, entry: Any, management: FakeModelManagement) -> None:
         self._entry = weakref.ref(entry)
@@ -192,7 +195,10 @@ class ModelPatcher:
 
 
 class Cache:
-    """The outputs of nodes. Between prompts it keeps those whose inputs are the same, unless it keeps nothing."""
+    """The outputs of nodes.
+
+    Between prompts it keeps those whose inputs are the same, unless it keeps nothing.
+    """
 
     def __init__(self, old: bool) -> None:
         self._old = old
@@ -265,7 +271,10 @@ class FakeHost:
             self.classes[cls.__name__] = cls
 
     def run(self, prompt: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Runs a prompt; returns the outputs of the nodes that are there at its end. Errors are in `errors`, and end it."""
+        """Runs a prompt; returns the outputs of the nodes that are there at its end.
+
+        Errors are in `errors`, and end it.
+        """
         self.errors = []
         self.management.interrupt_current_processing(False)
         self._forget_changed(prompt)

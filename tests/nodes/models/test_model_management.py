@@ -1,4 +1,5 @@
-"""ComfyUI manages what it did not load: the same stories on a fake host and, with COMFYUI_DIR, on a real one."""
+"""ComfyUI manages what it did not load: the same stories on a fake host and, with COMFYUI_DIR, on a
+real one."""
 
 from __future__ import annotations
 

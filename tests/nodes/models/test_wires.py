@@ -1,4 +1,5 @@
-"""The search for models in what flows on a wire: it goes through every kind of object that a pack may use."""
+"""The search for models in what flows on a wire: it goes through every kind of object that a pack
+may use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A real ComfyUI, as its own process: three stages whose models take 60 % of the VRAM each, from loaders that know of no other.
+"""A real ComfyUI, as its own process: three stages whose models take 60 % of the VRAM each, from
+loaders that know of no other.
 
-Needs COMFYUI_DIR, a checkout of ComfyUI, and COMFYUI_PYTHON, a Python with its requirements (else the one that runs the tests).
+Needs COMFYUI_DIR, a checkout of ComfyUI, and COMFYUI_PYTHON, a Python with its requirements (else
+the one that runs the tests).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def stages(
     second: str = "CarelessRun",
     **extra: Any,
 ) -> dict[str, Any]:
-    """Three stages, each with a loader of its own; `only` one of them, the second by another node, or with `extra` inputs."""
+    """Three stages, each with a loader of its own; `only` one of them, the second by another node,
+    or with `extra` inputs."""
     prompt: dict[str, Any] = {}
     for stage in (1, 2, 3) if only is None else (only,):
         load: dict[str, Any] = {
@@ -94,7 +97,8 @@ def messages(history: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def shown(history: dict[str, Any]) -> dict[str, list[str]]:
-    """For each stage what its node saw: digest of its output, and bytes: allocated before it, copied in, copied out."""
+    """For each stage what its node saw: digest of its output, and bytes: allocated before it,
+    copied in, copied out."""
     return {
         name: node["text"][0].split()
         for name, node in sorted(history["outputs"].items())
@@ -263,7 +267,8 @@ def test_comfyuis_own_unloading_parks_everything(small: ComfyUI) -> None:
     assert_passed(small, small.run(stages(SMALL[1], seed=700)))
 
     def everything_is_parked() -> bool:
-        # Asked for again each time: ComfyUI misses the request that comes just before its worker begins to wait.
+        # Asked for again each time: ComfyUI misses the request that comes just before its worker
+        # begins to wait.
         assert small.post("/free", {"unload_models": True})[0] == 200
         return all(model["state"] == "parked" for model in small.get("/qmove/state")["models"])
 

@@ -1,4 +1,5 @@
-"""While a node computes, the parked model that the graph needs next begins to come home, if both have room."""
+"""While a node computes, the parked model that the graph needs next begins to come home, if both
+have room."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def _small_gpu(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scratch_then_use(host: FakeHost, scratch_mib: int, seed: int) -> dict[str, Any]:
-    """A node that needs room of its own, and behind it one that uses a model which was loaded before."""
+    """A node that needs room of its own, and behind it one that uses a model which was loaded
+    before."""
     return {
         "load": node("Load", mib=40, shape="plain"),
         "scratch": node("Scratch", mib=scratch_mib, seed=seed),

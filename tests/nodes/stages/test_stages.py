@@ -1,4 +1,5 @@
-"""Between stages: what a node is given is home before it runs, and nothing runs again because of qmove."""
+"""Between stages: what a node is given is home before it runs, and nothing runs again because of
+qmove."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A node pack for the browser tests: quantized models on the GPU, and routes that let a test set the stage.
+"""A node pack for the browser tests: quantized models on the GPU, and routes that let a test set
+the stage.
 
-It runs in a real ComfyUI and in the small one alike. Like most packs it puts models straight onto the GPU and knows nothing
-of qmove.
+It runs in a real ComfyUI and in the small one alike. Like most packs it puts models straight onto
+the GPU and knows nothing of qmove.
 """
 
 from __future__ import annotations

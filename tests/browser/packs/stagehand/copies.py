@@ -1,4 +1,5 @@
-"""Stops the simulated link in the middle of a move until the test lets it go on: a slow move without a clock."""
+"""Stops the simulated link in the middle of a move until the test lets it go on: a slow move
+without a clock."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ SECONDS_AT_MOST = 60  # a test that failed meanwhile must not hold the server fo
 
 
 class Gate:
-    """Lets copies over the link pass until so many bytes went through, then holds the next until it is opened."""
+    """Lets copies over the link pass until so many bytes went through, then holds the next until it
+    is opened."""
 
     def __init__(self) -> None:
         self._open = threading.Event()

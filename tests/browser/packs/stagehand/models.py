@@ -13,7 +13,8 @@ from torch import nn
 MIB = 1 << 20
 KINDS = ("fp16", "int8", "nf4")
 BYTES_PER_WEIGHT = {"fp16": 2.0, "int8": 1.0, "nf4": 0.5}
-# fp16: so large that the core copies each layer by itself; the others: so small that quantizing one on a CPU takes no time.
+# fp16: so large that the core copies each layer by itself; the others: so small that quantizing one
+# on a CPU takes no time.
 MIB_OF_LAYER = {"fp16": 17, "int8": 4, "nf4": 2}
 
 

@@ -1,6 +1,8 @@
-"""Stands in for a package that ComfyUI imports at start and no test uses: every name in it exists, as an empty class.
+"""Stands in for a package that ComfyUI imports at start and no test uses: every name in it exists,
+as an empty class.
 
-torchvision, torchaudio, kornia and spandrel need a build of torch that fits them; a CPU build on a test machine has none.
+torchvision, torchaudio, kornia and spandrel need a build of torch that fits them; a CPU build on a
+test machine has none.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from types import ModuleType
 
 
 class _AnyClass(type):
-    """A class with every attribute: transformers reads members of torchvision's enums while it is imported."""
+    """A class with every attribute: transformers reads members of torchvision's enums while it is
+    imported."""
 
     def __getattr__(cls, name: str) -> object:
         return _made_up(cls, name)

@@ -1,4 +1,5 @@
-"""A node pack like many: it puts models straight onto the GPU and knows nothing of ComfyUI's memory management.
+"""A node pack like many: it puts models straight onto the GPU and knows nothing of ComfyUI's memory
+management.
 
 The nodes note what was on the device while they ran, so that tests can ask for it.
 """
