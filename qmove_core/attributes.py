@@ -9,8 +9,8 @@ from typing import Any
 def set_aside(obj: Any, names: Iterable[str] = (), **instead: Any) -> Callable[[], None]:
     """Takes attributes out of the `__dict__` of `obj`, and sets those in `instead`.
 
-    Returns what undoes it: each of the names has the very value again that it had (none, if it had none), at its old
-    place in the order. All other attributes keep what was set meanwhile.
+    Returns what undoes it: each of the names has the very value again that it had (none, if it had
+    none), at its old place in the order. All other attributes keep what was set meanwhile.
     """
     attributes, names, order = obj.__dict__, {*names, *instead}, list(obj.__dict__)
     before = {name: attributes.pop(name) for name in names if name in attributes}

@@ -38,14 +38,16 @@ class HeaderEntry:
 
 
 def open_safetensors(file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
-    """The library's own reader of a file, which maps it into memory, and the tensors of the file by name.
+    """The library's own reader of a file, mapped into memory, and the file's tensors by name.
 
     Raises:
-        NotSafetensors: the file is missing, its header is malformed, or it is shorter than its header says.
+        NotSafetensors: the file is missing, its header is malformed, or it is shorter than its
+            header says.
     """
     try:
-        # Checks the header, and that the file is whole. It keeps the offsets to itself, so the header is read again:
-        # 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, Format).
+        # Checks the header, and that the file is whole. It keeps the offsets to itself, so the
+        # header is read again: 8 bytes of length, then JSON
+        # (https://huggingface.co/docs/safetensors, Format).
         reader = safetensors.safe_open(str(file), framework="pt", device="cpu")
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
@@ -70,13 +72,13 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
     return open_safetensors(file)[1]
 
 
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, dtype)
-    for name, dtype in {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-        "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
-    }.items()
-    if hasattr(torch, dtype)
+_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "F4": "float4_e2m1fn_x2",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
+_DTYPES: dict[str, torch.dtype] = {
+    saved: getattr(torch, name) for saved, name in _NAMES.items() if hasattr(torch, name)
+}

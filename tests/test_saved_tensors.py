@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what is read from it, and what is said of a file that has none."""
+"""The header of a safetensors file: what is read from it, and which files are refused."""
 
 from __future__ import annotations
 

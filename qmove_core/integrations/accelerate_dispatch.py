@@ -1,8 +1,9 @@
-"""accelerate's dispatch hooks: which weights they keep elsewhere, and how they come off and back as the very same objects.
+"""accelerate's dispatch hooks: which weights they keep elsewhere, and how they come off and back.
 
-accelerate's own `remove_hook_from_module` calls `detach_hook`, which loads back only what was real before the dispatch. In a
-model that transformers loaded nothing was: the meta tensors remain, and the hooks that knew where the values lie are gone.
-So here hooks are only set aside: their attributes leave the modules, and come back as they were.
+accelerate's own `remove_hook_from_module` calls `detach_hook`, which loads back only what was real
+before the dispatch. In a model that transformers loaded nothing was: the meta tensors remain, and
+the hooks that knew where the values lie are gone. So here hooks are only set aside: their
+attributes leave the modules, and come back as they were.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def is_dispatched(modules: Iterable[nn.Module]) -> bool:
 def slots(modules: Mapping[str, nn.Module]) -> list[Slot]:
     """Every parameter and buffer of these modules (by name) whose values a hook keeps elsewhere.
 
-    Their tensors are on the meta device; or real until the first forward, where they are tied to a real one.
+    Their tensors are on the meta device; or real until the first forward, where they are tied to a
+    real one.
     """
     found: dict[tuple[int, str], Slot] = {}
     for module_name, module in modules.items():
@@ -75,14 +77,14 @@ def refuse_lost(action: Action, held: Inventory) -> None:
             action,
             f"no dispatch knows where the data of {counted(len(lost), 'meta tensor')} is, "
             f"the first is {lost[0].name!r}",
-            "qmove.materialize_meta_tensors reads what a dispatch keeps elsewhere, so it cannot help here: "
-            "hooks were removed after the dispatch, or the weights were never loaded "
+            "qmove.materialize_meta_tensors reads what a dispatch keeps elsewhere, so it cannot "
+            "help here: hooks were removed after the dispatch, or the weights were never loaded "
             "(init_empty_weights). Load the checkpoint again.",
         )
 
 
 def part_keys(slot: Slot) -> dict[str, str]:
-    """The keys of what hangs on a quantized weight and is fetched with it, by the name of the part."""
+    """The keys of what belongs to a quantized weight and is fetched with it, by part."""
     weights_map = slot.hook.weights_map
     return bitsandbytes_offloaded.part_keys(
         slot.tensor, slot.key, lambda key: has_entry(weights_map, key)
@@ -97,10 +99,10 @@ def _with_parts(slot: Slot) -> list[torch.Tensor]:
 
 
 def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Takes accelerate's dispatch and offload hooks off; other hooks stay. Nothing is loaded, moved or freed.
+    """Takes accelerate's dispatch and offload hooks off. Moves no tensor; other hooks stay.
 
-    A module's `forward` is then its own again, and `to` and `cuda` are no longer guarded. `undo` gets what gives every
-    module back the same hook objects and the same wrapped methods.
+    A module's `forward` is then its own again, and `to` and `cuda` are no longer guarded. `undo`
+    gets what gives every module back the same hook objects and the same wrapped methods.
     """
     for module in modules:
         hooks = hooks_of(module)
@@ -129,7 +131,7 @@ def _take_forward(module: nn.Module, undo: ExitStack) -> None:
 
 
 def take_off_pipelines(pipelines: Iterable[Any], undo: ExitStack) -> None:
-    """What diffusers' pipelines note about offloading: with `_all_hooks` the next call would enable it again."""
+    """What pipelines of diffusers note about offloading, which would enable it again."""
     for pipeline in pipelines:
         undo.callback(set_aside(pipeline, ["_all_hooks", "hf_device_map"]))
 
@@ -198,7 +200,7 @@ def _is_graph_module(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class DispatchOptions:
-    """The arguments of `accelerate.dispatch_model`, as far as the hooks still tell them. The defaults are accelerate's.
+    """The arguments of `accelerate.dispatch_model`, as far as the hooks still show them.
 
     It is plain data: a materialized model must not keep the weights alive that its hooks kept.
 

@@ -1,8 +1,9 @@
-"""diffusers' own offloaders: group offload taken off and put back, and what its pipelines note about offloading.
+"""Group offload of diffusers: taken off and put back; and the pipelines among what was given.
 
-Group offload keeps the Parameter objects and flips their `data`. On the way out of the GPU it goes back to pinned copies in
-`cpu_param_dict`, or stays where `.to()` puts it. With an offload folder it becomes *uninitialized memory* on the CPU, and the
-values lie in a safetensors file: to everybody else that looks like an ordinary tensor.
+Group offload keeps the Parameter objects and flips their `data`. On the way out of the GPU it goes
+back to pinned copies in `cpu_param_dict`, or stays where `.to()` puts it. With an offload folder it
+becomes *uninitialized memory* on the CPU, and the values lie in a safetensors file: to everybody
+else that looks like an ordinary tensor.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from ..attributes import set_aside
 from ..errors import MetaTensorsPresent, counted
 from ..storages import exchange, stand_in
 
-_HOOKS = (
-    "group_offloading",
-    "layer_execution_tracker",
-    "lazy_prefetch_group_offloading",
-)  # diffusers.hooks.group_offloading
+# Of diffusers.hooks.group_offloading.
+_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 
 
 def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -34,7 +32,7 @@ def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def absent(group: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a group that are uninitialized memory now, by their keys in the group's file."""
+    """The tensors of a group that are uninitialized memory now, by their keys in its file."""
     if not group.offload_to_disk_path or not group._is_offloaded_to_disk:
         return {}
     onloaded = group.onload_device != group.offload_device
@@ -51,14 +49,14 @@ def refuse_absent(action: Action, modules: Iterable[nn.Module]) -> None:
     if files:
         raise MetaTensorsPresent(
             action,
-            f"diffusers' group offload has the values of {counted(len(files), 'group')} on the disk only, "
-            f"the first in {files[0]}",
+            f"diffusers' group offload has the values of {counted(len(files), 'group')} on the "
+            f"disk only, the first in {files[0]}",
             "Call qmove.materialize_meta_tensors(model) first.",
         )
 
 
 def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Takes the hooks of group offload off; other hooks and all tensors stay. `undo` gets what puts the same objects back."""
+    """Takes the hooks of group offload off; `undo` gets what puts them back. No tensor moves."""
     for module in modules:
         registry = _registry_of(module)
         for name in reversed([name for name in registry._hook_order if name in _HOOKS]):
@@ -100,7 +98,7 @@ def mismatches(groups: Iterable[Any]) -> Iterator[tuple[torch.Tensor, str]]:
 
 
 def update_pinned_copies(groups: Iterable[Any]) -> None:
-    """Brings the current values into the copies that the groups go back to, and lets offloaded tensors look into them."""
+    """Copies current values into the pinned copies, and lets offloaded tensors look into them."""
     for group in groups:
         for tensor, copy in group.cpu_param_dict.items():
             if tensor.device == copy.device and tensor.data_ptr() == copy.data_ptr():
@@ -112,9 +110,10 @@ def update_pinned_copies(groups: Iterable[Any]) -> None:
 
 
 def write_again(group: Any) -> Callable[[], None]:
-    """Writes what a group has in memory to a file of its own beside the old one. Returns what lets the group use that.
+    """Writes a group to a new file beside the old one. Returns what makes the group use it.
 
-    The old file stays: diffusers takes a file of that name as it is, also for another model and in another process.
+    The old file stays: diffusers takes a file of that name as it is, also for another model and in
+    another process.
     """
     from safetensors.torch import save_file
 

@@ -19,7 +19,8 @@ class Slot:
         registered, name: its dictionary of parameters or of buffers, and the name in it.
         full_name: the name in the whole model.
         tensor: what was registered there when the slot was listed.
-        hook, key: the hook of accelerate that keeps the values, and their key in its `weights_map`; if there is one.
+        hook, key: the hook of accelerate that keeps the values, and their key in its `weights_map`;
+            if there is one.
     """
 
     module: nn.Module
@@ -35,7 +36,7 @@ class Slot:
         return self.registered is self.module._buffers
 
     def put(self, tensor: torch.Tensor | None) -> None:
-        """Places a tensor object under the name, past `nn.Module.__setattr__`, which may wrap or refuse it."""
+        """Past `nn.Module.__setattr__`, which may wrap or refuse a tensor."""
         self.registered[self.name] = tensor
 
     def get(self) -> torch.Tensor | None:
@@ -46,8 +47,9 @@ class Slot:
 def registered_slots(modules: Mapping[str, nn.Module]) -> Iterator[Slot]:
     """Every slot of these modules (by name) that has a tensor, not those of their submodules."""
     for prefix, module in modules.items():
-        for registered in (module._parameters, module._buffers):
+        registries: tuple[Any, ...] = (module._parameters, module._buffers)
+        for registered in registries:
             for name, tensor in registered.items():
                 if tensor is not None:
                     full_name = f"{prefix}.{name}" if prefix else name
-                    yield Slot(module, registered, name, full_name, tensor)  # type: ignore[arg-type]
+                    yield Slot(module, registered, name, full_name, tensor)

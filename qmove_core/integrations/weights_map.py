@@ -1,14 +1,15 @@
-"""Where the data of a tensor on the meta device lies: in a state dict in RAM, in a safetensors file, in a `.dat` file.
+"""Where the data of a meta tensor lies: in RAM, in a safetensors file, in a `.dat` file.
 
-accelerate's hooks look their weights up in maps, and these maps differ. A `Source` is one entry of such a map, seen the same way
-whatever its kind: does it have what the model needs, is it the same bytes as another entry, and the tensor itself.
-Files are mapped into memory privately, so whoever writes to such a tensor changes a copy and never the file.
+accelerate's hooks look their weights up in maps, and these maps differ. A `Source` is one entry of
+such a map, whatever its kind. Files are mapped into memory privately: writing to such a tensor
+changes a copy and never the file.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ class Source:
     offset: int = 0
     shareable: bool = False
     _in_memory: torch.Tensor | None = field(default=None, repr=False)
-    _reader: Any = field(default=None, repr=False)
-    _weight_name: str = ""
+    _in_file: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -61,17 +61,22 @@ class Source:
     def mismatch(self, tensor: torch.Tensor) -> str:
         """Why the model's `tensor` cannot have its data from here; empty if it can.
 
-        Between floating dtypes accelerate casts in each forward, so the outputs of the dispatched model are those of the cast.
+        Between floating dtypes accelerate casts in each forward, so the dispatched model computes
+        with the cast too.
         """
         if self.shape != tuple(tensor.shape):
-            return f"its shape is {list(self.shape)} in {self.where} and {list(tensor.shape)} in the model"
-        casts = [self.dtype, *([self.through] if self.through else []), tensor.dtype]
-        if len(set(casts)) > 1 and not all(dtype.is_floating_point for dtype in casts):
-            return f"its dtype is {_names(self.dtype)} in {self.where} and {_names(tensor.dtype)} in the model"
+            shapes = list(self.shape), list(tensor.shape)
+            return f"its shape is {shapes[0]} in {self.where} and {shapes[1]} in the model"
+        casts = {self.dtype, self.through or self.dtype, tensor.dtype}
+        if len(casts) > 1 and not all(dtype.is_floating_point for dtype in casts):
+            here, there = (
+                str(dtype).removeprefix("torch.") for dtype in (self.dtype, tensor.dtype)
+            )
+            return f"its dtype is {here} in {self.where} and {there} in the model"
         return ""
 
     def is_shared_as(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a tensor of `dtype` on `device` can look into the source's own memory, without a copy."""
+        """Whether a tensor of `dtype` on `device` can look into the source's own memory."""
         lies_on = self._in_memory.device if self._in_memory is not None else torch.device("cpu")
         return (
             self.shareable
@@ -81,12 +86,11 @@ class Source:
         )
 
     def open(self) -> torch.Tensor:
-        """The tensor as it lies in the source, sharing its memory. Reads nothing from the disk yet: pages come when touched."""
+        """The tensor as it lies there, in shared memory. The disk is read as pages are touched."""
         if self._in_memory is not None:
             return self._in_memory
-        if self._reader is not None:
-            tensor: torch.Tensor = self._reader.get_tensor(self._weight_name)
-            return tensor
+        if self._in_file is not None:
+            return self._in_file()
         mapped: Any = torch.UntypedStorage.from_file(str(self.file), False, self.nbytes)
         return tensor_over(mapped, self.dtype, self.shape)
 
@@ -96,7 +100,7 @@ class Source:
 
 
 class Sources:
-    """Finds the entries of weights maps. Keeps files open, and their headers at hand, for as long as it lives."""
+    """Finds the entries of weights maps. Keeps files open for as long as it lives."""
 
     def __init__(self) -> None:
         self._opened: dict[str, tuple[Any, dict[str, HeaderEntry]]] = {}
@@ -132,13 +136,20 @@ class Sources:
             raise Unusable(f"the file {file} has no tensor {weight_name!r}")
         if saved.dtype is None:
             raise Unusable(
-                f"{weight_name!r} in {file} has the dtype {saved.saved_dtype}, which torch does not have"
+                f"{weight_name!r} in {file} has the dtype {saved.saved_dtype}, "
+                "which torch does not have"
             )
         return Source(
-            where=str(file), key=(os.path.realpath(file), weight_name, through), dtype=saved.dtype, shape=saved.shape,
-            through=_dtype(through, file) if through else None, file=file, offset=saved.start, shareable=True,
-            _reader=reader, _weight_name=weight_name,
-        )  # fmt: skip
+            where=str(file),
+            key=(os.path.realpath(file), weight_name, through),
+            dtype=saved.dtype,
+            shape=saved.shape,
+            through=_dtype(through, file) if through else None,
+            file=file,
+            offset=saved.start,
+            shareable=True,
+            _in_file=functools.partial(reader.get_tensor, weight_name),
+        )
 
     def _open(self, file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
         """A reader of a safetensors file, and its header."""
@@ -165,7 +176,7 @@ def has_entry(weights_map: Mapping[str, Any], name: str) -> bool:
 
 
 def keep_instead(weights_map: Mapping[str, Any], name: str, tensor: torch.Tensor) -> bool:
-    """Lets a weights map hand out `tensor` (on the host) for `name` from now on; False if the map takes no new entries.
+    """Makes a weights map return `tensor` (on the host) for `name`; False if it takes no entries.
 
     A file that has another value stays as it is: the state dict in RAM goes before the index.
     """
@@ -191,7 +202,7 @@ def _without_prefix(weights_map: Any, name: str) -> tuple[str, Any]:
 
 
 def _is_loader(weights_map: Any) -> bool:
-    """Whether it is accelerate's `OffloadedWeightsLoader`, where the state dict goes before the index."""
+    """Whether it is an `OffloadedWeightsLoader`, which asks its state dict before its index."""
     return hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")
 
 
@@ -199,38 +210,23 @@ def _in_ram(tensor: Any) -> Source:
     if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
         raise Unusable("its entry in the weights map in RAM has no data either")
     key: Hashable = id(tensor)
-    if tensor.numel() and not hasattr(
-        type(tensor), "__tensor_flatten__"
-    ):  # empty tensors are all at address 0
+    # Empty tensors are all at address 0.
+    if tensor.numel() and not hasattr(type(tensor), "__tensor_flatten__"):
         storage = tensor.untyped_storage()
-        key = (
-            storage.data_ptr(),
-            storage.device,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
-    return Source(
-        where="RAM",
-        key=key,
-        dtype=tensor.dtype,
-        shape=tuple(tensor.shape),
-        shareable=True,
-        _in_memory=tensor.detach(),
-    )
+        place = storage.data_ptr(), storage.device, tensor.storage_offset()
+        key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
+    shape = tuple(tensor.shape)
+    return Source("RAM", key, tensor.dtype, shape, shareable=True, _in_memory=tensor.detach())
 
 
 def _in_dat(file: Path, name: str, entry: Mapping[str, Any]) -> Source:
-    """accelerate rewrites `.dat` files in place when the folder is used again, so a model must not go on looking into one."""
+    """accelerate may rewrite `.dat` files in place, so a model must not go on looking into one."""
     _require_file(file)
-    source = Source(
-        where=str(file), key=(os.path.realpath(file), name), dtype=_dtype(entry["dtype"], file),
-        shape=tuple(entry["shape"]), file=file,
-    )  # fmt: skip
+    dtype, shape = _dtype(entry["dtype"], file), tuple(entry["shape"])
+    source = Source(str(file), (os.path.realpath(file), name), dtype, shape, file=file)
     on_disk = file.stat().st_size
     if on_disk != source.nbytes:
-        wanted = f"{source.nbytes} bytes for {list(source.shape)} of {entry['dtype']}"
+        wanted = f"{source.nbytes} bytes for {list(shape)} of {entry['dtype']}"
         raise Unusable(f"the file {file} has {on_disk} bytes, and its index says {wanted}")
     return source
 
@@ -245,7 +241,3 @@ def _dtype(name: str, file: Path) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise Unusable(f"the index names the dtype {name!r} for {file}, which torch does not have")
     return dtype
-
-
-def _names(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""Meta tensors to real ones: a model that accelerate spread over devices, RAM and disk becomes an ordinary one again.
+"""Gives a model that accelerate spread over devices, RAM and disk its real tensors.
 
-A transaction: find the data of every meta tensor, check it and the budget, read, commit. Before the commit nothing of the
-model has changed. A meta Parameter stays the same object: it exchanges its implementation with a real tensor's.
+A transaction: find the data of every meta tensor, check it and the budget, read, commit. Before the
+commit nothing of the model has changed. A meta Parameter stays the same object: it exchanges its
+implementation with a real tensor's.
 """
 
 from __future__ import annotations
@@ -46,21 +47,25 @@ log = logging.getLogger("qmove")
 def materialize_meta_tensors(
     model: Any, target_device: Device | DeviceMap = "cpu", *, progress: Progress | None = None
 ) -> Any:
-    """Gives every meta tensor its real data, and takes accelerate's dispatch off. Materializing a whole model does nothing.
+    """Gives every meta tensor its real data, and takes accelerate's dispatch off.
 
-    What was real stays where it is. To the CPU nothing goes through VRAM. Weights that lie in RAM are used where they lie, those
-    in safetensors files through private memory maps: the files are never written, and must not be overwritten in place.
+    A model without meta tensors stays as it is, and so does what was real. To the CPU nothing goes
+    through VRAM. Weights that lie in RAM are used where they lie, those in safetensors files
+    through private memory maps: the files are never written, and must not be overwritten in place.
 
     Args:
         model: a module, a pipeline, or anything that holds them.
-        target_device: for the meta tensors: a device, or a device_map from name prefixes ("" for the rest) to devices.
-        progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops everything with nothing changed.
+        target_device: for the meta tensors: a device, or a device_map from name prefixes ("" for
+            the rest) to devices.
+        progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops everything
+            with nothing changed.
 
     Returns:
         `model`, the same object with the same Parameter objects. It moves as any model does.
 
     Raises:
-        OffloadedDataError: data is missing, truncated, or not what the model needs; file and tensor are named.
+        OffloadedDataError: data is missing, truncated, or not what the model needs; file and tensor
+            are named.
         MetaTensorsPresent: nobody has data for some meta tensors.
         NotEnoughMemory: RAM, a cgroup, `ram_limit` or VRAM; nothing was changed.
     """
@@ -74,11 +79,13 @@ class Materialized:
 
     Attributes:
         plans: the tensors that were materialized.
-        homes: the device of everything that was real before, by name; for what was parked, its home.
+        homes: the device of everything that was real before, by name; for what was parked, its
+            home.
         was_parked: anything was.
         buffers: the slots of the real buffers: `nn.Module.to` exchanges buffers for new objects.
         groups: those of diffusers' group offload.
-        undo: closing it brings the objects back. What was changed since then is lost: see `undo.py`.
+        undo: closing it brings the objects back. What was changed since then is lost: see
+            `undo.py`.
     """
 
     plans: list[TensorPlan]
@@ -96,7 +103,7 @@ def materialize(
     *,
     checksums: bool = False,
 ) -> Materialized | None:
-    """As `materialize_meta_tensors`. Returns what is needed to undo it; to see changes, that takes checksums.
+    """As `materialize_meta_tensors`. Returns what undoes it; to see changes, that takes checksums.
 
     None: there was nothing to materialize.
     """

@@ -26,10 +26,13 @@ Place = Callable[[str], torch.device]  # where the meta tensor of a given name i
 Problems = list[tuple[str, str]]  # (name, what is wrong)
 
 HOST_ADVICE = (
-    "Delete or restore another parked model, or raise the limit named. Or leave the model dispatched, with a smaller "
-    "device_map: one that puts less on cpu and disk."
+    "Delete or restore another parked model, or raise the limit named. Or leave the model "
+    "dispatched, with a smaller device_map: one that puts less on cpu and disk."
 )
-DEVICE_ADVICE = "Park another model, materialize to the CPU (target_device='cpu'), or give a device_map that puts less there."
+DEVICE_ADVICE = (
+    "Park another model, materialize to the CPU (target_device='cpu'), or give a device_map that "
+    "puts less there."
+)
 
 
 @dataclass(eq=False)
@@ -38,7 +41,8 @@ class TensorPlan:
 
     Attributes:
         slots: every place in the model that it takes; tied weights have several.
-        tensor: the object that stands in all of them afterwards. A meta tensor, or a real one that others are tied to.
+        tensor: the object that stands in all of them afterwards. A meta tensor, or a real one that
+            others are tied to.
         source: where its data lies.
         device: where it goes.
         is_real: the tensor was real before, and needs no data.
@@ -96,7 +100,10 @@ def plan(action: Action, held: Inventory, place: Place) -> list[TensorPlan]:
         *_of_groups(held, sources, problems, place),
     ]
     if problems:
-        advice = "Repair the offload folder or its index, or load the model again. The offloaded model would fail there as well."
+        advice = (
+            "Repair the offload folder or its index, or load the model again. "
+            "The offloaded model would fail there as well."
+        )
         raise OffloadedDataError(action, problems, advice)
     refuse_lost(action, held)
     return plans
@@ -170,7 +177,7 @@ def _of_groups(
 
 
 def check_budget(action: Action, plans: Iterable[TensorPlan]) -> None:
-    """Raises NotEnoughMemory if it does not fit. What is mapped from files counts too: it is of use only in RAM."""
+    """Raises NotEnoughMemory. Mapped files count too: they are of use only in RAM."""
     needed: dict[torch.device, int] = defaultdict(int)
     for planned in plans:
         if planned.needs_reading:

@@ -1,7 +1,7 @@
-"""Brings the bytes of offloaded weights into memory: each file once and in its own order, several stretches at a time.
+"""Reads offloaded weights into memory: each file once and in its own order, several at a time.
 
-Files are read through memory maps. The system is asked for what comes next, so that it reads far ahead in large
-blocks; touching the pages then finds them in memory.
+Files are read through memory maps. The system is asked for what comes next, so that it reads far
+ahead in large blocks; touching the pages then finds them in memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _WILLNEED = 3  # MADV_WILLNEED of Linux; Windows has no such name
 def read(
     plans: Iterable[TensorPlan], progress: Progress | None = None, *, checksums: bool = False
 ) -> None:
-    """Brings the bytes of all `plans` into memory: into their `data`, or where they lie, with the pages in memory.
+    """Reads all `plans` into their `data`; or into the page cache, where they are mapped.
 
     Args:
-        progress: called in the calling thread as (bytes done, bytes in all). What it raises stops the reading.
+        progress: called in the calling thread as (bytes done, bytes in all). What it raises stops
+            the reading.
         checksums: whether to take the checksum of what the model gets.
     """
     ordered = sorted(plans, key=lambda item: (str(item.source.file or ""), item.source.offset))
@@ -46,7 +47,8 @@ def read(
             pool.submit(_read_stretch, stretch, counter) for stretch in _stretches(on_host)
         }
         try:
-            # Copies to a device go through one thread: its link is the bottleneck, and the order of streams stays simple.
+            # Copies to a device go through one thread: its link is the bottleneck, and the order of
+            # streams stays simple.
             for stretch in _stretches(to_device):
                 _read_stretch(stretch, counter, counter.report)
             while pending:
@@ -137,7 +139,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read_ahead(tensor: torch.Tensor, start: int) -> None:
-    """Asks the system to read the next CHUNK bytes of a mapped tensor. Only a hint: without it reading is slower."""
+    """Asks the system to read the next CHUNK bytes of a mapped tensor ahead. Only a hint."""
     nbytes = min(tensor.numel() * tensor.itemsize - start, CHUNK)
     if nbytes > 0:
         address = tensor.data_ptr() + start

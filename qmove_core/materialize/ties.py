@@ -1,8 +1,9 @@
-"""Which offloaded weights are one weight: a dispatch separates tied parameters, and here they find together again.
+"""Finds which offloaded weights are one weight: a dispatch separates tied parameters.
 
-In a forward accelerate gives each module a tensor of its own and leaves a meta tensor of its own behind, so after the first
-forward the objects no longer tell. The same entry of a weights map does. Where each name has an entry of its own (`.dat` files,
-or one of two tied modules on a GPU), transformers or the hooks remember that there was a tie; it holds if the bytes are equal.
+In a forward accelerate gives each module a tensor of its own and leaves a meta tensor of its own
+behind, so after the first forward the objects no longer tell. The same entry of a weights map does.
+Where each name has an entry of its own (`.dat` files, or one of two tied modules on a GPU),
+transformers or the hooks remember that there was a tie; it holds if the bytes are equal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Tied:
 
     Attributes:
         slots: in the order of the model.
-        tensor: the object that is to stand in all of them: a real one where the weight is real elsewhere in the model.
+        tensor: the object that is to stand in all of them: a real one where the weight is real
+            elsewhere in the model.
         source: where its data lies.
     """
 
@@ -68,7 +70,7 @@ def _by_object_and_entry(found: Iterable[tuple[Slot, Source]]) -> list[Tied]:
 def _hinted(
     held: Inventory, groups: Sequence[Tied], registered: dict[str, torch.Tensor]
 ) -> Iterable[list[Tied | torch.Tensor]]:
-    """Groups and real tensors that were tied to each other once, as far as anybody remembers; real ones come first."""
+    """Groups and real tensors that were tied once, as far as is known; real ones come first."""
     candidates: dict[Hashable, dict[int, Tied | torch.Tensor]] = defaultdict(dict)
     by_name = {slot.full_name: group for group in groups for slot in group.slots}
     for first, second in _declared_ties(held):
@@ -85,7 +87,8 @@ def _hinted(
                 and group.source.address not in ties
             ):
                 continue
-            # An address with a tensor on a device says which tie it was. On the disk, or changed since, it could be any.
+            # An address with a tensor on a device says which tie it was. On the disk, or changed
+            # since, it could be any.
             addresses = [group.source.address] if ties.get(group.source.address) else list(ties)
             for address in addresses:
                 members = candidates[id(ties), address]

@@ -1,4 +1,4 @@
-"""The way back: a materialized model gets the very dispatch again that it had, and keeps what was changed meanwhile."""
+"""Gives a materialized model the dispatch back that it had, and keeps what was changed."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ log = logging.getLogger("qmove")
 def materialized(
     model: Any, target_device: Device | DeviceMap = "cpu", *, progress: Progress | None = None
 ) -> Iterator[Any]:
-    """Makes `model` whole inside the body, and gives it the same dispatch back after it, also when the body raises.
+    """Materializes `model` for the body, and dispatches it again after it, also when that raises.
 
-    After it the hooks and the meta tensors are the same objects as before, and what was real is where it was. Inside, the model
-    may be moved, parked, run and changed. Changed weights are kept: in the state dict in RAM, which goes before a file. No
-    file is written, and none is read again.
+    After it the hooks and the meta tensors are the same objects as before, and what was real is
+    where it was. Inside, the model may be moved, parked, run and changed. Changed weights are kept:
+    in the state dict in RAM, which goes before a file. No file is written, and none is read again.
 
     Args:
         model, target_device, progress: as for `materialize_meta_tensors`.
 
     Raises:
-        As `materialize_meta_tensors`. On leaving also ChangesNotKept, for weights that were removed, cast or reshaped, and
-        NotEnoughMemory: then the model stays materialized, with its changes, and without its dispatch.
+        As `materialize_meta_tensors`. On leaving also ChangesNotKept, for weights that were
+        removed, cast or reshaped, and
+        NotEnoughMemory: then the model stays materialized, with its changes, and without its
+            dispatch.
     """
     done = materialize(model, target_device, progress, checksums=True)
     try:
@@ -75,7 +77,8 @@ def undo(model: object, done: Materialized) -> None:
             known = [done.homes[name] for name in holding.names if name in done.homes]
             was_parked = homes.parked_home(holding.tensors[0]) is not None  # and still is
             if known and known[0] != holding.device and not was_parked:
-                # Nothing is remembered of where the bytes come from: the dispatch says where things belong.
+                # Nothing is remembered of where the bytes come from: the dispatch says where things
+                # belong.
                 steps.append(Step(holding, known[0]))
         relocate(
             action, held, steps, on_commit=lambda: _commit(action, done, changes, use_new_files)

@@ -1,7 +1,7 @@
 """Turns a layer into another kind of layer, and back if something fails.
 
-The module stays the same object and changes its class, so that its parents, its hooks and all other references to it
-stay valid.
+The module stays the same object and changes its class, so that its parents, its hooks and all other
+references to it stay valid.
 """
 
 from __future__ import annotations

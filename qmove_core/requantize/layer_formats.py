@@ -1,4 +1,4 @@
-"""How each kind of quantized layer becomes a plain one with the same values, and is quantized again."""
+"""How each kind of quantized layer becomes a plain one, and is quantized again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recipe:
 
 
 class LayerFormat:
-    """One way in which layers are quantized. New weights are made once for all layers that share them, in `made`."""
+    """One way in which layers are quantized. `made` has the new weights that layers share."""
 
     own_attributes: ClassVar[tuple[str, ...]] = ()  # what a plain layer does without
 
@@ -52,7 +52,7 @@ class LayerFormat:
         return {"weight": module.weight}
 
     def holders(self, module: nn.Module) -> list[object]:
-        """The objects of a layer that hold its quantized weights; a plain layer does without them."""
+        """The objects of a layer that hold its quantized weights; a plain layer has none."""
         return [*self.weights(module).values(), *self.attributes_of(module).values()]
 
     def attributes_of(self, module: nn.Module) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class LayerFormat:
 
 
 class BitsAndBytesFormat(LayerFormat):
-    """What 4 and 8 bit have in common. Weights that bitsandbytes has not quantized yet count as their own values."""
+    """What 4 and 8 bit share. Weights that are not quantized yet count as their own values."""
 
     names: ClassVar[tuple[str, ...]]  # classes of bitsandbytes.nn
 
@@ -148,8 +148,13 @@ class FourBit(BitsAndBytesFormat):
 
     names = ("Linear4bit", "Embedding4bit")
     own_attributes = (
-        "quant_state", "compute_dtype", "compute_type_is_set", "quant_storage", "support_avx512bf16_for_cpu", "dtype"
-    )  # fmt: skip
+        "quant_state",
+        "compute_dtype",
+        "compute_type_is_set",
+        "quant_storage",
+        "support_avx512bf16_for_cpu",
+        "dtype",
+    )
 
     def obstacle(self, module: nn.Module) -> str:
         if is_packed_for_cpu(module.weight):
@@ -263,7 +268,7 @@ class EightBit(BitsAndBytesFormat):
 
 
 class Wrapped(LayerFormat):
-    """Layers of torchao and optimum-quanto: weights of a wrapper subclass that knows how to dequantize itself."""
+    """Layers of torchao and optimum-quanto, whose weights can dequantize themselves."""
 
     def is_format_of(self, module: nn.Module) -> bool:
         return bool(self.weights(module))
@@ -329,9 +334,11 @@ def format_of(module: nn.Module) -> LayerFormat | None:
 
 @functools.cache
 def _plain_class_over(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that computes like the plain layer below. (Python refuses quanto's layers the plain class itself.)"""
+    """A subclass that computes like the plain layer, which Python does not allow as their class."""
+    metaclass: Any = type(cls)
     forward = LayerFormat().plain_class(cls).forward
-    return type(cls)(f"Dequantized{cls.__name__}", (cls,), {"forward": forward})  # type: ignore[misc,return-value]
+    plain: type[nn.Module] = metaclass(f"Dequantized{cls.__name__}", (cls,), {"forward": forward})
+    return plain
 
 
 def _is_of_quanto(cls: type) -> bool:

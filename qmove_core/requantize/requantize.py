@@ -1,4 +1,4 @@
-"""A quantized model in full precision, and back: where a device has no kernels for its format, for merging adapters."""
+"""Dequantizes a model, to merge adapters or where kernels are missing, and quantizes it again."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ _dtypes_before = WeakTensorKeyDictionary()  # other tensor that was cast along -
 
 
 def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None = None) -> Model:
-    """Gives the quantized layers of `model` plain weights with the values they stand for, and moves it to `device`.
+    """Gives quantized layers plain weights of the same values, and moves the model to `device`.
 
-    What the quantization has lost stays lost: the weights are the quantization's own values, code * scale, rounded once
-    to `dtype`. In `dtype=torch.float32` that rounding is gone too. The layers become `nn.Linear` and `nn.Embedding` in
-    place (quanto's: subclasses that compute like those): the same module objects, shared ones still shared. The model's
-    own flags and config still call it quantized. A model without quantized weights is just moved, and cast if `dtype`
-    says so.
+    What the quantization has lost stays lost: the weights are the quantization's own values, code *
+    scale, rounded once to `dtype`. In `dtype=torch.float32` that rounding is gone too. The layers
+    become `nn.Linear` and `nn.Embedding` in place (quanto's: subclasses that compute like those):
+    the same module objects, shared ones still shared. The model's own flags and config still call
+    it quantized. A model without quantized weights is just moved, and cast if `dtype` says so.
 
-    The quantized weights are freed at the end, so that a failure costs nothing: `device` needs room for the
-    full-precision model, and for the quantized one as well if that lies there too; any other device for no byte more.
+    The quantized weights are freed at the end, so that a failure costs nothing: `device` needs room
+    for the full-precision model, and for the quantized one as well if that lies there too; any
+    other device for no byte more.
 
     Args:
         model: a module, a pipeline, a list or dict of them; it may be parked.
         device: "cpu", "cuda:0", ...
-        dtype: of the new weights. None: that of the model's first parameter that is not quantized, in which its
-            activations come; for a model without one, what it was quantized from. Another dtype than that is given to
-            all parameters and buffers that have it.
+        dtype: of the new weights. None: that of the model's first parameter that is not quantized,
+            in which its activations come; for a model without one, what it was quantized from.
+            Another dtype than that is given to all parameters and buffers that have it.
 
     Returns:
         The same model object, awake on `device`.
@@ -71,17 +72,18 @@ def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None 
 
 
 def move_and_requantize(model: Model, device: Device) -> Model:
-    """Quantizes on `device` what `dequantize_and_move` gave plain weights, with the classes and options it had before.
+    """Quantizes again, on `device`, what `dequantize_and_move` dequantized, with the same options.
 
-    Weights that did not change in between come back with the very same values if they were int8 or 4 bit without double
-    quantization. Double quantization quantizes the scales a second time: an error of at most 0.2 % of the largest
-    weight in a float16 model, 0.5 % in a bfloat16 one, and 0.03 % and 0.07 % of the weights' norm. If the weights went
-    through a dtype that is coarser than the model's own, its rounding comes on top: up to 0.6 % and 0.2 % for bfloat16.
-    (Measured with normally distributed weights, bitsandbytes 0.50.2, CPU kernels.) A model that is quantized already is
-    just moved.
+    Weights that did not change in between come back with the very same values if they were int8 or
+    4 bit without double quantization. Double quantization quantizes the scales a second time: an
+    error of at most 0.2 % of the largest weight in a float16 model, 0.5 % in a bfloat16 one, and
+    0.03 % and 0.07 % of the weights' norm. If the weights went through a dtype that is coarser than
+    the model's own, its rounding comes on top: up to 0.6 % and 0.2 % for bfloat16. (Measured with
+    normally distributed weights, bitsandbytes 0.50.2, CPU kernels.) A model that is quantized
+    already is just moved.
 
-    The plain weights are freed at the end, so that a failure costs nothing: `device` needs room for the quantized
-    model, and for the plain one as well if that lies there too.
+    The plain weights are freed at the end, so that a failure costs nothing: `device` needs room for
+    the quantized model, and for the plain one as well if that lies there too.
 
     Args:
         model: what `dequantize_and_move` was given, changed or not. A copy of it will not do.
@@ -92,8 +94,8 @@ def move_and_requantize(model: Model, device: Device) -> Model:
 
     Raises:
         NotEnoughMemory, UnknownDevice, MetaTensorsPresent, LiveAutogradGraph: as `move`.
-        CannotMove: nothing was dequantized by qmove, or a format cannot be built again (torchao), with names and
-            reasons.
+        CannotMove: nothing was dequantized by qmove, or a format cannot be built again (torchao),
+            with names and reasons.
 
     After an error the model is as it was, where it was.
     """
@@ -182,7 +184,10 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
             work.append(_Work(name, module, recipe, [weight], weight.numel(), weight.dtype, nbytes))
     _refuse(action, reasons)
     if not work and not quantized_weights(held):
-        reason = "qmove.dequantize_and_move has dequantized none of its layers; quantize it with its own library"
+        reason = (
+            "qmove.dequantize_and_move has dequantized none of its layers; "
+            "quantize it with its own library"
+        )
         _refuse(action, [(type(model).__name__, reason)])
     replaced = _tensors_of(work)
     casts = [
@@ -212,7 +217,7 @@ def _transform(
     make: Make,
     casts: Casts,
 ) -> None:
-    """Makes all layers anew on `target`, then moves them and the rest of the model there: all of it, or nothing."""
+    """Makes all layers anew on `target` and moves the rest of the model there: all, or nothing."""
     started = time.perf_counter()
     needed = _check_budget(action, held, target, work, casts)
     made: dict[int, nn.Parameter] = {}
@@ -255,7 +260,7 @@ def _made(item: _Work, action: Action, make: Make, made: dict[int, nn.Parameter]
 def _check_budget(
     action: Action, held: Inventory, target: torch.device, work: Sequence[_Work], casts: Casts
 ) -> int:
-    """Returns the bytes needed: the new weights, the largest layer once more to make it, and what else has to come."""
+    """Checks and returns the bytes needed: new weights, one layer to make it from, and the rest."""
     gone = _tensors_of(work) | {id(tensor) for tensor, _dtype in casts}
     needed = sum(item.nbytes for item in work) + max((item.numel * 4 for item in work), default=0)
     needed += sum(tensor.numel() * dtype.itemsize for tensor, dtype in casts)
@@ -272,10 +277,10 @@ def _check_budget(
 
 
 def _roots(held: Inventory) -> list[tuple[nn.Module, torch.dtype | None]]:
-    """The modules that are in no other one (the model, or each component of a pipeline), with their working dtype.
+    """The modules inside no other (the model, components of a pipeline), and their working dtype.
 
-    That is the dtype of the first parameter that is not quantized: by it transformers and diffusers name a model's
-    dtype.
+    That is the dtype of the first parameter that is not quantized: by it transformers and diffusers
+    name a model's dtype.
     """
     inner = {id(child) for module in held.modules.values() for child in module.children()}
     roots = [module for module in held.modules.values() if id(module) not in inner]
@@ -309,7 +314,7 @@ def _tensors_of(work: Iterable[_Work]) -> set[int]:
 def _casts_along(
     held: Inventory, work: Sequence[_Work], replaced: set[int], dtype: torch.dtype | None
 ) -> Casts:
-    """What has to change its dtype for the new layers to fit in: their biases, and all that has the dtype given up."""
+    """What must be cast for the new layers: their biases, and all that has the dtype given up."""
     casts: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
     for root, before in _roots(held):
         for tensor in (*root.parameters(), *root.buffers()):

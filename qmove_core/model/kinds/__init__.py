@@ -1,4 +1,4 @@
-"""Tensor kinds that need more than their bytes moved, one in a file. An unknown format needs no file: its bytes move."""
+"""Tensor kinds that need more than their bytes moved, one in a file. Others need no file."""
 
 from __future__ import annotations
 

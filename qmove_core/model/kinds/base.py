@@ -13,13 +13,14 @@ class Kind:
     """One family of tensors. The defaults are those of plain tensors, which need nothing.
 
     Attributes:
-        module: the package the kind comes from; the kind is asked only once that is imported. Empty: always.
+        module: the package the kind comes from; the kind is asked only once that is imported.
+            Empty: always.
     """
 
     module = ""
 
     def process_wide_tensors(self) -> Iterable[torch.Tensor]:
-        """Tensors that the package shares among all models. They are no model's own and never move."""
+        """Tensors that the package shares among all models. They never move."""
         return ()
 
     def obstacles(self, inventory: Inventory, device: torch.device) -> list[tuple[str, str]]:
@@ -29,6 +30,6 @@ class Kind:
     def refresh(self, inventory: Inventory) -> None:
         """Brings whatever depends on the place in line with where the bytes are now.
 
-        Called after the bytes have moved, and again after a rollback has moved them back; so it looks at where they are and
-        never asks where they came from.
+        Called after the bytes have moved, and again after a rollback has moved them back; so it
+        looks at where they are and never asks where they came from.
         """

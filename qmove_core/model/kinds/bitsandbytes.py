@@ -1,4 +1,4 @@
-"""bitsandbytes: tables it shares among models, weights it has not quantized yet, weights it would repack on a CPU."""
+"""bitsandbytes: tables that models share, weights not yet quantized, weights packed for a CPU."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from .base import Kind
 from .bitsandbytes_layout import awaits_quantization, is_of, is_packed_for_cpu, with_nested
 
 NOT_QUANTIZED = (
-    "bitsandbytes has not quantized it yet and does so in its own .to(): call model.to(device) once, as without "
-    "qmove (after qmove.disable_to(model) if it is enabled); from then on qmove moves it"
+    "bitsandbytes has not quantized it yet and does so in its own .to(): call model.to(device) "
+    "once, as without qmove (after qmove.disable_to(model) if it is enabled); from then on qmove "
+    "moves it"
 )
 PACKED = (
-    "a forward on this CPU has packed it for AVX512-BF16 and rounded its scales to bfloat16 for good; a GPU would "
-    "read it wrongly. Load the model again. What qmove.move(model, 'cpu') brings to the CPU is never packed"
+    "a forward on this CPU has packed it for AVX512-BF16 and rounded its scales to bfloat16 for "
+    "good; a GPU would read it wrongly. Load the model again. What qmove.move(model, 'cpu') brings "
+    "to the CPU is never packed"
 )
 _FLAG = "support_avx512bf16_for_cpu"  # of a `Linear4bit`; an int of the C library, as a rule
 
 
 class BitsAndBytes(Kind):
-    """`Linear8bitLt`, `Linear4bit` and the embeddings. Their bytes move as they are; the first line has the rest."""
+    """`Linear8bitLt`, `Linear4bit` and the embeddings. Their bytes move as they are."""
 
     module = "bitsandbytes"
 
     def __init__(self) -> None:
         self._originals = WeakTensorKeyDictionary()  # twin -> the shared table it stands in for
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # quant state -> its last twin
-        # module -> (its flag, whether that is set aside); kept when it is back, since the way back may fail
+        # module -> (its flag, whether that is set aside); kept when it is back, since the way back
+        # may fail
         self._flags: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def process_wide_tensors(self) -> Iterable[torch.Tensor]:
@@ -71,8 +74,8 @@ class BitsAndBytes(Kind):
     def _refresh_tables(self, inventory: Inventory) -> None:
         """Gives each quant state that uses a shared table one that lies where its weight is.
 
-        The table is bitsandbytes' own, used by all models, and must not move with one of them. It is used where it is
-        at hand; elsewhere a twin stands in for it, the same object each time.
+        The table is bitsandbytes' own, used by all models, and must not move with one of them. It
+        is used where it is at hand; elsewhere a twin stands in for it, the same object each time.
         """
         shared = {id(table) for table in self.process_wide_tensors()}
         made: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -101,8 +104,8 @@ class BitsAndBytes(Kind):
     def _choose_packing(self, module: nn.Module, was_on: torch.device) -> None:
         """Keeps `Linear4bit` from packing a weight that came from a GPU in a forward on the CPU.
 
-        The packing rounds `absmax` to bf16 and is not undone on the way to a GPU (bitsandbytes #2078): the weights
-        would be wrong for good.
+        The packing rounds `absmax` to bf16 and is not undone on the way to a GPU (bitsandbytes
+        #2078): the weights would be wrong for good.
         """
         flag, (before, is_set_aside) = (
             module.__dict__[_FLAG],

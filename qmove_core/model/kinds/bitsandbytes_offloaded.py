@@ -1,7 +1,8 @@
-"""bitsandbytes weights in a dispatch: accelerate sends what hangs on a weight to the meta device together with it.
+"""bitsandbytes weights in a dispatch: accelerate sends their scales to the meta device too.
 
-With 4 bits every later forward fails, since the quant state is not fetched again; with 8 bits the scales come back, and copies
-of weights stay resident. The weights map has all of it under names of its own, so it can be hung on the weight again.
+With 4 bits every later forward fails, since the quant state is not fetched again; with 8 bits the
+scales come back, and copies of weights stay resident. The weights map has all of it under names of
+its own, so it can be hung on the weight again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .bitsandbytes_layout import (
 
 
 def part_keys(tensor: torch.Tensor, key: str, has: Callable[[str], bool]) -> dict[str, str]:
-    """The keys in a weights map of what belongs to `tensor`, whose own key is `key`; by the name of the part.
+    """The keys in a weights map of the parts of `tensor`, whose own key is `key`; by part.
 
     Empty for all weights but those of bitsandbytes.
     """
@@ -62,7 +63,7 @@ def current_parts(tensor: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
 def attach(
     tensor: Any, module: nn.Module, parts: Mapping[str, torch.Tensor], undo: ExitStack
 ) -> None:
-    """Hangs `parts` on a weight, as bitsandbytes does after loading a checkpoint. `undo` gets what takes them off again."""
+    """Gives a weight its `parts`, as loading a checkpoint does. `undo` gets what takes them off."""
     if is_of(tensor, "Params4bit"):
         from bitsandbytes.functional import QuantState
 
