@@ -25,7 +25,7 @@ from ..class_variants import own_class
 from ..errors import MetaTensorsPresent, counted
 from ..model.holdings import Inventory
 from ..model.kinds import bitsandbytes_offloaded
-from .slots import Slot, registered_slots
+from .tensor_slots import Slot, registered_slots
 from .weights_map import has_entry, loader_of
 
 

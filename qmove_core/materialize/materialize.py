@@ -29,7 +29,7 @@ from ..integrations.accelerate_dispatch import (
     take_off,
     take_off_pipelines,
 )
-from ..integrations.slots import Slot, registered_slots
+from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source
 from ..interrupts import interrupts_deferred
 from ..memory.allocation import allocate

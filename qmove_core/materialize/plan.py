@@ -16,7 +16,7 @@ from ..devices import Device, DeviceMap
 from ..errors import OffloadedDataError
 from ..integrations import diffusers_offload
 from ..integrations.accelerate_dispatch import part_keys, refuse_lost, slots
-from ..integrations.slots import Slot, registered_slots
+from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source, Sources, Unusable
 from ..memory import budget
 from ..model.holdings import Inventory

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..digests.checksum import checksum_of
-from ..integrations.slots import Slot, registered_slots
+from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source
 from ..model.holdings import Inventory
 

@@ -15,7 +15,7 @@ from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import ChangesNotKept
 from ..integrations import diffusers_offload
-from ..integrations.slots import Slot
+from ..integrations.tensor_slots import Slot
 from ..integrations.weights_map import keep_instead
 from ..memory import budget
 from ..model.holdings import Inventory
