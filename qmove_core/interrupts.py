@@ -1,4 +1,4 @@
-"""Holds back Ctrl-C for the moment in which a model changes places, so that it is never left half."""
+"""Holds back Ctrl-C during a commit, so that it never leaves a model half in its new place."""
 
 from __future__ import annotations
 

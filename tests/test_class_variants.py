@@ -1,5 +1,4 @@
-"""A variant of a class is given to an object for a while: the object behaves differently, and is
-then what it was."""
+"""An object with a variant of its class behaves differently, and afterwards is what it was."""
 
 from __future__ import annotations
 

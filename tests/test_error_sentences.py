@@ -1,5 +1,4 @@
-"""Every error is written in sentences: each class is rendered with each action, and each message
-read where it is raised."""
+"""Every error is a sentence: classes are rendered with every action, messages read where raised."""
 
 from __future__ import annotations
 
@@ -117,12 +116,12 @@ def test_numbers_and_lists_of_names_agree_with_their_nouns() -> None:
     assert first_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
-# The other classes carry the sentence that they are raised with -----------------------------------
+# The other classes have the sentence that they are raised with.
 
 OTHER_CLASSES = {
-    "QMoveError", "DigestUnavailable", "UnknownDevice", "NoTensors", "DtypeCastRefused", "MissingDependency",
-    "CannotMirror", "CannotInspect", "NoAccelerator", "NotSafetensors",
-}  # fmt: skip
+    *("QMoveError", "DigestUnavailable", "UnknownDevice", "NoTensors", "DtypeCastRefused"),
+    *("MissingDependency", "CannotMirror", "CannotInspect", "NoAccelerator", "NotSafetensors"),
+}
 
 
 def test_every_error_class_is_read_here() -> None:

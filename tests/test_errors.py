@@ -1,7 +1,8 @@
-"""Bad input and missing resources get an error that says what was asked, what stands in the way,
-and what to do."""
+"""Errors for bad input or missing resources say what was asked, what is in the way, what to do."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ ACTIONS = [qmove.park, qmove.restore, lambda model: qmove.move(model, "cpu")]
     ids=lambda thing: type(thing).__name__,
 )
 @pytest.mark.parametrize("act", ACTIONS, ids=["park", "restore", "move"])
-def test_an_object_without_tensors(gpu: GPU, act, nothing: object) -> None:  # type: ignore[no-untyped-def]
+def test_an_object_without_tensors(
+    gpu: GPU, act: Callable[[object], object], nothing: object
+) -> None:
     with pytest.raises(qmove.NoTensors, match=f"{type(nothing).__name__} holds no tensor"):
         act(nothing)
 

@@ -186,8 +186,8 @@ def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
         )
     if not zipfile.is_zipfile(path):
         raise CannotInspect(
-            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then it "
-            "cannot be read without loading it. Save it again with torch.save, or better as "
+            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then "
+            "it cannot be read without loading it. Save it again with torch.save, or better as "
             "safetensors."
         )
     try:

@@ -99,6 +99,12 @@ SOURCES = [
 _originals: list[torch.Tensor] = []
 
 
+def keeping_addresses(model: nn.Module) -> nn.Module:
+    """The model. The memory that its weights have now is never used again."""
+    _originals.extend(parameter.detach() for parameter in model.parameters())
+    return model
+
+
 def dispatched(
     folder: Path, device_map: dict[str, Any], source: str = "dat", model: Any = None, **options: Any
 ) -> Any:
@@ -106,8 +112,7 @@ def dispatched(
     from "safetensors"."""
     from accelerate import dispatch_model
 
-    model = tower() if model is None else model
-    _originals.extend(parameter.detach() for parameter in model.parameters())
+    model = keeping_addresses(tower() if model is None else model)
     if "disk" in device_map.values():
         if source == "dat":
             options["offload_dir"] = str(folder / "offload")

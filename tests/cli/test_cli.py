@@ -169,7 +169,8 @@ def test_help_loads_none_of_the_heavy_packages(tmp_path: Path) -> None:
     """`qmove --help` takes the time of `import torch` and no more."""
     code = (
         "import sys, torch\nbefore = set(sys.modules)\nimport qmove_core.cli\n"
-        "print({'transformers', 'bitsandbytes', 'accelerate', 'matplotlib', 'diffusers'} & (set(sys.modules) - before))"
+        "heavy = {'transformers', 'bitsandbytes', 'accelerate', 'matplotlib', 'diffusers'}\n"
+        "print(heavy & (set(sys.modules) - before))"
     )
     done = run_python(code, tmp_path)
     assert done.stdout.strip() == "set()", done.stderr

@@ -1,4 +1,4 @@
-"""The demo itself: a real model leaves and comes back, and the figures shown are the ones measured."""
+"""The demo: a real model leaves and comes back, and the figures shown are the ones measured."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Real input: MiniLM, dispatched over two GPUs, RAM and disk, as the second act of `make demo`
-shows it."""
+"""Real input: MiniLM over two GPUs, RAM and disk, in the second act of `make demo`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`.to()` that works: the model's own methods move it, whatever its library says, and refuse what
-would destroy it."""
+"""`.to()` that works: it moves the model past its library's guards, and refuses bad casts."""
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ def test_the_models_own_methods_move_it_where_transformers_forbids_it(
 
 
 def lasting_contents(model: nn.Module) -> dict[str, bytes]:
-    """The bytes by name, but those of the outlier columns that bitsandbytes notes in each forward."""
+    """The bytes by name, without the outlier columns that bitsandbytes notes in each forward."""
     return {name: held for name, held in contents(model).items() if not name.endswith("state.idx")}
 
 
@@ -123,7 +122,7 @@ def test_a_pipeline_moves_with_its_components_and_stays_what_it_is(gpu: GPU) -> 
     assert (type(pipe), set(vars(pipe))) == (cls, attributes)
 
 
-# Casts --------------------------------------------------------------------------------------------
+# Casts
 
 CASTS: dict[str, Call] = {
     "to(dtype)": lambda model: model.to(torch.bfloat16),
@@ -217,7 +216,7 @@ def test_the_meta_device_is_refused_with_what_to_do_instead() -> None:
     assert snapshot(model) == before
 
 
-# On and off ---------------------------------------------------------------------------------------
+# On and off
 
 
 @pytest.mark.parametrize("times", [1, 2])

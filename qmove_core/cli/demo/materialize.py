@@ -21,7 +21,7 @@ from .setting import Setting
 
 
 def materialize_dispatched(setting: Setting) -> bool:
-    """Materializes, moves, parks and wakes a dispatched model. Returns whether all checks passed."""
+    """Materializes, moves, parks and wakes a dispatched model. Returns whether all was right."""
     console, device = setting.console, setting.device
     with tempfile.TemporaryDirectory(prefix="qmove-demo-") as offload_folder:
         model = _dispatched(setting, offload_folder)

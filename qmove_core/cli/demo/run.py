@@ -49,7 +49,7 @@ def main(console: Console, picture: Path) -> int:
 
 
 def _on_the_simulated_gpu(picture: Path) -> int:
-    """Starts over in another process: the simulated GPU must be there before PyTorch is imported."""
+    """Starts over in a new process: the simulated GPU must be there before PyTorch is imported."""
     if importlib.util.find_spec("simcuda") is None:
         raise NoAccelerator(
             "The demo needs a GPU and PyTorch sees none (`qmove doctor` says why). "

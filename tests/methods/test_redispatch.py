@@ -1,5 +1,4 @@
-"""`dispatch_model` with a way back: `model.materialize()`, `.to()` that materializes first, and
-`redispatch`."""
+"""`dispatch_model` for models that materialize, `to()` that does so first, and `redispatch`."""
 
 from __future__ import annotations
 
@@ -21,6 +20,7 @@ from tests.builders.dispatched_models import (
     SPREAD,
     change_everything,
     dispatched,
+    keeping_addresses,
     meta_names,
     objects_of,
     spread_llama,
@@ -31,8 +31,7 @@ from tests.builders.dispatched_models import (
 
 @RELOADED_TIES
 def test_the_example_of_the_request(tmp_path: Path, gpu: GPU) -> None:
-    """What was asked of accelerate: several models take turns on the GPU, one read from the disk,
-    then RAM."""
+    """A request to accelerate: models take turns on the GPU, one read from the disk, then RAM."""
     model = spread_llama(tmp_path, "disk")
     inputs = torch.arange(3, 19, device=gpu.device).reshape(2, 8)
     expected = model(inputs).logits.cpu()
@@ -51,7 +50,10 @@ def test_the_example_of_the_request(tmp_path: Path, gpu: GPU) -> None:
 def test_a_model_dispatched_with_allow_materialize(tmp_path: Path, gpu: GPU) -> None:
     expected = tower().to(gpu.device)(tokens()).cpu()
     model = qmove.dispatch_model(
-        tower(), device_map=SPREAD, allow_materialize=True, offload_dir=str(tmp_path)
+        keeping_addresses(tower()),
+        device_map=SPREAD,
+        allow_materialize=True,
+        offload_dir=str(tmp_path),
     )
     assert meta_names(model)
     assert torch.equal(model(tokens()).cpu(), expected)
@@ -76,7 +78,7 @@ def test_device_map_auto(tmp_path: Path, gpu: GPU) -> None:
     expected = tower().to(gpu.device)(tokens()).cpu()
     limits = {0: 14_000, 1: 6_000, "cpu": 6_000}
     model = qmove.dispatch_model(
-        tower(),
+        keeping_addresses(tower()),
         "auto",
         max_memory=limits,
         no_split_module_classes=["Block"],
