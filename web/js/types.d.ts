@@ -1,4 +1,4 @@
-/** What the routes and events of the backend carry (nodes/host/state.py, progress.py, history.py). All sizes are bytes. */
+/** What the routes and events of the backend carry (nodes/host/panel/state.py, panel/history.py, progress.py). All sizes are bytes. */
 
 export type ModelState = "resident" | "parked" | "partly parked" | "on disk" | "in RAM" | "busy";
 
