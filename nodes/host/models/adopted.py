@@ -11,7 +11,7 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,16 +93,16 @@ class Adopted:
         return self._bytes()[1]
 
     def park(self) -> None:
-        model, resident = self.model, self.resident
-        if model is not None and resident:
-            with progress.shown("park", self.name, self.number, sum(resident.values())) as move:
-                move.result = qmove.park(model, progress=move.report)
+        self._move("park", qmove.park, sum(self.resident.values()))
 
     def come_home(self) -> None:
-        model, parked = self.model, self.parked
-        if model is not None and parked:
-            with progress.shown("restore", self.name, self.number, sum(parked.values())) as move:
-                move.result = qmove.restore(model, progress=move.report)
+        self._move("restore", qmove.restore, sum(self.parked.values()))
+
+    def _move(self, verb: str, move: Callable[..., Any], nbytes: int) -> None:
+        model = self.model
+        if model is not None and nbytes:
+            with progress.shown(verb, self.name, self.number, nbytes) as shown:
+                shown.result = move(model, progress=shown.report)
 
     def _storages(self) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
         """One living tensor of each holding, and its storage."""

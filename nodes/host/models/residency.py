@@ -122,7 +122,7 @@ def _register_again(models: Iterable[Adopted]) -> None:
     try:
         register(models)
     except Exception as error:
-        log.debug("could not register models again: %s", error)
+        log.debug("could not register models again: %s", str(error))
 
 
 def park(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> None:

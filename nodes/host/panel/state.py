@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -19,16 +18,7 @@ from . import version
 SECONDS_BETWEEN_TRIES = 0.05
 
 
-@dataclass
-class _Seen:
-    """What was seen when no model moved."""
-
-    models: list[dict[str, Any]] = field(default_factory=list)
-    held: dict[str, int] = field(default_factory=dict)
-    done: dict[str, int] = field(default_factory=dict)
-
-
-_last: _Seen | None = None
+_last: tuple[list[dict[str, Any]], qmove.Stats] | None = None  # models and figures when none moved
 
 
 def snapshot() -> dict[str, Any]:
@@ -37,7 +27,7 @@ def snapshot() -> dict[str, Any]:
     It does not wait for a move of another thread: then all models are as they were before it, and
     those that move are busy.
     """
-    seen = _look()
+    models, stats = _look()
     moves = progress.running()
     busy = {move["model"]: move["verb"] for move in moves}
     memory = psutil.virtual_memory()
@@ -46,7 +36,7 @@ def snapshot() -> dict[str, Any]:
         "settings": settings.current(),
         "models": [
             model | {"state": "busy", "busy": busy[model["id"]]} if model["id"] in busy else model
-            for model in seen.models
+            for model in models
         ],
         "comfyui_models": [
             {
@@ -56,8 +46,19 @@ def snapshot() -> dict[str, Any]:
             for entry in residency.hosts_own_entries()
         ],
         "devices": [_device(device) for device in meter.devices()],
-        "ram": {"total": memory.total, "free": memory.available, **seen.held},
-        "done": dict(seen.done),
+        "ram": {
+            "total": memory.total,
+            "free": memory.available,
+            "parked": sum(stats.parked_bytes.values()),
+            "mirrors": stats.mirror_bytes,
+            "spare": stats.spare_bytes,
+        },
+        "done": {
+            "parks": stats.parks,
+            "restores": stats.restores,
+            "moves": stats.moves,
+            "copied_bytes": stats.copied_bytes,
+        },
         "moves": moves,
         "nodes": node_models.nodes_with_models(),
     }
@@ -73,28 +74,14 @@ def outline() -> tuple[object, ...]:
     return tuple((adopted.number, adopted.last_used) for adopted in adopted_models()), tuple(bars)
 
 
-def _look() -> _Seen:
+def _look() -> tuple[list[dict[str, Any]], qmove.Stats]:
     global _last
     # A thread that only looks holds the lock for a moment; one that moves, until it has moved.
     while not for_hosts.lock.acquire(timeout=SECONDS_BETWEEN_TRIES):
         if _last is not None and progress.running():
             return _last
     try:
-        stats = qmove.stats()
-        _last = _Seen(
-            models=[_model(adopted) for adopted in adopted_models()],
-            held={
-                "parked": sum(stats.parked_bytes.values()),
-                "mirrors": stats.mirror_bytes,
-                "spare": stats.spare_bytes,
-            },
-            done={
-                "parks": stats.parks,
-                "restores": stats.restores,
-                "moves": stats.moves,
-                "copied_bytes": stats.copied_bytes,
-            },
-        )
+        _last = [_model(adopted) for adopted in adopted_models()], qmove.stats()
         return _last
     finally:
         for_hosts.lock.release()

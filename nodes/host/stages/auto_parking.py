@@ -91,21 +91,24 @@ def out_of_memory(
     node_id: str, class_name: str, measurement: needs.Measurement | None, error: BaseException
 ) -> None:
     """Parks all that is idle, so that the next try has the room, and logs what was lacking."""
-    residency.park(residency.idle_models([]), residency.idle_patchers([]))
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
+    took: dict[torch.device, int] = {}
     if measurement is not None:
         took = needs.peak(measurement)
-        for device, free in measurement.free.items():
+        needs.forget(measurement.key)
+    try:
+        residency.park(residency.idle_models([]), residency.idle_patchers([]))
+    finally:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
+        for device, free in measurement.free.items() if measurement is not None else ():
             free_now = meter.free_bytes(device) or 0
             if took[device] or free != free_now:
                 lines.append(
                     f"  {device}: the node began with {readable_bytes(free)} free, and had taken "
-                    f"{readable_bytes(took[device])} when that was not enough. What is idle is "
-                    f"parked: {readable_bytes(free_now)} are free."
+                    f"{readable_bytes(took[device])} when that was not enough. Idle models were "
+                    f"parked: {readable_bytes(free_now)} are free now."
                 )
-        needs.forget(measurement.key)
-    log.error("\n".join(lines))
+        log.error("\n".join(lines))
 
 
 def order_to_park(
@@ -199,7 +202,7 @@ def _swap(
     try:
         residency.swap(leaving, coming)
     except (qmove.QMoveError, torch.OutOfMemoryError) as error:
-        log.debug("could not swap %s for %s: %s", leaving.name, coming.name, error)
+        log.debug("could not swap %s for %s: %s", leaving.name, coming.name, str(error))
     return not coming.parked
 
 

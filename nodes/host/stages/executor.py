@@ -133,28 +133,32 @@ def _wrap_error(original: Callable[..., Any]) -> Callable[..., Any]:
     return handle_execution_error
 
 
-@never_fails("prepare for a node", None)
 def _stage(nodes: ExecutionList, node_id: str) -> None:
-    global _latest
     with job_queue.lock:
         job_queue.node_ended()  # the last one, where it did not complete
-        runs = not nodes.is_cached(node_id)
-        if runs:
-            _latest = weakref.ref(nodes)
-            history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
-        if runs and not auto_parking.has_nothing_to_do():
-            run = _runs.setdefault(nodes, _Run())
-            run.node = (node_id, graph.class_name_of(nodes, node_id))
-            run.measurement = None
-            # One that was put back has run, and only collects its results now. One with lazy inputs
-            # runs when they are there.
-            is_lazy = hasattr(graph.class_of(nodes, node_id), "check_lazy_status")
-            if is_lazy or node_id not in run.unfinished:
-                run.measurement = _prepare(nodes, node_id)
-            run.unfinished.add(node_id)
-            history.stage_goes_on(nodes)
+        _begin(nodes, node_id)
         job_queue.node_begins()
     events.send_if_due()
+
+
+@never_fails("prepare for a node", None)
+def _begin(nodes: ExecutionList, node_id: str) -> None:
+    global _latest
+    if nodes.is_cached(node_id):
+        return
+    _latest = weakref.ref(nodes)
+    history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
+    if auto_parking.has_nothing_to_do():
+        return
+    run = _runs.setdefault(nodes, _Run())
+    run.node, run.measurement = (node_id, graph.class_name_of(nodes, node_id)), None
+    # A node that was put back has run, and only collects its results now. One with lazy inputs
+    # runs when they are there.
+    is_lazy = hasattr(graph.class_of(nodes, node_id), "check_lazy_status")
+    if is_lazy or node_id not in run.unfinished:
+        run.measurement = _prepare(nodes, node_id)
+    run.unfinished.add(node_id)
+    history.stage_goes_on(nodes)
 
 
 def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:

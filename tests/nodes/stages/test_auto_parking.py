@@ -17,6 +17,7 @@ from tests.builders.device import GPU
 from tests.nodes.builders import careless_nodes
 from tests.nodes.builders.careless_nodes import MIB, model_in, noted, stages
 from tests.nodes.builders.fake_host import FakeHost, ModelPatcher
+from tests.nodes.builders.guarded import Guarded
 
 node = careless_nodes.node
 pytestmark = pytest.mark.simulated  # the stories are about a GPU that is too small
@@ -283,6 +284,22 @@ def test_an_out_of_memory_parks_all_and_says_what_was_lacking_so_that_the_next_t
     prompt["scratch"]["inputs"]["seed"] = 3  # its need is unknown again: all is parked before it
     host.run(prompt)
     assert host.errors == []
+
+
+def test_an_out_of_memory_is_logged_and_the_need_forgotten_also_where_nothing_can_be_parked(
+    host: FakeHost, gpu: GPU, caplog: pytest.LogCaptureFixture, guarded: Guarded
+) -> None:
+    guarded.expect("make room after an error")
+    host.run({"load1": node("Load", mib=60, shape="plain")})
+    host.run({"load1": node("Load", mib=60, shape="plain"), "s": node("Scratch", mib=1, seed=1)})
+    qmove.restore(model_in(host, "load1"))
+    settings.change({settings.KEEP_MIRRORS: False, settings.RAM_LIMIT: 1 / 1024})
+
+    host.run({"load1": node("Load", mib=60, shape="plain"), "s": node("Scratch", mib=100, seed=2)})
+
+    assert [type(error) for error in host.errors] == [torch.OutOfMemoryError]
+    assert "s (Scratch) ran out of memory" in caplog.text
+    assert ("Scratch", "s") not in needs._learned
 
 
 def test_nothing_that_a_node_freed_is_held_by_qmove(host: FakeHost, gpu: GPU) -> None:

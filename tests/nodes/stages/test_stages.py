@@ -13,7 +13,7 @@ import pytest
 import torch
 from qmove_pack.nodes.host import comfy, settings
 from qmove_pack.nodes.host.models import residency
-from qmove_pack.nodes.host.stages import auto_parking, executor
+from qmove_pack.nodes.host.stages import auto_parking, executor, job_queue
 
 import qmove_core as qmove
 from tests.builders.device import GPU
@@ -140,6 +140,27 @@ def test_a_failure_of_qmove_fails_no_prompt_and_is_logged_once(
         len([record for record in caplog.records if "fault of qmove's own" in record.getMessage()])
         == 2
     )  # one a hook
+
+
+def test_a_request_waits_for_the_node_that_runs_also_where_qmove_could_not_prepare_for_it(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, guarded: Guarded
+) -> None:
+    guarded.expect("prepare for a node")
+    answers: list[tuple[bool, Any]] = []
+
+    class Ask(careless_nodes.Scratch):
+        def run(self, **_inputs: Any) -> tuple[Any]:  # type: ignore[override]
+            answers.append(job_queue.run_or_queue(lambda: "done"))
+            return (1,)
+
+    def fail(*_arguments: Any) -> None:
+        raise LookupError("a fault of qmove's own")
+
+    monkeypatch.setattr(auto_parking, "prepare", fail)
+    host.add(Ask)
+    host.run({"ask": node("Ask", mib=1)})
+
+    assert answers == [(False, None)]
 
 
 def test_a_host_that_runs_nodes_in_another_way_is_left_alone_and_the_log_says_so(
