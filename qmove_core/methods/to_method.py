@@ -92,15 +92,11 @@ def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     return model if device is None else _moved(model, device)
 
 
-def _cpu(model: Any, original: Original) -> Any:
-    return _moved(model, "cpu")
-
-
 def _accelerator(device_type: str) -> Callable[..., Any]:
     def to_accelerator(model: Any, original: Original, device: Any = None) -> Any:
-        if device is None:
-            device = device_type
-        return _moved(model, f"{device_type}:{device}" if isinstance(device, int) else device)
+        if isinstance(device, int):
+            device = f"{device_type}:{device}"
+        return _moved(model, device_type if device is None else device)
 
     return to_accelerator
 
@@ -116,37 +112,28 @@ def _cast(name: str) -> Callable[..., Any]:
     return cast
 
 
-def _materialize(
-    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
-) -> Any:
-    """See `qmove.materialize_meta_tensors`."""
-    return materialize_meta_tensors(model, device, progress=progress)
+def _calls(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(model: Any, original: Original, device: Any = "cpu", *, progress: Any = None) -> Any:
+        return function(model, device, progress=progress)
+
+    return call
 
 
-def _materialize_all(
-    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
-) -> Any:
+def _materialize_all(model: Any, device: Any, *, progress: Any) -> Any:
     """Gives every meta tensor its data and moves the whole model to `device`, to run there."""
     return _moved(materialize_meta_tensors(model, progress=progress), device)
-
-
-def _materialized(
-    model: Any, original: Original, device: Any = "cpu", *, progress: Any = None
-) -> Any:
-    """See `qmove.materialized`."""
-    return materialized(model, device, progress=progress)
 
 
 # name -> (what the method does, whether a class without such a method gets it too)
 _METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
     "to": (_to, True),
-    "cpu": (_cpu, True),
+    "cpu": (lambda model, original: _moved(model, "cpu"), True),
     "cuda": (_accelerator("cuda"), True),
     "xpu": (_accelerator("xpu"), False),
     **{name: (_cast(name), False) for name in ("half", "float", "double", "bfloat16", "type")},
-    "materialize": (_materialize, True),
-    "materialize_all": (_materialize_all, True),
-    "materialized": (_materialized, True),
+    "materialize": (_calls(materialize_meta_tensors), True),
+    "materialize_all": (_calls(_materialize_all), True),
+    "materialized": (_calls(materialized), True),
 }
 
 
