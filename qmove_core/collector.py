@@ -1,7 +1,8 @@
-"""Holds back Python's garbage collector while qmove makes many objects that all live until a move ends.
+"""Holds back Python's garbage collector while qmove makes many objects that live until a move ends.
 
-A move of 10,000 tensors makes about 100,000 of them. Whenever the number of live objects has grown by a quarter, the
-collector looks through the whole process: 100 ms with PyTorch loaded, and there is nothing to find.
+A move of 10,000 tensors makes about 100,000 of them. Whenever the live objects have grown by a
+quarter, the collector looks through the whole process. With PyTorch loaded this takes 100 ms, and
+there is nothing to find.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_deferred() -> Iterator[None]:
-    """Starts no automatic collection in the body; may be nested, and entered by several threads at once.
+    """Starts no automatic collection in the body. May be nested, and entered by several threads.
 
     Not for a body that waits: the garbage of other threads stays for as long.
     """

@@ -1,7 +1,8 @@
-"""Lets tensor objects look into another storage, with the geometry they had. The objects stay the same objects.
+"""Lets tensors look into another storage, with the geometry they had. They stay the same objects.
 
-`tensor.data = view` exchanges what a tensor looks at and keeps its identity, its Python attributes, `requires_grad` and hooks,
-across devices too (`set_` refuses to cross them). It does not bump `_version`.
+`tensor.data = view` exchanges what a tensor looks at and keeps its identity, its Python attributes,
+`requires_grad` and hooks, across devices too (`set_` refuses to cross them). It does not bump
+`_version`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ import torch
 
 
 def rebind(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
-    """Makes every one of `tensors`, which share one storage, look into `storage` at the same offset, shape and stride."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        for tensor in tensors:
-            if tensor.is_inference() == torch.is_inference_mode_enabled():
-                _look_into(tensor, storage)
-            else:
-                # Outside inference mode an inference tensor refuses new data; inside it a normal one would become one.
-                with torch.inference_mode(tensor.is_inference()):
+    """Makes all of `tensors`, which share one storage, look into `storage` with the same geometry."""
+    rebind_all([(tensors, storage)])
+
+
+def rebind_all(
+    moves: Iterable[tuple[Iterable[torch.Tensor], torch.UntypedStorage]],
+) -> None:
+    """`rebind` for many storages. What raises leaves those before it in their new place."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        in_inference_mode = torch.is_inference_mode_enabled()
+        for tensors, storage in moves:
+            for tensor in tensors:
+                is_inference = tensor.is_inference()
+                if is_inference == in_inference_mode:
                     _look_into(tensor, storage)
+                else:
+                    # Outside inference mode an inference tensor refuses new data; inside it a
+                    # normal one would become one.
+                    with torch.inference_mode(is_inference):
+                        _look_into(tensor, storage)
 
 
 def _look_into(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
@@ -35,7 +47,10 @@ def _look_into(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
 
 
 def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    """The whole storage as a flat uint8 tensor that shares its memory. Ask for it outside inference mode."""
+    """The whole storage as a flat uint8 tensor that shares its memory.
+
+    Call it outside inference mode.
+    """
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
         storage, 0, (storage.nbytes(),), (1,)
     )
@@ -53,7 +68,7 @@ def tensor_over(
 
 
 def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-    """A new tensor that shares the memory of `content` and is, apart from that, as `tensor` is. For `exchange`."""
+    """A tensor that shares the memory of `content` and otherwise is as `tensor` is; for `exchange`."""
     with (
         torch.no_grad(),
         torch._C.DisableTorchFunctionSubclass(),
@@ -66,7 +81,9 @@ def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
 
 
 def exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Lets two tensors exchange what they look at, also where `tensor.data = ...` refuses: from and to the meta device.
+    """Lets two tensors exchange what they look at.
+
+    It also works where `tensor.data = ...` refuses: from and to the meta device.
 
     Both keep their identity, class, attributes and weak references. Doing it again undoes it.
     """

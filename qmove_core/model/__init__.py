@@ -1,1 +1,1 @@
-"""What a model holds: the walk, the inventory, holders, tensor kinds."""
+"""What a model holds: the walk, the inventory, holders, tensor kinds. See README.md."""

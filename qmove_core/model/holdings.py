@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,11 @@ class Holding:
     Attributes:
         nbytes: size of the storage, not of one view of it.
         device: where the storage was when the inventory was taken.
-        kind: "parameter", "buffer", "gradient", "quantization state", "inner tensor", "base of a view"; "state" for plain
-            attributes of modules, "captured" by hooks and functions, "attribute" of other objects, or "tensor".
+        kind: of the first tensor: "parameter", "buffer", "gradient", "quantization state", "inner
+            tensor", "base of a view"; "state" for plain attributes of modules, "captured" by hooks
+            and functions, "attribute" of other objects, or "tensor".
         dtype: of the first tensor.
-        names: all names the tensors are reached by, the first met first.
+        names: all names by which the tensors are reached, the first met first.
         tensors: the tensor objects. They stay the same objects wherever the bytes go.
     """
 
@@ -58,7 +59,10 @@ class MetaTensor:
 
 @dataclass(frozen=True, slots=True)
 class Immovable:
-    """A tensor (or an object that points into tensors) whose bytes qmove cannot move; `device` is None if it may be any."""
+    """A tensor, or an object that points into tensors, whose bytes qmove cannot move.
+
+    `device` is None where it may be any.
+    """
 
     name: str
     device: torch.device | None
@@ -73,8 +77,9 @@ class Inventory:
         holdings: one for each storage, in the order in which the walk met them.
         meta: tensors on the meta device.
         immovable: what qmove cannot move, and why.
-        foreign: names of modules that are reached but are not the model's own; pass them as roots to take them along.
-        wrappers: (name, tensor) of wrapper subclasses; their bytes are in the holdings of their inner tensors.
+        foreign: names of modules that are reached but are not the model's own. Pass them as roots
+            to take them along.
+        wrappers: (name, tensor) of wrapper subclasses; their inner tensors are among the holdings.
         modules: the model's own modules by name.
     """
 
@@ -103,29 +108,9 @@ class Inventory:
         return {
             "nbytes": self.nbytes,
             "by_device": self.by_device,
-            "holdings": [
-                {
-                    "names": list(holding.names),
-                    "kind": holding.kind,
-                    "dtype": _dtype_name(holding.dtype),
-                    "device": str(holding.device),
-                    "nbytes": holding.nbytes,
-                }
-                for holding in self.holdings
-            ],
-            "meta": [
-                {
-                    "name": m.name,
-                    "shape": list(m.shape),
-                    "dtype": _dtype_name(m.dtype),
-                    "nbytes": m.nbytes,
-                }
-                for m in self.meta
-            ],
-            "immovable": [
-                {"name": i.name, "device": str(i.device), "reason": i.reason}
-                for i in self.immovable
-            ],
+            "holdings": _plain(self.holdings, "names", "kind", "dtype", "device", "nbytes"),
+            "meta": _plain(self.meta, "name", "shape", "dtype", "nbytes"),
+            "immovable": _plain(self.immovable, "name", "device", "reason"),
             "foreign": list(self.foreign),
         }
 
@@ -135,31 +120,21 @@ class Inventory:
 
         groups: dict[tuple[str, str, str], list[Holding]] = defaultdict(list)
         for holding in self.holdings:
-            groups[str(holding.device), holding.kind, _dtype_name(holding.dtype)].append(holding)
-        table = Table(
-            title=f"{readable_bytes(self.nbytes)} in {len(self.holdings)} storages",
-            title_justify="left",
-        )
-        for heading in ("device", "kind", "dtype"):
-            table.add_column(heading)
+            device, dtype = str(holding.device), _plain_value(holding.dtype)
+            groups[device, holding.kind, dtype].append(holding)
+        nbytes = {key: sum(holding.nbytes for holding in groups[key]) for key in groups}
+        title = f"{readable_bytes(self.nbytes)} in {len(self.holdings)} storages"
+        table = Table("device", "kind", "dtype", title=title, title_justify="left")
         table.add_column("storages", justify="right")
         table.add_column("bytes", justify="right")
         table.add_column("largest", overflow="ellipsis", no_wrap=True)
-        for (device, kind, dtype), members in sorted(
-            groups.items(), key=lambda item: -_total(item[1])
-        ):
-            largest = max(members, key=lambda holding: holding.nbytes)
-            table.add_row(
-                device,
-                kind,
-                dtype,
-                str(len(members)),
-                readable_bytes(_total(members)),
-                largest.name,
-            )
-        for device, nbytes in sorted(self.by_device.items()):
-            count = sum(str(holding.device) == device for holding in self.holdings)
-            table.add_row(device, "all", "", str(count), readable_bytes(nbytes), style="bold")
+        for key in sorted(groups, key=lambda key: -nbytes[key]):
+            largest = max(groups[key], key=lambda holding: holding.nbytes)
+            count = str(len(groups[key]))
+            table.add_row(*key, count, readable_bytes(nbytes[key]), largest.name)
+        for device, total in sorted(self.by_device.items()):
+            count = str(sum(str(holding.device) == device for holding in self.holdings))
+            table.add_row(device, "all", "", count, readable_bytes(total), style="bold")
         if self.meta:
             wanted = readable_bytes(sum(m.nbytes for m in self.meta))
             table.add_row("meta", "no data", "", str(len(self.meta)), wanted, self.meta[0].name)
@@ -173,9 +148,13 @@ class Inventory:
         return text.getvalue().rstrip()
 
 
-def _total(holdings: Iterable[Holding]) -> int:
-    return sum(holding.nbytes for holding in holdings)
+def _plain(items: Sequence[object], *attributes: str) -> list[dict[str, Any]]:
+    return [{name: _plain_value(getattr(item, name)) for name in attributes} for item in items]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, (int, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return str(value).removeprefix("torch.")

@@ -1,8 +1,9 @@
-"""What a model holds: its storages, with every tensor that looks into them, and its meta tensors."""
+"""Takes the inventory of a model: its storages with all tensors that look into them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
     """Lists every tensor `model` holds, grouped by storage; moves and copies nothing.
 
     Args:
-        model: anything that holds tensors: an `nn.Module`, a pipeline, a dict or list of them, a wrapper object.
+        model: anything that holds tensors: an `nn.Module`, a pipeline, a dict or list of them, a
+            wrapper object.
         extra: further objects that go with the model, such as an optimizer or a cache.
 
     Returns:
@@ -44,11 +46,12 @@ _GRAPH = "a {} replays kernels with the raw addresses of the weights; delete it 
 
 def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
     by_storage: dict[int, Holding] = {}
+    lazy: Any = nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]
     with torch._C.DisableTorchFunction():
         for found in tensors:
             tensor, names = found.tensor, found.names
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
-                continue  # a lazy module before its first forward: no bytes yet
+            if isinstance(tensor, lazy):
+                continue  # of a module before its first forward: no bytes yet
             if hasattr(type(tensor), "__tensor_flatten__"):
                 result.wrappers.append((names[0], tensor))
                 continue
@@ -75,20 +78,26 @@ def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
 def _obstacle(tensor: torch.Tensor) -> str:
     """Why the bytes of this tensor cannot be moved; empty if they can."""
     if tensor.is_nested:
-        return "a strided nested tensor has no single storage geometry; build it with layout=torch.jagged"
+        return (
+            "a strided nested tensor has no single storage geometry; "
+            "build it with layout=torch.jagged"
+        )
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}, which has no single storage; call .to_dense()"
     if tensor.is_quantized:
-        return "torch's own quantized tensors (qint8, ...) keep scales outside the storage; use torchao instead"
+        return (
+            "torch's own quantized tensors (qint8, ...) keep scales outside the storage; "
+            "use torchao instead"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "it belongs to a running functorch transform"
-    if not _has_bytes(tensor.untyped_storage()):
-        return f"{type(tensor).__name__} is a wrapper subclass without __tensor_flatten__: its bytes cannot be reached"
-    return ""
-
-
-def _has_bytes(storage: torch.UntypedStorage) -> bool:
     try:
-        return storage.data_ptr() != 0 or storage.nbytes() == 0
-    except RuntimeError:  # the storage of a wrapper subclass has no data pointer to ask for
-        return False
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() != 0 or storage.nbytes() == 0:
+            return ""
+    except RuntimeError:  # a wrapper subclass: its storage has no data pointer to ask for
+        pass
+    return (
+        f"{type(tensor).__name__} is a wrapper subclass without __tensor_flatten__: "
+        "its bytes cannot be reached"
+    )

@@ -1,7 +1,8 @@
 """Tells whether a live autograd graph still needs the weights of a model.
 
-Rebinding a tensor does not bump its version, so such a graph would not notice that its saved weights have moved. Saved
-tensors are held in C++; a tensor's use count there shows that somebody does, and only then is the graph itself searched.
+Rebinding a tensor does not bump its version, so such a graph would not notice that its saved
+weights have moved. Saved tensors are held in C++. The use count there tells whether anything holds
+a tensor, and only then is the graph itself searched.
 """
 
 from __future__ import annotations
@@ -17,36 +18,39 @@ from .holdings import Inventory
 
 
 def tensors_in_live_graph(inventory: Inventory) -> list[str]:
-    """Names of the model's holdings that a live graph has saved, or accumulates gradients into."""
+    """Names of the holdings that a live graph has saved, or accumulates gradients into."""
     suspects = _held_in_cpp(inventory)
-    return (
-        sorted(suspects[storage] for storage in _needed_by_graphs() & suspects.keys())
-        if suspects
-        else []
-    )
+    if not suspects:
+        return []
+    return sorted(suspects[storage] for storage in _needed_by_graphs() & suspects.keys())
 
 
 def _held_in_cpp(inventory: Inventory) -> dict[int, str]:
-    """Storages (`_cdata`) with a tensor that has more owners in C++ than its Python object, views and role explain: names."""
+    """The storages (`_cdata`) with a tensor that has more owners in C++ than its Python object,
+    its views and its role explain, and their names.
+    """
     suspects: dict[int, str] = {}
-    with torch._C.DisableTorchFunctionSubclass():
-        tensors = [
-            (tensor, holding) for holding in inventory.holdings for tensor in holding.tensors
-        ]
+    with torch._C.DisableTorchFunction():
+        pairs = [(tensor, held) for held in inventory.holdings for tensor in held.tensors]
         views = Counter(
-            id(t._base) for t, _ in tensors if not t.is_inference() and t._base is not None
+            id(tensor._base)
+            for tensor, _ in pairs
+            if not tensor.is_inference() and tensor._base is not None
         )
-        for tensor, holding in tensors:
-            explained = 1 + views[id(tensor)] + (holding.kind == "gradient")
-            if tensor.grad_fn is not None or tensor._use_count() > explained:  # type: ignore[attr-defined]
-                suspects[holding.storage._cdata] = holding.name
+        for tensor, held in pairs:
+            explained = 1 + views[id(tensor)] + (held.kind == "gradient")
+            uses = tensor._use_count()  # type: ignore[attr-defined]
+            if uses > explained or tensor.grad_fn is not None:
+                suspects[held.storage._cdata] = held.name
     return suspects
 
 
 def _needed_by_graphs() -> set[int]:
-    """Storages of all tensors that are saved in, or receive gradients from, a graph that some tensor object keeps alive."""
+    """Storages of all tensors that a graph which some tensor object keeps alive has saved, or
+    sends gradients to.
+    """
     needed: set[int] = set()
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunction():
         roots = [
             obj
             for obj in gc.get_objects()

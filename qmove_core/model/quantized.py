@@ -1,4 +1,4 @@
-"""Tells which weights of a model are quantized, by what the model holds: the flags that libraries set can be stale."""
+"""Tells which weights of a model are quantized, by what it holds: libraries' flags can be stale."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from .holdings import Inventory
 def quantized_weights(held: Inventory) -> list[str]:
     """The names of all quantized weights; empty for a model in full or half precision.
 
-    A weight is quantized that is a parameter of one byte or less per element (int8, uint8, int4, fp8, ...), an fp8 or
-    fp4 buffer, a bitsandbytes weight with its quant state (whose storage may pose as float), a wrapper subclass from
-    outside PyTorch, or the packed `qweight` of GPTQ and AWQ.
+    A weight is quantized that is a parameter of one byte or less per element (int8, uint8, int4,
+    fp8, ...), an fp8 or fp4 buffer, a bitsandbytes weight with its quant state (whose storage may
+    have a float dtype), a wrapper subclass from outside PyTorch, or the packed `qweight` of GPTQ
+    and AWQ.
     """
     names = []
     with torch._C.DisableTorchFunctionSubclass():
         for holding in held.holdings:
-            if any(is_quantized(tensor, holding.kind) for tensor in holding.tensors):
+            is_packed = (
+                holding.kind in ("parameter", "buffer")
+                and not holding.dtype.is_floating_point
+                and holding.name.rsplit(".", 1)[-1] == "qweight"
+            )
+            if is_packed or any(is_quantized(tensor, holding.kind) for tensor in holding.tensors):
                 names.append(holding.name)
-            elif holding.kind in ("parameter", "buffer") and not holding.dtype.is_floating_point:
-                names += [
-                    name for name in holding.names[:1] if name.rsplit(".", 1)[-1] == "qweight"
-                ]
         names += [name for name, wrapper in held.wrappers if is_quantizing_wrapper(wrapper)]
     return names
 
@@ -38,7 +40,6 @@ def is_quantized(tensor: torch.Tensor, kind: str = "parameter") -> bool:
 
 
 def is_quantizing_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether it is of a wrapper subclass that quantizes. PyTorch's own (DTensor, nested tensors) do other things."""
-    return hasattr(type(tensor), "__tensor_flatten__") and not type(tensor).__module__.startswith(
-        "torch."
-    )
+    """Whether it is of a wrapper subclass that quantizes: PyTorch's own (DTensor, ...) do not."""
+    cls = type(tensor)
+    return hasattr(cls, "__tensor_flatten__") and not cls.__module__.startswith("torch.")

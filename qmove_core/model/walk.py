@@ -1,15 +1,17 @@
 """Finds every tensor an object holds by walking objects, not by asking `named_parameters`.
 
-Quantized layers keep tensors where `nn.Module` does not look: quant states that hang on a weight, plain attributes,
-lists, closures of hooks, the base of a view, the inner tensors of a wrapper subclass. The walk goes through all of these.
+Quantized layers keep tensors where `nn.Module` does not look: quant states that hang on a weight,
+plain attributes, lists, closures of hooks, the base of a view, the inner tensors of a wrapper
+subclass. The walk goes through all of these.
 
-Where it stops matters as much. It never enters classes, modules of code, or an `nn.Module` that is not the model's own.
-A module is the model's own when it is
+It never enters classes, modules of code, or an `nn.Module` that is not the model's own. A module is
+the model's own when it is
   - registered in one (`model.children()`),
   - found on the way from a root that is no module (a pipeline, a dict, another pack's wrapper), or
-  - kept by a module of the model in a plain list, tuple or dict: authors do this when they mean their own layers.
-A module met elsewhere (through a hook, a closure, a plain object such as diffusers' ComponentsManager, or an attribute set
-past `nn.Module.__setattr__` on purpose) belongs to somebody else. So does one that contains the root: a back-reference.
+  - kept by a module of the model in a plain list, tuple or dict: so authors keep their own layers.
+A module met elsewhere belongs to something else: through a hook, a closure, a plain object such as
+diffusers' ComponentsManager, or an attribute set past `nn.Module.__setattr__` on purpose. So does a
+module that contains the root: a back-reference.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from ..slots import slots_of
 
 
 class Reach(IntEnum):
-    """How an object was come by; decides whose an `nn.Module` found there is."""
+    """How an object was reached; decides whether an `nn.Module` found there is the model's own."""
 
     ROOT = 0  # not below any module
     OWN = 1  # below a module, through registered names and plain containers only
@@ -58,7 +60,8 @@ class Walk:
         tensors: by `id`, in the order in which they were met.
         modules: the model's own modules, by `id`, with their names.
         foreign: modules at which the walk stopped, as (name, module).
-        fixed: objects that hold raw device addresses (CUDA graphs), as (name, object): what they point to cannot move.
+        fixed: objects that hold raw device addresses (CUDA graphs), as (name, object). What they
+            point to cannot move.
     """
 
     tensors: dict[int, FoundTensor] = field(default_factory=dict)
@@ -70,12 +73,12 @@ class Walk:
 def walk(roots: Iterable[tuple[str, object]], leave_out: Set[int] = frozenset()) -> Walk:
     """Walks everything reachable from `roots`, (name, object) pairs; an empty name adds no prefix.
 
-    `leave_out` has the ids of tensors that belong to the whole process rather than to the model, such as the shared tables
-    of a quantization library; they are not recorded.
+    `leave_out` has the ids of tensors that belong to the whole process, such as the shared tables of
+    a quantization library. They are not recorded.
     """
     walker = _Walker(leave_out)
-    # Wrapper subclasses and modes (a `with torch.device(...)`) answer attribute access through __torch_function__; here
-    # the tensors' own Python attributes are wanted.
+    # Wrapper subclasses and modes (`with torch.device(...)`) answer attribute access through
+    # __torch_function__; here the tensors' own Python attributes are wanted.
     with torch._C.DisableTorchFunction():
         walker.run(roots)
     return walker.result
@@ -95,7 +98,7 @@ class _Walker:
         self.result = Walk()
         self._leave_out = leave_out
         self._queue: deque[_Item] = deque()
-        # For this walk only: a cache that outlives it would keep classes alive that were made for one model.
+        # For this walk only: a longer cache would keep classes alive that were made for one model.
         self._visitor_of = functools.cache(_visitor_of)
         self._slots_of = functools.cache(slots_of)
         self._seen: dict[int, object] = {}  # alive, so that no id is used twice during the walk
@@ -114,7 +117,7 @@ class _Walker:
         ]
 
     def _push(self, obj: object, name: str, reach: Reach, kind: str) -> None:
-        """Records a tensor with what hangs on it, and queues anything else that may hold one; each object once."""
+        """Records a tensor with what hangs on it, and queues what else may hold one, each once."""
         visitor = self._visitor_of(type(obj))  # type: ignore[arg-type]
         if visitor is _Walker._skip:
             return
@@ -151,7 +154,7 @@ class _Walker:
         for child_name, child in module.named_modules(prefix=name):
             self.result.modules.setdefault(id(child), (child_name, child))
 
-    # One visitor for each shape of object ------------------------------------------------------------------------
+    # One visitor for each shape of object ----------------------------------------------------
 
     def _skip(self, obj: object, name: str, reach: Reach, kind: str) -> None:
         pass
@@ -166,7 +169,7 @@ class _Walker:
                 self._push(getattr(tensor, inner), f"{name}.{inner}", Reach.BEYOND, _INNER)
         for attribute, value in tensor.__dict__.items():
             self._push(value, f"{name}.{attribute}", Reach.BEYOND, _QUANTIZATION)
-        # The base of a view is held in C++ and keeps its storage alive. (An inference tensor has no base to ask for.)
+        # A view holds its base in C++. (An inference tensor has no base to ask for.)
         if not tensor.is_inference() and tensor._base is not None:
             self._push(tensor._base, f"{name}._base", Reach.BEYOND, _BASE)
         if tensor.is_leaf and tensor.grad is not None:  # .grad of a non-leaf warns
@@ -233,7 +236,7 @@ class _Walker:
         self._attributes(obj, name, _beyond(reach), _ATTRIBUTE if kind is _TENSOR else kind)
 
     def _opaque(self, obj: object, name: str, reach: Reach, kind: str) -> None:
-        """An object of an extension type (an lru_cache, an iterator): only the garbage collector sees inside."""
+        """Of an extension type (an lru_cache, an iterator): only the garbage collector sees inside."""
         for index, value in enumerate(gc.get_referents(obj)):
             self._push(value, f"{name}.<referent {index}>", _beyond(reach), kind)
 
@@ -282,7 +285,7 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._fixed
     if issubclass(cls, _SKIPPED) or cls.__module__ in ("numpy", "threading", "_thread", "enum"):
         return _Walker._skip
-    # Another mapping may load what it is asked for (accelerate's offloaded weights): see its attributes.
+    # Another mapping may load what it is asked for (accelerate's offloaded weights).
     if issubclass(cls, dict):
         return _Walker._mapping
     if issubclass(cls, (list, tuple, set, frozenset, deque)):
