@@ -13,7 +13,7 @@ import torch
 
 
 def rebind(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
-    """Makes all of `tensors`, which share one storage, look into `storage` with the same geometry."""
+    """Makes `tensors`, which share one storage, look into `storage` with the same geometry."""
     rebind_all([(tensors, storage)])
 
 
@@ -68,7 +68,7 @@ def tensor_over(
 
 
 def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-    """A tensor that shares the memory of `content` and otherwise is as `tensor` is; for `exchange`."""
+    """A tensor that shares the memory of `content` and is otherwise as `tensor`; for `exchange`."""
     with (
         torch.no_grad(),
         torch._C.DisableTorchFunctionSubclass(),
@@ -83,9 +83,7 @@ def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
 def exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     """Lets two tensors exchange what they look at.
 
-    It also works where `tensor.data = ...` refuses: from and to the meta device.
-
-    Both keep their identity, class, attributes and weak references. Doing it again undoes it.
+    It also works where `tensor.data = ...` refuses: from and to the meta device. Both keep their identity, class, attributes and weak references. Doing it again undoes it.
     """
     with torch._C.DisableTorchFunctionSubclass():
         torch._C._swap_tensor_impl(tensor, other)

@@ -73,8 +73,8 @@ class Walk:
 def walk(roots: Iterable[tuple[str, object]], leave_out: Set[int] = frozenset()) -> Walk:
     """Walks everything reachable from `roots`, (name, object) pairs; an empty name adds no prefix.
 
-    `leave_out` has the ids of tensors that belong to the whole process, such as the shared tables of
-    a quantization library. They are not recorded.
+    `leave_out` has the ids of tensors that belong to the whole process, such as the shared tables
+    of a quantization library. They are not recorded.
     """
     walker = _Walker(leave_out)
     # Wrapper subclasses and modes (`with torch.device(...)`) answer attribute access through
@@ -236,7 +236,7 @@ class _Walker:
         self._attributes(obj, name, _beyond(reach), _ATTRIBUTE if kind is _TENSOR else kind)
 
     def _opaque(self, obj: object, name: str, reach: Reach, kind: str) -> None:
-        """Of an extension type (an lru_cache, an iterator): only the garbage collector sees inside."""
+        """Of an extension type (lru_cache, an iterator): only the garbage collector sees inside."""
         for index, value in enumerate(gc.get_referents(obj)):
             self._push(value, f"{name}.<referent {index}>", _beyond(reach), kind)
 
