@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
-    """The names of all slots of a class and its bases; those of private ones as instances have them."""
+    """The names of all slots of a class and its bases, private ones mangled."""
     names: list[str] = []
     for base in cls.__mro__:
         slots = base.__dict__.get("__slots__", ())

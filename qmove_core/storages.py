@@ -83,7 +83,8 @@ def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
 def exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     """Lets two tensors exchange what they look at.
 
-    It also works where `tensor.data = ...` refuses: from and to the meta device. Both keep their identity, class, attributes and weak references. Doing it again undoes it.
+    It also works where `tensor.data = ...` refuses: from and to the meta device. Both keep their
+    identity, class, attributes and weak references. Doing it again undoes it.
     """
     with torch._C.DisableTorchFunctionSubclass():
         torch._C._swap_tensor_impl(tensor, other)
