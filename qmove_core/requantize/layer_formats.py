@@ -42,10 +42,14 @@ class Recipe:
 class LayerFormat:
     """One way in which layers are quantized. `made` has the new weights that layers share."""
 
+    bitsandbytes_classes: ClassVar[tuple[str, ...]] = ()
     own_attributes: ClassVar[tuple[str, ...]] = ()  # what a plain layer does without
 
     def is_format_of(self, module: nn.Module) -> bool:
-        raise NotImplementedError
+        package = sys.modules.get("bitsandbytes")
+        return package is not None and isinstance(
+            module, tuple(getattr(package.nn, name) for name in self.bitsandbytes_classes)
+        )
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
         """The quantized parameters of a layer, by name."""
@@ -77,6 +81,19 @@ class LayerFormat:
         raise NotImplementedError
 
     def recipe(self, module: nn.Module) -> Recipe:
+        attributes = self.attributes_of(module)
+        attributes.pop("quant_state", None)  # a new one comes with the weight
+        if "state" in attributes:  # its tensors come back with the first forward
+            attributes["state"] = state = copy.copy(attributes["state"])
+            tensors = [name for name, v in vars(state).items() if isinstance(v, torch.Tensor)]
+            vars(state).update(dict.fromkeys(tensors))
+        weight = next(iter(self.weights(module).values()))
+        dtype, options = self.options(module, weight)
+        order = tuple(module.__dict__)
+        return Recipe(self, own_class(module), dtype, options, attributes, order)
+
+    def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
+        """The dtype that a weight was quantized from, and how."""
         raise NotImplementedError
 
     def dequantize(
@@ -90,13 +107,11 @@ class LayerFormat:
         parameters = {}
         for name, weight in self.weights(module).items():
             if id(weight) not in made:
-                trains = (
-                    weight.requires_grad
-                    and weight.is_floating_point()
-                    and not is_quantizing_wrapper(weight)
+                trains = weight.requires_grad and weight.is_floating_point()
+                made[id(weight)] = nn.Parameter(
+                    self.values(module, weight, device, dtype),
+                    requires_grad=trains and not is_quantizing_wrapper(weight),
                 )
-                values = self.values(module, weight, device, dtype)
-                made[id(weight)] = nn.Parameter(values, requires_grad=trains)
             parameters[name] = made[id(weight)]
         cls = self.plain_class(own_class(module))
         return Change(module, cls, parameters, dropped=self.own_attributes)
@@ -131,22 +146,10 @@ class LayerFormat:
         return {}
 
 
-class BitsAndBytesFormat(LayerFormat):
-    """What 4 and 8 bit share. Weights that are not quantized yet count as their own values."""
+class FourBit(LayerFormat):
+    """`Linear4bit` and `Embedding4bit`. What is not quantized yet counts as its own values."""
 
-    names: ClassVar[tuple[str, ...]]  # classes of bitsandbytes.nn
-
-    def is_format_of(self, module: nn.Module) -> bool:
-        package = sys.modules.get("bitsandbytes")
-        return package is not None and isinstance(
-            module, tuple(getattr(package.nn, name) for name in self.names)
-        )
-
-
-class FourBit(BitsAndBytesFormat):
-    """`Linear4bit` and `Embedding4bit` with their subclasses."""
-
-    names = ("Linear4bit", "Embedding4bit")
+    bitsandbytes_classes = ("Linear4bit", "Embedding4bit")
     own_attributes = (
         "quant_state",
         "compute_dtype",
@@ -185,28 +188,21 @@ class FourBit(BitsAndBytesFormat):
             state.dtype = dtype  # the kernel then rounds once
         return dequantize_4bit(weight.data.to(device), state).to(dtype)
 
-    def recipe(self, module: nn.Module) -> Recipe:
-        weight: Any = module.weight
+    def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         state = quant_state_of(module)
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "requires_grad")
-        options = {name: getattr(weight, name) for name in names}
         dtype = weight.dtype if state is None else state.dtype
-        attributes = self.attributes_of(module)
-        attributes.pop("quant_state", None)
-        order = tuple(module.__dict__)
-        return Recipe(self, own_class(module), dtype, options, attributes, order)
+        return dtype, {name: getattr(weight, name) for name in names}
 
     def quantized(self, module: nn.Module, recipe: Recipe, values: torch.Tensor) -> nn.Parameter:
         from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn import Params4bit
 
-        packed, state = quantize_4bit(
-            values.contiguous(),
-            blocksize=recipe.options["blocksize"],
-            compress_statistics=bool(recipe.options["compress_statistics"]),
-            quant_type=recipe.options["quant_type"],
-            quant_storage=recipe.options["quant_storage"],
-        )
+        options = {
+            name: recipe.options[name] for name in ("blocksize", "quant_type", "quant_storage")
+        }
+        nested = bool(recipe.options["compress_statistics"])
+        packed, state = quantize_4bit(values.contiguous(), compress_statistics=nested, **options)
         return Params4bit(
             packed, quant_state=state, module=module, bnb_quantized=True, **recipe.options
         )
@@ -215,19 +211,18 @@ class FourBit(BitsAndBytesFormat):
         return {"quant_state": weight.quant_state}
 
 
-class EightBit(BitsAndBytesFormat):
-    """`Linear8bitLt` and `Embedding8bit`."""
+class EightBit(LayerFormat):
+    """`Linear8bitLt` and `Embedding8bit`. What is not quantized yet counts as its own values."""
 
-    names = ("Linear8bitLt", "Embedding8bit")
+    bitsandbytes_classes = ("Linear8bitLt", "Embedding8bit")
     own_attributes = ("state", "index", "dtype")
 
     def obstacle(self, module: nn.Module) -> str:
-        lost = module.weight.dtype == torch.int8 and row_scales_of(module, module.weight) is None
-        return (
-            "its row scales (SCB) are lost; an offload hook or a .to() of its parent dropped them"
-            if lost
-            else ""
-        )
+        if module.weight.dtype == torch.int8 and row_scales_of(module, module.weight) is None:
+            return (
+                "its row scales (SCB) are lost: an offload hook or its parent's .to() dropped them"
+            )
+        return ""
 
     def nbytes(self, recipe: Recipe, numel: int) -> int:
         if recipe.options["has_fp16_weights"]:
@@ -242,19 +237,11 @@ class EightBit(BitsAndBytesFormat):
         scales = row_scales_of(module, weight).to(device).view(-1, 1)
         return weight.data.to(device, torch.float32).mul_(scales).div_(127).to(dtype)
 
-    def recipe(self, module: nn.Module) -> Recipe:
-        weight: Any = module.weight
-        options = {name: getattr(weight, name) for name in ("has_fp16_weights", "requires_grad")}
+    def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         # bitsandbytes quantizes from float16 always
         dtype = weight.dtype if weight.has_fp16_weights else torch.float16
-        attributes = self.attributes_of(module)
-        if "state" in attributes:  # its tensors come back with the first forward
-            attributes["state"] = state = copy.copy(attributes["state"])
-            for name, value in vars(state).items():
-                if isinstance(value, torch.Tensor):
-                    vars(state)[name] = None
-        order = tuple(module.__dict__)
-        return Recipe(self, own_class(module), dtype, options, attributes, order)
+        names = ("has_fp16_weights", "requires_grad")
+        return dtype, {name: getattr(weight, name) for name in names}
 
     def quantized(self, module: nn.Module, recipe: Recipe, values: torch.Tensor) -> nn.Parameter:
         from bitsandbytes.functional import int8_vectorwise_quant
@@ -301,12 +288,10 @@ class Wrapped(LayerFormat):
     def nbytes(self, recipe: Recipe, numel: int) -> int:
         return numel * recipe.options["bits"] // 8 + numel // 8 + 2048
 
-    def recipe(self, module: nn.Module) -> Recipe:
-        weight = next(iter(self.weights(module).values()))
+    def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         # quanto's; the rest stays among the attributes
         bits = getattr(module.__dict__.get("weight_qtype"), "bits", 8)
-        options = {"bits": bits, "requires_grad": weight.requires_grad}
-        return Recipe(self, own_class(module), weight.dtype, options)
+        return weight.dtype, {"bits": bits, "requires_grad": weight.requires_grad}
 
     def values(
         self, module: nn.Module, weight: Any, device: torch.device, dtype: torch.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,6 +116,7 @@ class _Work:
         numel: its number of weights.
         dtype: of the plain weights.
         nbytes: of the new weights.
+        change: makes the new weights, where `made` does not have them, and says what is to change.
     """
 
     name: str
@@ -124,10 +126,10 @@ class _Work:
     numel: int
     dtype: torch.dtype
     nbytes: int
+    change: Callable[[dict[int, nn.Parameter]], Change]
 
 
 Casts = list[tuple[torch.Tensor, torch.dtype]]  # what changes its dtype along with the layers
-Make = Callable[[_Work, dict[int, nn.Parameter]], Change]
 
 
 def _dequantize(
@@ -146,7 +148,9 @@ def _dequantize(
         recipe, numel = layer_format.recipe(module), layer_format.numel(module)
         wanted = dtype or working_dtype or recipe.dtype
         holders = layer_format.holders(module)
-        work.append(_Work(name, module, recipe, holders, numel, wanted, numel * wanted.itemsize))
+        change = functools.partial(layer_format.dequantize, module, target, wanted)
+        nbytes = numel * wanted.itemsize
+        work.append(_Work(name, module, recipe, holders, numel, wanted, nbytes, change))
     _refuse(action, reasons)
     replaced = _tensors_of(work)
     known = {
@@ -158,10 +162,7 @@ def _dequantize(
     casts = _casts_along(held, work, replaced, dtype)
     dtypes_before = [(tensor, tensor.dtype) for tensor, _dtype in casts]
 
-    def make(item: _Work, made: dict[int, nn.Parameter]) -> Change:
-        return item.recipe.format.dequantize(item.module, target, item.dtype, made)
-
-    _transform(model, action, held, target, work, make, casts)
+    _transform(model, action, held, target, work, casts)
     for item in work:
         _recipes[item.module] = item.recipe
     for tensor, before in dtypes_before:
@@ -180,8 +181,10 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
                 reasons.append((name, reason))
                 continue
             weight: Any = module.weight
-            nbytes = recipe.format.nbytes(recipe, weight.numel())
-            work.append(_Work(name, module, recipe, [weight], weight.numel(), weight.dtype, nbytes))
+            numel = weight.numel()
+            nbytes = recipe.format.nbytes(recipe, numel)
+            change = functools.partial(recipe.format.quantize, module, recipe, target)
+            work.append(_Work(name, module, recipe, [weight], numel, weight.dtype, nbytes, change))
     _refuse(action, reasons)
     if not work and not quantized_weights(held):
         reason = (
@@ -196,11 +199,7 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
         for tensor in (*root.parameters(), *root.buffers())
         if tensor in _dtypes_before and id(tensor) not in replaced
     ]
-
-    def make(item: _Work, made: dict[int, nn.Parameter]) -> Change:
-        return item.recipe.format.quantize(item.module, item.recipe, target, made)
-
-    _transform(model, action, held, target, work, make, casts)
+    _transform(model, action, held, target, work, casts)
     for item in work:
         del _recipes[item.module]
     for tensor, _before in casts:
@@ -214,7 +213,6 @@ def _transform(
     held: Inventory,
     target: torch.device,
     work: Sequence[_Work],
-    make: Make,
     casts: Casts,
 ) -> None:
     """Makes all layers anew on `target` and moves the rest of the model there: all, or nothing."""
@@ -224,7 +222,7 @@ def _transform(
     try:
         # What is made under inference mode could never be trained.
         with torch.no_grad(), torch.inference_mode(False):
-            changes = [_made(item, action, make, made) for item in work]
+            changes = [_made(item, action, made) for item in work]
             new_data = [(tensor, tensor.data.to(target, dtype)) for tensor, dtype in casts]
     except torch.OutOfMemoryError as error:
         advice = "Park another model first, or choose another device."
@@ -247,10 +245,10 @@ def _transform(
     )
 
 
-def _made(item: _Work, action: Action, make: Make, made: dict[int, nn.Parameter]) -> Change:
-    """`make`, with the layer's name in what it raises."""
+def _made(item: _Work, action: Action, made: dict[int, nn.Parameter]) -> Change:
+    """The change of one layer, with the layer's name in what making it raises."""
     try:
-        return make(item, made)
+        return item.change(made)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # another library's code may raise anything; nothing has changed yet
