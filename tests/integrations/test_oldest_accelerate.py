@@ -12,7 +12,10 @@ import pytest
 
 FOLDER = Path(os.environ.get("QMOVE_OLDEST_ACCELERATE", Path(sys.prefix) / "oldest-accelerate"))
 TESTS = Path(__file__).parents[1]
-STORIES = "becomes_an_ordinary_one or very_same_dispatch or parked_dispatch_wakes or old_map_again or damaged or truncated"
+STORIES = (
+    "becomes_an_ordinary_one or very_same_dispatch or parked_dispatch_wakes or old_map_again "
+    "or damaged or truncated"
+)
 
 
 @pytest.mark.skipif(
@@ -22,7 +25,7 @@ def test_the_same_stories_with_the_oldest_accelerate() -> None:
     files = (
         "materialize/test_materialize.py",
         "integrations/test_accelerate_dispatch.py",
-        "materialize/test_redispatch.py",
+        "methods/test_redispatch.py",
         "integrations/test_parking_dispatched.py",
         "integrations/test_weights_map.py",
     )
