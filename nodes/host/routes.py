@@ -24,7 +24,7 @@ log = logging.getLogger("qmove")
 
 
 class BadRequest(ValueError):
-    """What was sent is not what the route takes; the message says why."""
+    """The body does not fit the route; the message says why."""
 
 
 def install() -> bool:
@@ -49,7 +49,7 @@ def install() -> bool:
             try:
                 body = await request.json()
             except ValueError as error:
-                return answer(400, {"error": f"the body is no JSON: {error}"})
+                return answer(400, {"error": f"the body is not JSON: {error}"})
             try:
                 # In a thread: most wait for a move, or free host memory before they answer.
                 return answer(*(act(body) if at_once else await asyncio.to_thread(act, body)))
@@ -155,7 +155,7 @@ def _object(
 ) -> dict[str, Any]:
     """The body, checked to be an object with these keys; any keys where none are named."""
     if not isinstance(body, dict):
-        raise BadRequest(f"the body is to be an object, not {type(body).__name__}")
+        raise BadRequest(f"the body must be an object, not {type(body).__name__}")
     unknown, missing = body.keys() - required - optional, required - body.keys()
     if required and unknown:
         raise BadRequest(f"unknown: {', '.join(sorted(unknown))}")

@@ -47,7 +47,7 @@ _lock = threading.Lock()  # two tabs may change settings at once, and each chang
 
 
 class InvalidSettings(ValueError):
-    """What was sent is no setting of qmove; the message says which and why."""
+    """What was sent is not a setting of qmove; the message says which and why."""
 
 
 def auto_park() -> bool:
@@ -90,7 +90,7 @@ def change(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, value: Any) -> None:
     if name not in DEFAULTS:
-        raise InvalidSettings(f"{name!r} is no setting of qmove. It has: {', '.join(DEFAULTS)}.")
+        raise InvalidSettings(f"{name!r} is not a setting of qmove. It has: {', '.join(DEFAULTS)}.")
     if name in MOST_GIB:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and 0 <= value <= MOST_GIB[name]:
@@ -117,11 +117,6 @@ def load_stored() -> None:
                 change({name: value})
             except InvalidSettings as error:
                 log.warning("left out a setting in %s: %s", file, error)
-
-
-def reset() -> None:
-    """Back to the defaults."""
-    change(DEFAULTS)
 
 
 def _apply(changes: Mapping[str, Any]) -> None:

@@ -139,8 +139,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
 
 @pytest.fixture(autouse=True)
 def _fresh_settings() -> Iterator[None]:
-    settings.reset()
+    settings.change(settings.DEFAULTS)
     yield
-    settings.reset()
+    settings.change(settings.DEFAULTS)
     gc.collect()
     torch.cuda.empty_cache()

@@ -109,7 +109,7 @@ def test_a_stored_file_that_does_not_fit_is_told_and_the_defaults_stay(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"qmove.unknown": 1}, "no setting of qmove"),
+        ({"qmove.unknown": 1}, "not a setting of qmove"),
         ({"qmove.autoPark": 1}, "true or false"),
         ({"qmove.autoPark": None}, "true or false"),
         ({"qmove.autoParkWhen": "always"}, '"needed" or "stage"'),

@@ -42,9 +42,5 @@ def nodes_with_models() -> list[str]:
     return [node_id for node_id, (_, models) in list(_by_node.items()) if _alive(models)]
 
 
-def forget() -> None:
-    _by_node.clear()
-
-
 def _alive(references: list[weakref.ReferenceType[Any]]) -> list[Any]:
     return [model for reference in references if (model := reference()) is not None]

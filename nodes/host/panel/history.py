@@ -70,7 +70,7 @@ class _Run:
 def last_run() -> dict[str, Any] | None:
     """The run that runs now, or the last one; None before the first."""
     with _lock:
-        return None if _last is None else {**_outline(_last), **_points(_last, 0)}
+        return None if _last is None else _to_dict(_last, 0)
 
 
 @never_fails("record a stage", None)
@@ -127,14 +127,6 @@ def run_ends(nodes: Any) -> None:
             if _last.open:  # else the end of the last stage was measured
                 _measure(_last)
             _end(_last)
-
-
-def forget() -> None:
-    """Forgets the last run."""
-    global _last
-    with _lock:
-        _end(_last)
-        _last = None
 
 
 def _begin(nodes: Any) -> _Run:
@@ -212,24 +204,20 @@ def _add(run: _Run, used: dict[torch.device, int]) -> None:
 def _send(run: _Run, *, at_once: bool = False) -> None:
     now = time.monotonic()
     if at_once or now >= run.sent_at + SECONDS_BETWEEN_EVENTS:
-        browser.send(browser.HISTORY, {**_outline(run), **_points(run, run.sent)})
+        browser.send(browser.HISTORY, _to_dict(run, run.sent))
         run.sent, run.sent_at = len(run.times), now
 
 
-def _outline(run: _Run) -> dict[str, Any]:
+def _to_dict(run: _Run, first: int) -> dict[str, Any]:
+    """The run as plain data, with the points from `first` on."""
     return {
         "id": run.number,
         "revision": run.revision,
         "started": run.started,
         "running": run.running,
-        "devices": [str(device) for device in run.devices],
+        "devices": list(run.totals),
         "totals": dict(run.totals),
         "stages": [dict(stage) for stage in run.stages],
-    }
-
-
-def _points(run: _Run, first: int) -> dict[str, Any]:
-    return {
         "from": first,
         "times": run.times[first:],
         "used": {name: points[first:] for name, points in run.used.items()},

@@ -22,9 +22,9 @@ PROMPT = {
 
 
 @pytest.fixture(autouse=True)
-def _nodes(host: FakeHost) -> None:
+def _nodes(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     careless_nodes.forget_all()
-    node_models.forget()
+    monkeypatch.setattr(node_models, "_by_node", {})
     host.add(*careless_nodes.ALL)
 
 

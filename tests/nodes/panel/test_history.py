@@ -32,7 +32,7 @@ def _no_samples_in_between(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(history, "SECONDS_BETWEEN_EVENTS", 0.0)
     monkeypatch.setattr(history, "SHARE_OF_TIME", 1e9)
     careless_nodes.forget_all()
-    history.forget()
+    monkeypatch.setattr(history, "_last", None)
     host.add(*careless_nodes.ALL)
 
 
