@@ -106,7 +106,8 @@ class _RousingForward:
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any]:
         if module is None:
             return self._cls.forward
-        forward = module.__dict__.get("forward") or _forward_of_class(module)
+        own = module.__dict__
+        forward = own["forward"] if "forward" in own else _forward_of_class(module)
 
         @functools.wraps(forward)  # transformers reads the signature before the first forward
         def rousing_forward(*args: Any, **kwargs: Any) -> Any:

@@ -107,6 +107,32 @@ def linear_8bit() -> nn.Module:
     return layer.half().eval().cuda()
 
 
+# Parking --------------------------------------------------------------------------------------------
+
+
+@odd_values
+def test_a_parked_module_keeps_its_attributes(gpu: GPU, value: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).cuda()
+    for name in ("forward", "note", "_hf_hook", "device"):
+        put(model[0], name, value)
+    objects = Objects(model)
+    qmove.park(model)
+    qmove.restore(model)
+    objects.assert_same()
+
+
+def test_a_parked_module_is_woken_by_a_forward_that_counts_as_false(gpu: GPU) -> None:
+    class Forward(list):  # type: ignore[type-arg]
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    model = nn.Linear(8, 8).cuda()
+    model.__dict__["forward"] = Forward()
+    qmove.park(model)
+    assert torch.equal(model.forward(torch.ones(2)), torch.full((2,), 2.0))
+    assert not qmove.is_parked(model)
+
+
 # bitsandbytes -------------------------------------------------------------------------------------
 
 
