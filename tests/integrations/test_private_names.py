@@ -1,6 +1,7 @@
-"""The private names of accelerate, diffusers and bitsandbytes that qmove uses, as those packages use them today.
+"""The private names of accelerate, diffusers and bitsandbytes that qmove uses, as they are today.
 
-A release that renames one of them would otherwise pass unnoticed: qmove asks for most of them where they may be absent.
+A release that renames one of them would otherwise pass unnoticed: qmove asks for most of them where
+they may be absent.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def test_accelerates_dispatch_hook_says_what_it_keeps_and_where(tmp_path: Path, 
     hook = next(h for h in accelerate_dispatch.hooks_of(model.blocks[1].linear) if h.offload)
     assert type(hook) is hooks.AlignDevicesHook
     names = {
-        "offload", "offload_buffers", "place_submodules", "execution_device", "skip_keys", "weights_map",
-        "tied_params_map", "tied_params_names",
+        "offload", "offload_buffers", "place_submodules", "execution_device", "skip_keys",
+        "weights_map", "tied_params_map", "tied_params_names",
     }  # fmt: skip
     assert names <= hook.__dict__.keys()
     assert type(hook.weights_map) is PrefixedDataset
@@ -101,8 +102,8 @@ def test_diffusers_group_offload_has_the_names_that_are_taken_off(tmp_path: Path
     )
     hook = model[0]._diffusers_hook.hooks["group_offloading"]
     names_of_a_group = {
-        "offload_to_disk_path", "_is_offloaded_to_disk", "onload_device", "offload_device", "key_to_tensor",
-        "safetensors_file_path", "cpu_param_dict",
+        "offload_to_disk_path", "_is_offloaded_to_disk", "onload_device", "offload_device",
+        "key_to_tensor", "safetensors_file_path", "cpu_param_dict",
     }  # fmt: skip
     assert names_of_a_group <= hook.group.__dict__.keys()
     assert Path(hook.group.safetensors_file_path).is_file()
