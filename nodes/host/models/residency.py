@@ -22,6 +22,8 @@ from .entries import Entry, entries_of
 
 log = logging.getLogger("qmove")
 
+Model = Adopted | HostEntry  # one that qmove moves, or one of ComfyUI's own
+
 EVERYTHING = 1e30  # bytes; what ComfyUI itself asks for when it unloads all
 
 _something_moved = False
@@ -125,28 +127,24 @@ def _register_again(models: Iterable[Adopted]) -> None:
         log.debug("could not register models again: %s", str(error))
 
 
-def park(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> None:
+def park(models: Collection[Model]) -> None:
     """Parks adopted models, and has ComfyUI unload its own ones."""
-    _unload([*(entry for adopted in models for entry in entries_of(adopted)), *patchers])
-    for adopted in models:  # those that ComfyUI did not know, or did not let go
-        adopted.park()
+    _unload(_entries_of(models))
+    for model in models:
+        if isinstance(model, Adopted):  # ComfyUI may not have known it, or not have let it go
+            model.park()
     host = comfy.model_management()
-    if host is not None and (models or patchers):
+    if host is not None and models:
         host.soft_empty_cache()
 
 
-def park_until_free(
-    order: Sequence[Adopted | HostEntry], device: torch.device, nbytes: float
-) -> list[Adopted | HostEntry]:
+def park_until_free(order: Sequence[Model], device: torch.device, nbytes: float) -> list[Model]:
     """Parks models in this order until `nbytes` are free on `device`; returns those it parked."""
-    done: list[Adopted | HostEntry] = []
+    done: list[Model] = []
     for model in order:
         if (meter.free_bytes(device) or 0) >= nbytes:
             break
-        if isinstance(model, Adopted):
-            park([model])
-        else:
-            park([], [model])
+        park([model])
         done.append(model)
     return done
 
@@ -172,17 +170,18 @@ def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
     return [entry for entry in idle if not getattr(entry, "is_dynamic", lambda: False)()]
 
 
-def make_room(
-    device: torch.device,
-    nbytes: int,
-    keep: Collection[Adopted] = (),
-    keep_patchers: Collection[HostEntry] = (),
-) -> None:
+def make_room(device: torch.device, nbytes: int, keep: Iterable[Model]) -> None:
     """Has ComfyUI evict models, in its own order, until `nbytes` are free on `device`."""
     host = comfy.model_management()
     if host is not None:
-        entries = [*(entry for adopted in keep for entry in entries_of(adopted)), *keep_patchers]
-        host.free_memory(nbytes, device, _lines_of(entries)[0])
+        host.free_memory(nbytes, device, _lines_of(_entries_of(keep))[0])
+
+
+def _entries_of(models: Iterable[Model]) -> list[HostEntry | Entry]:
+    entries: list[HostEntry | Entry] = []
+    for model in models:
+        entries += entries_of(model) if isinstance(model, Adopted) else [model]
+    return entries
 
 
 def _unload(entries: Sequence[HostEntry | Entry]) -> None:

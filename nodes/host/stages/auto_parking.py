@@ -24,6 +24,7 @@ from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
 from ..models import residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
+from ..models.residency import Model
 from . import needs
 
 log = logging.getLogger("qmove")
@@ -75,7 +76,7 @@ def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
 def give_room(device: torch.device, nbytes: int) -> None:
     """For a model that wakes while a node runs: parks others, but none that the node was given."""
     wanted = nbytes + settings.vram_to_keep_free()
-    residency.make_room(device, wanted, in_use.models, in_use.patchers)
+    residency.make_room(device, wanted, [*in_use.models, *in_use.patchers])
 
 
 def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | None) -> None:
@@ -96,7 +97,7 @@ def out_of_memory(
         took = needs.peak(measurement)
         needs.forget(measurement.key)
     try:
-        residency.park(residency.idle_models([]), residency.idle_patchers([]))
+        residency.park([*residency.idle_models([]), *residency.idle_patchers([])])
     finally:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
@@ -113,19 +114,17 @@ def out_of_memory(
 
 def order_to_park(
     nodes: ExecutionList | None, node_id: str | None, inputs: NodeInputs
-) -> list[Adopted | HostEntry]:
+) -> list[Model]:
     """All idle models, the least useful first.
 
     First come those that no remaining node uses, then those used farthest ahead; among equals the
     least recently used one, then the bigger one.
     """
-    idle: list[Adopted | HostEntry] = [
-        *residency.idle_models(inputs.models),
-        *residency.idle_patchers(inputs.patchers),
-    ]
+    patchers = residency.idle_patchers(inputs.patchers)
+    idle: list[Model] = [*residency.idle_models(inputs.models), *patchers]
     uses = _next_uses(nodes, node_id) if nodes is not None and len(idle) > 1 else {}
 
-    def usefulness(model: Adopted | HostEntry) -> tuple[int, int, int]:
+    def usefulness(model: Model) -> tuple[int, int, int]:
         steps = uses.get(_identity(model), _NEVER)
         if isinstance(model, Adopted):
             return -steps, model.last_used, -sum(model.resident.values())
@@ -134,7 +133,7 @@ def order_to_park(
     return sorted(idle, key=usefulness)
 
 
-def is_on(model: Adopted | HostEntry, device: torch.device) -> bool:
+def is_on(model: Model, device: torch.device) -> bool:
     return device in model.resident if isinstance(model, Adopted) else model.load_device == device
 
 
@@ -161,7 +160,7 @@ def _parked_objects() -> list[Any]:
     return objects
 
 
-def _make_room(order: list[Adopted | HostEntry], inputs: NodeInputs, needed: Needed) -> None:
+def _make_room(order: list[Model], inputs: NodeInputs, needed: Needed) -> None:
     """Parks idle models, in this order, until the node and what it was given have room."""
     if not order:
         return
@@ -179,7 +178,7 @@ def _make_room(order: list[Adopted | HostEntry], inputs: NodeInputs, needed: Nee
 
 def _swap(
     device: torch.device,
-    there: Sequence[Adopted | HostEntry],
+    there: Sequence[Model],
     used: Sequence[Adopted],
     wanted: float,
 ) -> bool:
@@ -198,7 +197,7 @@ def _swap(
     if free >= wanted or not one_is_enough or not on_one_device:
         return False
     if settings.keep_mirrors() and for_hosts.has_room_on_host(nbytes):
-        return False  # to park and then to restore is as fast, and shows both moves
+        return False  # parking first is as fast
     try:
         residency.swap(leaving, coming)
     except (qmove.QMoveError, torch.OutOfMemoryError) as error:
@@ -254,5 +253,5 @@ def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
     return uses
 
 
-def _identity(model: Adopted | HostEntry) -> int:
+def _identity(model: Model) -> int:
     return id(model) if isinstance(model, Adopted) else id(model.model)  # clones share the model

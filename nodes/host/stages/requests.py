@@ -33,7 +33,7 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
     with for_hosts.lock:  # waits for what ComfyUI's own thread parks just now
         before = {adopted.number: adopted.resident for adopted in models}
     loaded = {id(patcher): int(patcher.loaded_size()) for patcher in patchers}
-    residency.park([adopted for adopted in models if before[adopted.number]], patchers)
+    residency.park([*(adopted for adopted in models if before[adopted.number]), *patchers])
     lines = []
     for adopted in models:
         for device, nbytes in before[adopted.number].items():
