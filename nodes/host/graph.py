@@ -24,15 +24,12 @@ def inputs_of(graph: ExecutionList, node_id: str) -> list[Any]:
 def outputs_of(graph: ExecutionList, node_id: str) -> Outputs:
     """What a node that has just run gave."""
     cache = graph.output_cache
-    get_local = (
-        getattr(cache, "get_local", None) or cache.get
-    )  # one that asks no outside cache, as `is_cached` does
-    outputs = _plain_outputs(get_local(node_id))
+    # `get_local` asks no outside cache, as `is_cached` does.
+    outputs = _plain_outputs((getattr(cache, "get_local", None) or cache.get)(node_id))
     if outputs is not None:
         return outputs
-    for waiting in graph.blocking.get(
-        node_id, ()
-    ):  # with --cache-none only those who wait for it have it
+    # With --cache-none only the nodes that wait for it have its outputs.
+    for waiting in graph.blocking.get(node_id, ()):
         outputs = _outputs(graph, node_id, waiting)
         if outputs is not None:
             return outputs

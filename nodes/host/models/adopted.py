@@ -27,10 +27,9 @@ log = logging.getLogger("qmove")
 
 _numbers = itertools.count(1)
 _uses = itertools.count(1)
-_by_model = WeakIdKeyDictionary()  # model -> its Adopted, which dies with it
-_by_module = (
-    WeakIdKeyDictionary()
-)  # each module of an adopted model -> weak reference to the Adopted
+# Each adopted model, and each module of one; the values die with the model.
+_by_model: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> Adopted
+_by_module: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> weak reference to an Adopted
 
 
 class Adopted:

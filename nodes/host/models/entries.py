@@ -45,8 +45,8 @@ class Entry:
         self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
         self.model_options: dict[str, Any] = {}
         self.leaving = False  # while ComfyUI is asked to drop the entry although the model stays
-        # Why a load did not bring the model home, while somebody waits for it. An error that is kept
-        # for longer keeps the frames of its traceback, and so the model, alive.
+        # Why a load did not bring the model home, while a caller waits for it. An error kept for
+        # longer keeps the frames of its traceback, and so the model, alive.
         self.failures: list[Exception] | None = None
 
     @property
