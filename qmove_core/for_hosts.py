@@ -13,10 +13,11 @@ where it is defined.
 from .devices import free_memory
 from .devices import known as known_devices
 from .errors import readable_bytes
-from .homes import lock, parked_bytes, parked_home
+from .homes import lock, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
+from .parking.records import parked_bytes
 from .slots import slots_of
 
 __all__ = [

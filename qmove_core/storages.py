@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+EMPTY = torch.UntypedStorage(0)  # stands where a storage was dropped
+
 
 def rebind(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
     """Makes `tensors`, which share one storage, look into `storage` with the same geometry."""

@@ -185,6 +185,7 @@ def check_budget(action: Action, plans: Iterable[TensorPlan]) -> None:
         for source in planned.parts.values():
             if not (source.file is None and planned.device.type == "cpu"):
                 needed[planned.device] += source.nbytes
+    budget.make_room(needed)
     budget.require(action, needed, HOST_ADVICE, DEVICE_ADVICE)
 
 

@@ -23,7 +23,8 @@ from ..model.inventory import inventory
 from ..parking import requests
 from ..storages import exchange, stand_in
 from ..transfer.copies import Progress
-from ..transfer.transaction import Step, relocate
+from ..transfer.moves import MovePlan, StorageMove
+from ..transfer.transaction import carry_out
 from .materialize import Materialized, materialize, part_checksums
 from .plan import TensorPlan
 
@@ -72,16 +73,16 @@ def undo(model: object, done: Materialized) -> None:
         use_new_files = [
             diffusers_offload.write_again(group) for group in groups.values() if group is not None
         ]
-        steps = []
+        moves = []
         for holding in held.holdings:
             known = [done.homes[name] for name in holding.names if name in done.homes]
             was_parked = homes.parked_home(holding.tensors[0]) is not None  # and still is
             if known and known[0] != holding.device and not was_parked:
-                # Nothing is remembered of where the bytes come from: the dispatch says where things
-                # belong.
-                steps.append(Step(holding, known[0]))
-        relocate(
-            action, held, steps, on_commit=lambda: _commit(action, done, changes, use_new_files)
+                # Nothing is remembered of where the bytes come from: the dispatch says where
+                # things belong.
+                moves.append(StorageMove(holding, known[0]))
+        carry_out(
+            MovePlan(action, held, moves, lambda: _commit(action, done, changes, use_new_files))
         )
     log.info("dispatched %s again: %d weights had changed", type(model).__name__, len(changes))
 

@@ -264,6 +264,18 @@ def allocate(sizes: Sequence[int], released: Callable[[int], None]) -> list[torc
     return storages
 
 
+def storage_at(
+    block: Block, start: int, nbytes: int, released: Callable[[int], None]
+) -> torch.UntypedStorage:
+    """A storage over [start, start + nbytes) of a block that is in use.
+
+    No other storage that is still read may lie there. `released` as for `allocate`.
+    """
+    memory = block._lent()
+    assert memory is not None, "the block is not in use"
+    return _storage_over(block, memory, start, nbytes, released)
+
+
 def place_of(storage: torch.UntypedStorage) -> tuple[HostMemory, int] | None:
     """The block that a storage of the arena lies in, or the file it is mapped from (`note_place`), and its offset there in
     bytes; None for any other storage.

@@ -76,14 +76,29 @@ def require_device(action: Action, nbytes: int, device: torch.device, advice: st
     """Raises NotEnoughMemory if `nbytes` do not fit on `device`."""
     free = devices.free_memory(device)
     if free is not None and nbytes > free:
-        hosting.ask_for_room(device, nbytes)
-        free = devices.free_memory(device)
-    if free is not None and nbytes > free:
         advice = (
             advice
             or "Park another model first, or choose another device: qmove.restore(model, device=...)."
         )
         raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)
+
+
+def make_room(needed: Mapping[torch.device, int]) -> bool:
+    """Asks the host of this program for room on the accelerators that have too little.
+
+    It may park models for it: a plan that was made before must be made again.
+
+    Returns:
+        Whether it was asked.
+    """
+    lacking = {
+        device: nbytes
+        for device, nbytes in needed.items()
+        if device.type != "cpu" and not has_room({device: nbytes})
+    }
+    for device, nbytes in lacking.items():
+        hosting.ask_for_room(device, nbytes)
+    return bool(lacking)
 
 
 def has_room(needed: Mapping[torch.device, int]) -> bool:

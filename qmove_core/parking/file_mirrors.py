@@ -67,7 +67,7 @@ def mirror_files(
     saved = [_Saved(path) for path in paths]
     with homes.lock:
         held = inventory(model)
-        streaming.settle(tensor for holding in held.holdings for tensor in holding.tensors)
+        streaming.wait_for(holding.storage for holding in held.holdings)
         left = [
             holding for holding in held.holdings if holding.device.type != "cpu" and holding.nbytes
         ]

@@ -1,6 +1,6 @@
 """The parts of a model that arrive together, in the order in which the model uses them.
 
-A unit is a layer (a child of a `ModuleList`, `ModuleDict` or `Sequential`, with everything below it) or a module outside of all
+A group is a layer (a child of a `ModuleList`, `ModuleDict` or `Sequential`, with everything below it) or a module outside of all
 layers that has tensors of its own. What the order is can only be seen while a model runs: each streaming restore notes it for
 the next one. Until then it is the order in which the modules were registered.
 """
@@ -21,16 +21,16 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 _last_used: WeakIdKeyDictionary = (
     WeakIdKeyDictionary()
-)  # a unit's topmost module -> when it was last used
+)  # a group's topmost module -> when it was last used
 _clock = itertools.count()
 
 
 @dataclass(eq=False)
-class Unit:
+class LayerGroup:
     """Attributes:
     name: of its topmost module; "" for what no module holds.
     modules: the topmost first.
-    holdings: what the modules hold; one that several units share is in each of them.
+    holdings: what the modules hold; one that several groups share is in each of them.
     """
 
     name: str
@@ -38,36 +38,38 @@ class Unit:
     holdings: list[Holding] = field(default_factory=list)
 
 
-def used(topmost: nn.Module) -> None:
-    """Notes that the unit with this topmost module is used now."""
+def note_use(topmost: nn.Module) -> None:
+    """Notes that the group with this topmost module is used now."""
     _last_used[topmost] = next(_clock)
 
 
-def units_of(held: Inventory) -> list[Unit]:
-    """All units of a model, those first that it needs first. Every holding is in at least one of them."""
-    loose = Unit("")
-    units: dict[str, Unit] = {}
+def groups_of(held: Inventory) -> list[LayerGroup]:
+    """All groups of a model, those first that it needs first. Every holding is in at least one of them."""
+    loose = LayerGroup("")
+    groups: dict[str, LayerGroup] = {}
     layers = _layers(held)
     for name, module in _in_order(held.modules):
         layer = _prefix_in(name, layers)
-        unit = units.setdefault(
-            name if layer is None else layer, Unit(name if layer is None else layer)
+        group = groups.setdefault(
+            name if layer is None else layer, LayerGroup(name if layer is None else layer)
         )
-        unit.modules.append(module)
+        group.modules.append(module)
     for holding in held.holdings:
-        owners = {_prefix_in(name, units) for name in holding.names}
+        owners = {_prefix_in(name, groups) for name in holding.names}
         for owner in owners or {None}:
-            (loose if owner is None else units[owner]).holdings.append(holding)
-    found = [unit for unit in units.values() if unit.holdings]
+            (loose if owner is None else groups[owner]).holdings.append(holding)
+    found = [group for group in groups.values() if group.holdings]
     never = next(_clock)
-    found.sort(key=lambda unit: _last_used.get(unit.modules[0], never))
+    found.sort(key=lambda group: _last_used.get(group.modules[0], never))
     return [loose, *found] if loose.holdings else found
 
 
 def holdings_in_order(held: Inventory) -> list[Holding]:
     """The holdings of a model, those first that it needs first."""
     found = {
-        id(holding): holding for unit in units_of(held) for holding in _as_they_lie(unit.holdings)
+        id(holding): holding
+        for group in groups_of(held)
+        for holding in _as_they_lie(group.holdings)
     }
     return list(found.values())
 
@@ -112,7 +114,7 @@ def _in_order(modules: dict[str, nn.Module]) -> Iterable[tuple[str, nn.Module]]:
                 yield names[id(module)], module
 
 
-def _prefix_in(name: str, among: dict[str, nn.Module] | dict[str, Unit]) -> str | None:
+def _prefix_in(name: str, among: dict[str, nn.Module] | dict[str, LayerGroup]) -> str | None:
     """The longest prefix of a dotted name that is among these names."""
     while name:
         if name in among:

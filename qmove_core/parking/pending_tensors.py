@@ -81,23 +81,17 @@ def await_bytes(tensor: torch.Tensor, wait: Callable[[], None]) -> None:
     Raises:
         TypeError: a class that allows no subclass.
     """
-    if not _awaited.made(type(tensor)):
-        variant = _awaited.of(type(tensor))
-        _waits[tensor] = (
-            wait  # first: another thread may use the tensor as soon as it has the class
-        )
-        set_class(tensor, variant)
+    is_pending = _awaited.made(type(tensor))
+    variant = type(tensor) if is_pending else _awaited.of(type(tensor))
+    _waits[tensor] = wait  # first: another thread may use the tensor as soon as it has the class
+    set_class(tensor, variant)
 
 
-def release(tensor: torch.Tensor) -> None:
-    """Gives a tensor its own class back."""
-    _awaited.take(tensor)
-    _waits.pop(tensor, None)
-
-
-def waiter_of(tensor: torch.Tensor) -> Callable[[], None] | None:
-    """What was given to `await_bytes` for a tensor that is still awaited."""
-    return _waits.get(tensor) if _awaited.made(type(tensor)) else None  # type: ignore[no-any-return]
+def release(tensor: torch.Tensor, wait: Callable[[], None] | None) -> None:
+    """Gives a tensor that waits by `wait` its own class back. One that waits by another stays."""
+    if _waits.get(tensor) is wait:
+        _awaited.take(tensor)
+        _waits.pop(tensor, None)
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
@@ -127,7 +121,7 @@ def _wait_for(tensor: Any) -> None:
     wait = _waits.get(tensor)
     if wait is not None:
         wait()
-    release(tensor)
+    release(tensor, wait)
 
 
 _MEMBERS = {"__deepcopy__": _deepcopy, "__torch_function__": classmethod(_torch_function)}

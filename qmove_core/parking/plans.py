@@ -1,9 +1,8 @@
-"""Plans of moves: what goes where, what stands in the way, and what is to be true of the model when it is done."""
+"""Plans of moves: what goes where, what is in the way, and what is done at the commit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,50 +11,29 @@ from .. import devices, homes
 from ..actions import Action
 from ..devices import Device, DeviceMap
 from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, counted
-from ..homes import Origin, Record
+from ..homes import Origin
 from ..integrations import accelerate_dispatch, diffusers_offload
 from ..model import kinds, live_graph
 from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
-from ..transfer.transaction import Step
+from ..transfer.moves import MovePlan, StorageMove
 from . import layer_order, sleeping, streaming
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A move of one model.
-
-    Attributes:
-        action: what the caller asked for, for messages.
-        steps: one for each storage that changes places; what the model needs first comes first.
-        on_commit: what is to be done when everything lies in its new place.
-    """
-
-    action: Action
-    held: Inventory
-    steps: list[Step]
-    on_commit: Callable[[], None]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all storages that change places."""
-        return sum(step.holding.nbytes for step in self.steps)
-
-    @property
-    def targets(self) -> dict[str, torch.device]:
-        """Where each storage that changes places goes, by its name."""
-        return {step.holding.name: step.target for step in self.steps}
+from .records import Record, record_of
 
 
 def to_park(
     model: object,
-    bring_home: Callable[[object], object],
+    wake: Callable[[object], object],
     extra: Iterable[object] = (),
     *,
     allow_live_graph: bool = False,
-) -> Plan:
-    """What parking `model` takes: nothing if it is parked already. `bring_home` is called when it is used while it is parked."""
-    before = homes.record_of(model)
+) -> MovePlan:
+    """What parking `model` takes: no move if it is parked already.
+
+    Args:
+        wake: brings home the model it is given. Called when the parked model is used.
+    """
+    before = record_of(model)
     extra = tuple(extra)
     held = _inventory_of(model, extra)
     action = Action("park", model)
@@ -63,7 +41,7 @@ def to_park(
         holding for holding in layer_order.holdings_in_order(held) if holding.device.type != "cpu"
     ]
     if not away:
-        return Plan(action, held, [], lambda: None)
+        return MovePlan(action, held, [], lambda: None)
     accelerate_dispatch.refuse_lost(action, held)
     _refuse_immovable(action, held, devices.CPU)
     if not allow_live_graph:
@@ -72,17 +50,17 @@ def to_park(
     if before is not None:  # parked already, and something has come onto a device since
         home_of, extra = before.homes | home_of, (*before.extra, *extra)
     record = Record(model, extra, home_of)
-    steps = [
-        Step(holding, devices.CPU, Origin(holding.device, holding.nbytes, record))
+    moves = [
+        StorageMove(holding, devices.CPU, Origin(holding.device, holding.nbytes, record))
         for holding in away
     ]
-    return Plan(action, held, steps, lambda: _fall_asleep(record, held, bring_home))
+    return MovePlan(action, held, moves, lambda: _fall_asleep(record, held, wake))
 
 
-def to_restore(model: object, device: Device | DeviceMap | None = None) -> Plan:
+def to_restore(model: object, device: Device | DeviceMap | None = None) -> MovePlan:
     """What bringing a parked model home takes, or to where `device` says."""
     choose = _destination(device)
-    record = homes.record_of(model)
+    record = record_of(model)
     held = _inventory_of(model, record.extra if record else ())
     goals = [
         (holding, choose(holding, home))
@@ -92,10 +70,10 @@ def to_restore(model: object, device: Device | DeviceMap | None = None) -> Plan:
     return _to_bring(Action("restore", model), held, goals)
 
 
-def to_move(model: object, device: Device, *, allow_live_graph: bool = False) -> Plan:
+def to_move(model: object, device: Device, *, allow_live_graph: bool = False) -> MovePlan:
     """What relocating a model takes, so that it can run on `device`."""
     target = devices.resolve(device)
-    record = homes.record_of(model)
+    record = record_of(model)
     held = _inventory_of(model, record.extra if record else ())
     action = Action("move", model, f"to {target}")
     refuse_meta(action, held)
@@ -112,24 +90,24 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
 
 def _to_bring(
     action: Action, held: Inventory, goals: Sequence[tuple[Holding, torch.device]]
-) -> Plan:
-    """Takes holdings to where they are to run, and wakes the model."""
-    steps, staying = [], []
+) -> MovePlan:
+    """Moves holdings to where the model is to run, and wakes it."""
+    moves, staying = [], []
     for holding, target in goals:
         origin = homes.origin_of(holding.storage)
-        strangers = origin.strangers_on(holding.storage) if origin else []
+        outsiders = origin.outsiders_on(holding.storage) if origin else []
         if holding.device != target:
             to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
-            steps.append(Step(holding, target, to_host, strangers))
+            moves.append(StorageMove(holding, target, to_host, outsiders))
         elif origin is not None:
             staying.append(origin)
 
-    def settle_in() -> None:
+    def be_home() -> None:
         for origin in staying:
             origin.record = None
         sleeping.wake_up(held.modules.values())
 
-    return Plan(action, held, steps, settle_in)
+    return MovePlan(action, held, moves, be_home)
 
 
 def title(model: object) -> str:
@@ -138,43 +116,39 @@ def title(model: object) -> str:
 
 
 def sleep_again(
-    steps: Sequence[Step], bring_home: Callable[[object], object]
+    moves: Sequence[StorageMove], wake: Callable[[object], object]
 ) -> Callable[[], None]:
-    """What parks a model again whose streaming restore fails. It keeps nothing of the model alive."""
-    origins = (homes.origin_of(step.holding.storage) for step in steps)
-    records = {
-        id(origin.record): origin.record
-        for origin in origins
-        if origin is not None and origin.record is not None
-    }
+    """What parks a model again whose streaming restore failed. It keeps no tensor alive."""
+    origins = (homes.origin_of(move.source) for move in moves)
+    records = {id(o.record): o.record for o in origins if o is not None}
 
     def fall_asleep() -> None:
         for record in records.values():
-            model = record.model
-            if model is not None:
+            model = record.model if isinstance(record, Record) else None
+            if isinstance(record, Record) and model is not None:
                 again = inventory(model, extra=record.extra)
                 kinds.refresh(again)
-                _fall_asleep(record, again, bring_home)
+                _fall_asleep(record, again, wake)
 
     return fall_asleep
 
 
-def _fall_asleep(record: Record, held: Inventory, bring_home: Callable[[object], object]) -> None:
-    def waker(module: nn.Module) -> None:
+def _fall_asleep(record: Record, held: Inventory, wake: Callable[[object], object]) -> None:
+    def on_use(module: nn.Module) -> None:
         model = record.model
         if model is not None:
-            bring_home(model)
-        if sleeping.sleeps_by(
-            module, waker
-        ):  # it outlived the pipeline it was parked with, or was taken out of it
-            bring_home(module)
+            wake(model)
+        # A module that outlived the pipeline it was parked with, or was taken out of it.
+        if sleeping.sleeps_by(module, on_use):
+            wake(module)
 
-    sleeping.put_to_sleep(held.modules.values(), waker)
+    record.register()
+    sleeping.put_to_sleep(held.modules.values(), on_use)
 
 
 def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     held = inventory(model, extra=extra)
-    streaming.settle(tensor for holding in held.holdings for tensor in holding.tensors)
+    streaming.wait_for(holding.storage for holding in held.holdings)
     if not held.holdings and not held.meta:
         hint = (
             f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."
@@ -240,6 +214,9 @@ def _home(holding: Holding, record: Record | None) -> torch.device | None:
 
 
 def _goes_along(holding: Holding) -> bool:
-    """Whether a move to an accelerator takes a holding along: not what pipelines and hooks keep on the host on purpose."""
+    """Whether a move to an accelerator includes a holding.
+
+    What pipelines and hooks keep on the host on purpose stays there.
+    """
     on_purpose = holding.kind in ("attribute", "captured") and holding.device.type == "cpu"
     return not on_purpose or homes.origin_of(holding.storage) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +15,13 @@ from .. import devices, homes
 from ..devices import Device, DeviceMap
 from ..errors import readable_bytes
 from ..memory import arena, budget, mirrors
-from ..memory.allocation import bytes_by_device
 from ..model.holders import Straggler
 from ..model.inventory import inventory
 from ..settings import settings
 from ..transfer.copies import Progress
-from ..transfer.transaction import Relocated, relocate
-from . import plans, stats, streaming
+from ..transfer.moves import Done, MovePlan
+from ..transfer.transaction import carry_out
+from . import plans, records, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -90,10 +90,8 @@ def park(
     """
     started = time.perf_counter()
     with homes.lock:
-        plan = plans.to_park(model, bring_home, extra, allow_live_graph=allow_live_graph)
-        done = relocate(
-            plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
-        )
+        plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
+        done = carry_out(plan, progress)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 
@@ -122,47 +120,51 @@ def restore(
     """
     started = time.perf_counter()
     with homes.lock:
-        plan = plans.to_restore(model, device)
-        if stream and progress is None and streaming.can_stream(plan.held, plan.steps):
-            failed = plans.sleep_again(plan.steps, bring_home)
-            streaming.bring(
-                plan.action, plan.held, plan.steps, on_commit=plan.on_commit, on_failure=failed
-            )
-            done = Relocated(plan.nbytes, [], verified=False)
+        plan = _with_room(lambda: plans.to_restore(model, device))
+        if stream and progress is None and plan.moves and streaming.can_stream(plan):
+            done = _restore_streaming(plan)
         else:
-            done = relocate(
-                plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
-            )
+            done = carry_out(plan, progress)
     return restored_result(model, plan, done, time.perf_counter() - started)
 
 
 def prefetch(model: object) -> Restored | None:
-    """Begins to bring a parked model home, if there is room for it, and returns at once; see `restore(stream=True)`.
+    """Begins to bring a parked model home, if there is room for it, and returns at once.
 
-    Nothing is parked for it and nobody is asked to make room: it is for a model that will be needed next, while another
-    one still computes.
+    It is for a model that will be needed next, while another one still computes: nothing is parked for
+    it, and no host is asked for room.
 
     Returns:
-        What was begun; None if some device has too little free memory: then the model stays parked.
+        What was begun. None, with the model still parked, if some device has too little free memory, or
+        if the model cannot be used while it arrives (see `restore(stream=True)`).
     """
+    started = time.perf_counter()
     with homes.lock:
         plan = plans.to_restore(model)
-        needed = bytes_by_device([(step.holding.nbytes, step.target) for step in plan.steps])
-        return restore(model, stream=True) if budget.has_room(needed) else None
+        if not budget.has_room(plan.arriving):
+            return None
+        if not plan.moves:
+            done = carry_out(plan)
+        elif streaming.can_stream(plan):
+            done = _restore_streaming(plan)
+        else:
+            return None
+    return restored_result(model, plan, done, time.perf_counter() - started)
 
 
 def prepare(model: object) -> int:
-    """Page-locks host memory for parking `model` in the background, while it still computes: the first park then only copies.
+    """Page-locks host memory for the first park of `model` in the background, while it computes.
 
-    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where there is too little of it.
+    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where there
+    is too little of it.
 
     Returns:
         Bytes that are being prepared, or are ready.
     """
     with homes.lock:
-        plan = plans.to_park(model, bring_home, allow_live_graph=True)
+        plan = plans.to_park(model, wake, allow_live_graph=True)
         needed = arena.bytes_for(
-            [step.holding.nbytes for step in plan.steps if mirrors.of(step.holding.storage) is None]
+            [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
         )
         return arena.prepare(needed) if needed and budget.has_room_on_host(needed) else 0
 
@@ -174,10 +176,10 @@ def move(
     allow_live_graph: bool = False,
     progress: Progress | None = None,
 ) -> Moved:
-    """A better `.to()`: relocates every byte of `model`, quantization kept, and leaves it ready to run on `device`.
+    """A better `.to()`: moves every byte of `model`, quantization kept, and it can run on `device`.
 
-    Moved to the CPU, the model is not parked: it runs there, and does not wake. Tensors that plain attributes hold on the
-    host stay there, unless an earlier move brought them.
+    Moved to the CPU, the model is not parked: it runs there, and does not wake. Tensors that plain
+    attributes hold on the host stay there, unless an earlier move brought them.
 
     Args:
         model: as for `park`; it may be parked.
@@ -189,10 +191,8 @@ def move(
     """
     started = time.perf_counter()
     with homes.lock:
-        plan = plans.to_move(model, device, allow_live_graph=allow_live_graph)
-        done = relocate(
-            plan.action, plan.held, plan.steps, on_commit=plan.on_commit, progress=progress
-        )
+        plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
+        done = carry_out(plan, progress)
     seconds = time.perf_counter() - started
     moved = Moved(
         plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
@@ -203,7 +203,7 @@ def move(
 
 @contextmanager
 def parked(model: object, **options: Any) -> Iterator[Parked]:
-    """Keeps `model` out of VRAM inside the body; it is home again after it, also when the body raises."""
+    """Keeps `model` out of VRAM inside the body, and home again after it, also when that raises."""
     result = park(model, **options)
     try:
         yield result
@@ -215,7 +215,7 @@ def parked(model: object, **options: Any) -> Iterator[Parked]:
 def resident(model: object) -> Iterator[Restored]:
     """Keeps `model` home inside the body; if it was parked before, it is parked again after it."""
     with homes.lock:
-        was_parked, record = is_parked(model), homes.record_of(model)
+        was_parked, record = is_parked(model), records.record_of(model)
         extra = record.extra if record else []
     try:
         yield restore(model)
@@ -231,24 +231,25 @@ def is_parked(model: object) -> bool:
 
 
 def parked_models() -> list[Any]:
-    """The models that are parked now, the longest parked first. A dict or list appears as a copy of it."""
+    """The models that are parked now, the longest parked first.
+
+    A dict or list appears as a new dict of what is left of its contents.
+    """
     with homes.lock:
-        return homes.parked_models()
+        return records.parked_models()
 
 
-def parked_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Parked:
+def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Parked:
     """Reports a park."""
-    if not plan.steps:
-        return Parked(0, 0, seconds, {}, [], settings.verify, model)
-    came_from = {step.holding.name: step.holding.device for step in plan.steps}
+    verified = done.verified if plan.moves else settings.verify
     result = Parked(
-        plan.nbytes, done.copied_bytes, seconds, came_from, done.stragglers, done.verified, model
+        plan.nbytes, done.copied_bytes, seconds, plan.origins, done.stragglers, verified, model
     )
     _report("parked", model, result)
     return result
 
 
-def restored_result(model: object, plan: plans.Plan, done: Relocated, seconds: float) -> Restored:
+def restored_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Restored:
     """Reports a restore."""
     result = Restored(
         plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
@@ -257,33 +258,47 @@ def restored_result(model: object, plan: plans.Plan, done: Relocated, seconds: f
     return result
 
 
-def bring_home(model: object) -> None:
-    """What wakes a model: it can begin to run when its first layer is there."""
+def wake(model: object) -> None:
+    """Brings home a parked model that is used: it begins to run when its first layer is there."""
     restore(model, stream=True)
 
 
+def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:
+    """A plan for which there is room, if a host such as ComfyUI can make some.
+
+    It parks other models for it, which may share weights with this one: so the plan is made again.
+    """
+    plan = make_plan()
+    return make_plan() if budget.make_room(plan.arriving) else plan
+
+
+def _restore_streaming(plan: MovePlan) -> Done:
+    streaming.restore_streaming(plan, plans.sleep_again(plan.moves, wake))
+    return Done(plan.nbytes, [], verified=False)
+
+
 def _report(done: str, model: object, figures: Moved) -> None:
+    """Counts and logs a move. One that had nothing to do is neither counted nor logged."""
+    if not figures.home:
+        return
     stats.count(done.split()[0], figures.copied_bytes)
-    rate = figures.copied_bytes / figures.seconds / 1e9
+    name = type(model).__name__
     log.info(
-        "%s %s: %s, %s copied in %.2f s (%.1f GB/s)",
-        *(
-            done,
-            plans.title(model),
-            readable_bytes(figures.nbytes),
-            readable_bytes(figures.copied_bytes),
-            figures.seconds,
-            rate,
-        ),
+        "%s %s: %s, %s copied in %.2f s (%s/s)",
+        done,
+        name,
+        readable_bytes(figures.nbytes),
+        readable_bytes(figures.copied_bytes),
+        figures.seconds,
+        # A coarse clock may have seen no time pass.
+        readable_bytes(int(figures.copied_bytes / max(figures.seconds, 1e-6))),
     )
     for straggler in figures.stragglers:
         log.warning(
             "%s of %s stays on %s (%s), held by %s",
-            *(
-                straggler.name,
-                plans.title(model),
-                straggler.device,
-                readable_bytes(straggler.nbytes),
-                "; ".join(straggler.holders),
-            ),
+            straggler.name,
+            name,
+            straggler.device,
+            readable_bytes(straggler.nbytes),
+            "; ".join(straggler.holders),
         )

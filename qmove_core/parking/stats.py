@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .. import homes
 from ..memory import arena, mapped_files, mirrors
+from . import records
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def stats() -> Stats:
     """What qmove holds now, and what it has done since the process started."""
     with homes.lock:
         return Stats(
-            parked_models=len(homes.records()),
-            parked_bytes=homes.parked_bytes(),
+            parked_models=len(records.records()),
+            parked_bytes=records.parked_bytes(),
             arena_bytes=arena.bytes_in_use() - mirrors.nbytes(),
             mirror_bytes=mirrors.nbytes(),
             spare_bytes=arena.spare_bytes(),

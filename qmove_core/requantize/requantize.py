@@ -270,6 +270,7 @@ def _check_budget(
     if target.type == "cpu":  # `ram_limit` is about parked bytes; those here are to be used
         budget.require_host(action, needed, None)
     else:
+        budget.make_room({target: needed})
         budget.require_device(action, needed, target)
     return needed
 

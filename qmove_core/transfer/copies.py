@@ -1,8 +1,9 @@
 """Copies whole storages between devices and the host, as bytes.
 
-Each direction of each device has a stream of its own, so that copies overlap with each other and with what the model computes.
-Host memory is page-locked piece by piece just ahead of the copies, which hides one behind the other. Small storages that lie
-side by side in the arena cross the link together, through a staging buffer on the device: every copy has a fixed cost.
+Each direction of each device has a stream of its own, so that copies overlap with each other and with
+what the model computes. Host memory is page-locked piece by piece just ahead of the copies, which hides
+one behind the other. Small storages that lie side by side in the arena cross the link together, through
+a staging buffer on the device: every copy has a fixed cost.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ from __future__ import annotations
 import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,75 +20,82 @@ from ..digests.digest import IN_PLACE, LEAST_STAGING, Digest, Pending, queue_dig
 from ..errors import DigestUnavailable
 from ..memory import arena
 from ..memory.mapped_files import Lent
-from ..storages import as_bytes
+from ..storages import EMPTY, as_bytes
 
-Progress = Callable[
-    [int, int], None
-]  # bytes done, bytes in all; whatever it raises stops the move, which is then rolled back
+# Called as (bytes copied, bytes in all). What it raises stops the move, which is then rolled back.
+Progress = Callable[[int, int], None]
 
-STAGING = (
-    32 << 20
-)  # bytes of VRAM that a batch of small storages takes on its way; less where there is less
+STAGING = 32 << 20  # bytes of VRAM for a batch of small storages; less where there is less
 SMALL = 16 << 20  # bytes below which a storage travels in a batch
 IN_FLIGHT = 4  # copies queued at a time: the link never idles, and an interrupt is never far away
+
+
+class CopyJob:
+    """One storage to be copied to `device`.
+
+    Attributes:
+        source: where its bytes are.
+        target: where they go; None: allocated on the device just before the copy.
+        nbytes: size of both.
+        place: the host memory that its host side lies in, and the offset there in bytes.
+        arrival: an event after which the bytes are there.
+        read_digest: gives the digest of what arrived; None where none was taken.
+        digest: of the bytes on their accelerator, once it is known.
+    """
+
+    __slots__ = (
+        "arrival",
+        "device",
+        "digest",
+        "nbytes",
+        "place",
+        "read_digest",
+        "source",
+        "target",
+    )
+
+    def __init__(
+        self,
+        source: torch.UntypedStorage,
+        device: torch.device,
+        target: torch.UntypedStorage | None = None,
+    ) -> None:
+        self.source, self.device, self.target = source, device, target
+        self.nbytes = source.nbytes()
+        self.place: tuple[arena.HostMemory, int] | None = None
+        self.arrival: Any = None
+        self.read_digest: Callable[[], Digest | None] = _no_digest
+        self.digest: Digest | None = None
+
+    @property
+    def goes_out(self) -> bool:
+        """Whether it goes from an accelerator to the host."""
+        return self.device.type == "cpu" and self.source.device.type != "cpu"
+
+    def find_place(self) -> None:
+        """Notes where its host side lies."""
+        on_host = self.source if self.source.device.type == "cpu" else self.target
+        self.place = None if on_host is None else arena.place_of(on_host)
+
+    def drop_storages(self) -> None:
+        """Drops both storages, so that nobody who keeps this object keeps the memory."""
+        self.source, self.target, self.place, self.arrival = EMPTY, None, None, None
+        self.read_digest = _no_digest
 
 
 def _no_digest() -> None:
     return None
 
 
-def _value(all_of_them: list[Pending], pending: Pending, index: int) -> Digest:
-    if all_of_them:
-        read_together(all_of_them)
-        all_of_them.clear()
-    return pending.values()[index]
-
-
-@dataclass(slots=True)
-class Load:
-    """One storage to be copied to `device`.
-
-    Attributes:
-        target: where to; None lets the transfer allocate it on the device, just before it is needed.
-        arrival: an event after which it is there.
-        on_arrival: called once the host knows that it is there.
-        digest: the digest of what arrived; gives None if none was asked for, or could be had.
-    """
-
-    source: torch.UntypedStorage
-    device: torch.device
-    target: torch.UntypedStorage | None = None
-    arrival: Any = None
-    on_arrival: Callable[[], None] | None = None
-    digest: Callable[[], Digest | None] = _no_digest
-    nbytes: int = field(init=False)
-    place: tuple[arena.HostMemory, int] | None = field(
-        init=False
-    )  # of its host side in the arena, or in a file
-
-    def __post_init__(self) -> None:
-        self.nbytes = self.source.nbytes()
-        on_host = self.source if self.source.device.type == "cpu" else self.target
-        self.place = arena.place_of(on_host) if on_host is not None else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    event: Any
-    nbytes: int
-    complete: Sequence[Load]  # the loads that are there with it
-
-
 class Transfer:
-    """Copies under way. Leaving its `with` waits for them, so that no memory is ever freed below a copy.
+    """Copies under way. Leaving its `with` waits for them: no memory is ever freed below a copy.
 
     Args:
         total: bytes in all, for progress.
-        progress: called as (bytes done, bytes in all) each time a copy is done.
-        wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an error makes the `with` wait.
-        digests: take the digest of what arrives on a device, before anybody can change it: `load.digest()`.
-        has_room: asked with (device, bytes, bytes still to come with these) before targets are allocated; while it says no,
-            copies that are under way are waited for.
+        progress: called each time a copy is done.
+        wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an
+            error makes the `with` wait.
+        digests: take the digest of what arrives on a device before anybody can change it.
     """
 
     def __init__(
@@ -100,134 +105,141 @@ class Transfer:
         *,
         wait: bool = True,
         digests: bool = False,
-        has_room: Callable[[torch.device, int, int], bool] = lambda device, nbytes, to_come: True,
     ) -> None:
-        self.copied = 0
-        self._total, self._progress, self._wait = total, progress, wait
-        self._digests, self._has_room = digests, has_room
-        self._under_way: deque[_Copy] = deque()
+        self._copied = 0
+        self._total, self._progress, self._wait, self._digests = total, progress, wait, digests
+        self._under_way: deque[tuple[Any, int]] = deque()  # event after a copy, bytes
         self._streams: dict[int, Any] = {}
         self._staging = STAGING
         self._pending: list[Pending] = []
-        self._unallocated: dict[torch.device, int] = defaultdict(
-            int
-        )  # bytes of targets that are still to come
+        self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets to come
         self._lent = Lent(())
 
     def __enter__(self) -> Transfer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if self._wait or kind is not None:
-            with ExitStack() as all_of_them:  # also when one of them raises
-                all_of_them.callback(self._lent.release)
-                for stream in self._streams.values():
-                    all_of_them.callback(stream.synchronize)
+            self._end(list(self._streams.values()))
 
-    def copy(self, loads: Sequence[Load]) -> None:
-        """Copies every load, in order.
+    def _end(self, streams: Sequence[Any]) -> None:
+        """Waits for every stream, also when one of them raises, then releases the files."""
+        if not streams:
+            self._lent.release()
+            return
+        try:
+            streams[0].synchronize()
+        finally:
+            self._end(streams[1:])
+
+    def copy(self, jobs: Sequence[CopyJob]) -> None:
+        """Copies every job, in order.
 
         Raises:
             torch.OutOfMemoryError: a device has no room for a target.
             MappedFileChanged: a source lies in a file that has other bytes now.
         """
-        self._lent = Lent(load.source for load in loads)
+        self._lent = Lent(job.source for job in jobs)
         self._lent.begin()
-        for load in loads:
-            if load.target is None:
-                self._unallocated[load.device] += load.nbytes
+        for job in jobs:
+            job.find_place()
+            if job.target is None:
+                self._unallocated[job.device] += job.nbytes
         with torch.no_grad(), torch.inference_mode(False):
-            for batch in self._batches(loads):
-                first = batch[0]
-                if first.source.device.type == first.device.type:
-                    self._copy_across(first)
-                elif first.device.type == "cpu":
-                    self._copy_out(batch)
+            for batch in self._batches(jobs):
+                if batch[0].source.device.type == batch[0].device.type:
+                    self._copy_across(batch[0])
                 else:
-                    self._copy_in(batch)
+                    self._copy_batch(batch)
                 self._let_finish(IN_FLIGHT)
             self._let_finish(0)
         if self._wait:
             self._lent.require_unchanged()
         self._lent.let_go_of_storages()
 
-    def _copy_out(self, batch: Sequence[Load]) -> None:
-        device = batch[0].source.device
-        stream = self._stream(device, "out")
+    def _batches(self, jobs: Sequence[CopyJob]) -> Iterator[list[CopyJob]]:
+        """Splits the jobs into what is copied together.
+
+        The staging buffer of what comes in is never larger than what is still to be allocated on
+        that device, so that a restore never holds more there than the model.
+        """
+        batch: list[CopyJob] = []
+        for job in jobs:
+            limit = self._staging
+            if job.device.type != "cpu":
+                limit = min(limit, self._unallocated[job.device] // 2)
+            if batch and not _fits_behind(job, batch, limit):
+                yield batch
+                batch = []
+            batch.append(job)
+        if batch:
+            yield batch
+
+    def _copy_batch(self, batch: Sequence[CopyJob]) -> None:
+        """Between the host and a device."""
+        out = batch[0].device.type == "cpu"
+        device = batch[0].source.device if out else batch[0].device
+        if not out:
+            for job in batch:
+                self._allocate_target(job)
+        stream = self._stream(device, "out" if out else "in")
         with devices.on_stream(stream, device):
-            if self._copy_together(batch, device, out=True):
+            if self._copy_together(batch, device, out):
                 self._queued(stream, batch, bytes_of(batch))
             else:
                 self._copy_singly(stream, batch)
 
-    def _copy_in(self, batch: Sequence[Load]) -> None:
-        device = batch[0].device
-        while self._under_way and not self._has_room(
-            device, bytes_of(batch), self._unallocated[device]
-        ):
-            self._let_finish(len(self._under_way) - 1)
-        for load in batch:
-            self._target_of(load)
-        stream = self._stream(
-            device, "in"
-        )  # asked for now: that memory may have been in use until a moment ago
-        with devices.on_stream(stream, device):
-            if self._copy_together(batch, device, out=False):
-                self._queued(stream, batch, bytes_of(batch))
-            else:
-                self._copy_singly(stream, batch)
+    def _copy_together(self, batch: Sequence[CopyJob], device: torch.device, out: bool) -> bool:
+        """Copies a batch over the link at once, if there is room for a buffer; says whether it did.
 
-    def _copy_together(self, batch: Sequence[Load], device: torch.device, *, out: bool) -> bool:
-        """Copies a batch over the link at once, if it is one and there is room for a buffer; says whether it did."""
+        The buffer is freed before digests take memory: the allocator keeps it until the copy is done.
+        """
         staging = self._staging_for(batch, device)
         if staging is None:
             return False
         parts = _parts(staging, batch)
         if out:
-            torch._foreach_copy_(parts, [as_bytes(load.source) for load in batch])
+            torch._foreach_copy_(parts, [as_bytes(job.source) for job in batch])
             _host_side(batch).copy_(staging, non_blocking=True)
         else:
             staging.copy_(_host_side(batch), non_blocking=True)
-            torch._foreach_copy_([as_bytes(self._target_of(load)) for load in batch], parts)
+            targets = [as_bytes(job.target) for job in batch if job.target is not None]
+            torch._foreach_copy_(targets, parts)
         return True
 
-    def _copy_singly(self, stream: Any, batch: Sequence[Load]) -> None:
-        for load in batch:
-            assert load.target is not None
-            source, target = as_bytes(load.source), as_bytes(load.target)
-            for start, end in _pieces(load):
-                if load.place is not None:
-                    block, offset = load.place
+    def _copy_singly(self, stream: Any, batch: Sequence[CopyJob]) -> None:
+        for job in batch:
+            assert job.target is not None
+            source, target = as_bytes(job.source), as_bytes(job.target)
+            for start, end in _pieces(job):
+                if job.place is not None:
+                    block, offset = job.place
                     block.pin(offset + start, offset + end)
                 target[start:end].copy_(source[start:end], non_blocking=True)
-                self._queued(stream, [load], end - start, is_last=end == load.nbytes)
+                self._queued(stream, [job], end - start, is_last=end == job.nbytes)
                 self._let_finish(IN_FLIGHT)
 
-    def _copy_across(self, load: Load) -> None:
-        """Between two accelerators, or two places on the host: in order with what both sides do."""
-        source, target = as_bytes(load.source), as_bytes(self._target_of(load))
-        involved = {load.source.device, load.device}
-        for start, end in _pieces(load):
+    def _copy_across(self, job: CopyJob) -> None:
+        """Between two accelerators, or two places on the host: in order with what both do."""
+        source, target = as_bytes(job.source), as_bytes(self._allocate_target(job))
+        involved = {job.source.device, job.device}
+        for start, end in _pieces(job):
             target[start:end].copy_(source[start:end])
             devices.synchronize(involved)
             self._done(end - start)
 
-    def _target_of(self, load: Load) -> torch.UntypedStorage:
-        if load.target is None:
+    def _allocate_target(self, job: CopyJob) -> torch.UntypedStorage:
+        if job.target is None:
             try:
-                load.target = _allocate(load)
+                job.target = _storage_on(job.device, job.nbytes)
             except torch.OutOfMemoryError:
                 if not self._pending:
                     raise
-                self._read_digests()  # what they hold may be just what is lacking
-                load.target = _allocate(load)
-            self._unallocated[load.device] -= load.nbytes
-        return load.target
+                read_together(self._pending)  # what they hold may be just what is lacking
+                self._pending.clear()
+                job.target = _storage_on(job.device, job.nbytes)
+            self._unallocated[job.device] -= job.nbytes
+        return job.target
 
     def _stream(self, device: torch.device, direction: str) -> Any:
         """The copy stream, behind everything that was queued for these bytes until now."""
@@ -236,117 +248,108 @@ class Transfer:
         devices.wait_for_work(stream, device)
         return stream
 
-    def _staging_for(self, batch: Sequence[Load], device: torch.device) -> torch.Tensor | None:
-        """A buffer for a whole batch, gaps included; None for a single load, and where there is no room for one."""
+    def _staging_for(self, batch: Sequence[CopyJob], device: torch.device) -> torch.Tensor | None:
+        """A buffer for a whole batch, gaps included; None for one job, and without room for it."""
         if len(batch) == 1:
             return None
         try:
             return torch.empty(_length(batch), dtype=torch.uint8, device=device)
-        except (
-            torch.OutOfMemoryError
-        ):  # the device is full: this batch goes singly, the next ones are smaller
+        except torch.OutOfMemoryError:  # this batch is copied singly, the next ones are smaller
             self._staging //= 4
             return None
 
     def _queued(
-        self, stream: Any, loads: Sequence[Load], nbytes: int, *, is_last: bool = True
+        self, stream: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
     ) -> None:
-        """Notes that something was queued; `is_last` when the loads are complete with it."""
+        """Notes that a copy was queued; `is_last` when the jobs are complete with it."""
         event = stream.record_event()
         if is_last:
-            if self._digests and loads[0].device.type != "cpu":
-                event = self._queue_digests(event, loads)
-            for load in loads:
-                load.arrival = self._lent.until(event, load.source)
-        self._under_way.append(_Copy(event, nbytes, loads if is_last else ()))
+            if self._digests and jobs[0].device.type != "cpu":
+                event = self._queue_digests(event, jobs)
+            for job in jobs:
+                job.arrival = self._lent.until(event, job.source)
+        self._under_way.append((event, nbytes))
 
-    def _queue_digests(self, event: Any, loads: Sequence[Load]) -> Any:
-        """On a stream of their own, so that the link does not wait for them; they come before the model may use the bytes."""
-        device = loads[0].device
+    def _queue_digests(self, event: Any, jobs: Sequence[CopyJob]) -> Any:
+        """On a stream of their own, so that the link does not wait for them.
+
+        They come before the model may use the bytes.
+        """
+        device = jobs[0].device
         stream = devices.own_stream(device, "digest")
         self._streams[id(stream)] = stream
         stream.wait_event(event)
         try:
             with devices.on_stream(stream, device):
-                room = self._unallocated[device]  # no byte more than the model is to be held there,
-                if all(load.nbytes >= IN_PLACE for load in loads):
-                    room = max(room, LEAST_STAGING)  # or a little, where the model is large
-                pending = queue_digests(
-                    [load.target for load in loads if load.target is not None], at_most=room
-                )
+                # No byte more than the model is to be held there, or a little for a large one.
+                room = self._unallocated[device]
+                if all(job.nbytes >= IN_PLACE for job in jobs):
+                    room = max(room, LEAST_STAGING)
+                targets = [job.target for job in jobs if job.target is not None]
+                pending = queue_digests(targets, at_most=room)
         except (torch.OutOfMemoryError, DigestUnavailable):  # no digest: no mirror either
             return event
         self._pending.append(pending)
-        for index, load in enumerate(loads):
-            load.digest = functools.partial(_value, self._pending, pending, index)
+        for index, job in enumerate(jobs):
+            job.read_digest = functools.partial(_read, self._pending, pending, index)
         return stream.record_event()
-
-    def _read_digests(self) -> None:
-        read_together(self._pending)
-        self._pending.clear()
 
     def _let_finish(self, in_flight: int) -> None:
         """Waits until no more than this many copies are under way."""
         while self._wait and len(self._under_way) > in_flight:
-            copy = self._under_way.popleft()
-            copy.event.synchronize()
-            self._done(copy.nbytes)
-            for load in copy.complete:
-                if load.on_arrival is not None:
-                    load.on_arrival()
+            event, nbytes = self._under_way.popleft()
+            event.synchronize()
+            self._done(nbytes)
 
     def _done(self, nbytes: int) -> None:
-        self.copied += nbytes
+        self._copied += nbytes
         if self._progress is not None:
-            self._progress(self.copied, self._total)
-
-    def _batches(self, loads: Sequence[Load]) -> Iterator[list[Load]]:
-        """Splits the loads into what is copied together.
-
-        The staging buffer of what comes in is never larger than what is still to be allocated on that device, so that a
-        restore never holds more there than the model.
-        """
-        batch: list[Load] = []
-        for load in loads:
-            going_out = load.device.type == "cpu"
-            limit = (
-                self._staging
-                if going_out
-                else min(self._staging, self._unallocated[load.device] // 2)
-            )
-            if batch and not _fits_behind(load, batch, limit):
-                yield batch
-                batch = []
-            batch.append(load)
-        if batch:
-            yield batch
+            self._progress(self._copied, self._total)
 
 
-def _fits_behind(load: Load, batch: Sequence[Load], limit: int) -> bool:
-    """Whether a load can travel with a batch: the same way, as its neighbour in the arena, within one registration."""
+def bytes_of(jobs: Iterable[CopyJob]) -> int:
+    """The bytes of all these jobs."""
+    return sum(job.nbytes for job in jobs)
+
+
+def _storage_on(device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _read(unread: list[Pending], pending: Pending, index: int) -> Digest:
+    """The value of one digest. All that were queued by then are read in one copy."""
+    if unread:
+        read_together(unread)
+        unread.clear()
+    return pending.values()[index]
+
+
+def _fits_behind(job: CopyJob, batch: Sequence[CopyJob], limit: int) -> bool:
+    """Whether a job can travel with a batch: the same way, next to it, in one registration."""
     first, last = batch[0], batch[-1]
-    if load.place is None or last.place is None or load.place[0] is not last.place[0]:
-        return False
     if (
-        load.device != last.device
-        or load.source.device != last.source.device
-        or max(load.nbytes, last.nbytes) >= SMALL
+        first.place is None
+        or job.place is None
+        or last.place is None
+        or job.place[0] is not last.place[0]
+        or job.device != last.device
+        or job.source.device != last.source.device
+        or max(job.nbytes, last.nbytes) >= SMALL
     ):
         return False
-    assert first.place is not None
-    gap = load.place[1] - (last.place[1] + last.nbytes)
-    end = load.place[1] + load.nbytes
-    in_one_piece = first.place[1] // arena.PIECE == (end - 1) // arena.PIECE
-    return 0 <= gap < arena.ALIGNMENT and end - first.place[1] <= limit and in_one_piece
+    start, end = first.place[1], job.place[1] + job.nbytes
+    gap = job.place[1] - (last.place[1] + last.nbytes)
+    in_one_piece = start // arena.PIECE == (end - 1) // arena.PIECE
+    return 0 <= gap < arena.ALIGNMENT and end - start <= limit and in_one_piece
 
 
-def _length(batch: Sequence[Load]) -> int:
+def _length(batch: Sequence[CopyJob]) -> int:
     assert batch[0].place is not None and batch[-1].place is not None
     return batch[-1].place[1] + batch[-1].nbytes - batch[0].place[1]
 
 
-def _host_side(batch: Sequence[Load]) -> torch.Tensor:
-    """The bytes of the arena that a batch covers, page-locked if that is possible."""
+def _host_side(batch: Sequence[CopyJob]) -> torch.Tensor:
+    """The host memory that a batch covers, page-locked if that is possible."""
     assert batch[0].place is not None
     block, start = batch[0].place
     end = start + _length(batch)
@@ -354,27 +357,21 @@ def _host_side(batch: Sequence[Load]) -> torch.Tensor:
     return block.bytes()[start:end]
 
 
-def _parts(staging: torch.Tensor, batch: Sequence[Load]) -> list[torch.Tensor]:
-    """What belongs to each load in the staging buffer."""
+def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor]:
+    """What belongs to each job in the staging buffer."""
     assert batch[0].place is not None
     origin = batch[0].place[1]
-    starts = [load.place[1] - origin for load in batch if load.place is not None]
-    return [staging[start : start + load.nbytes] for start, load in zip(starts, batch, strict=True)]
+    starts = [job.place[1] - origin for job in batch if job.place is not None]
+    return [staging[start : start + job.nbytes] for start, job in zip(starts, batch, strict=True)]
 
 
-def _pieces(load: Load) -> Iterator[tuple[int, int]]:
-    """The parts of a load that one copy may cover, as (start, end): none crosses the border of two registrations."""
-    start, offset = 0, load.place[1] if load.place is not None else 0
-    while start < load.nbytes:
-        end = min(load.nbytes, start + arena.PIECE - (offset + start) % arena.PIECE)
+def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
+    """The parts of a job that one copy may cover, as (start, end).
+
+    None crosses the border of two registrations of host memory.
+    """
+    start, offset = 0, job.place[1] if job.place is not None else 0
+    while start < job.nbytes:
+        end = min(job.nbytes, start + arena.PIECE - (offset + start) % arena.PIECE)
         yield start, end
         start = end
-
-
-def bytes_of(loads: Iterable[Load]) -> int:
-    """The bytes of all these loads."""
-    return sum(load.nbytes for load in loads)
-
-
-def _allocate(load: Load) -> torch.UntypedStorage:
-    return torch.empty(load.nbytes, dtype=torch.uint8, device=load.device).untyped_storage()

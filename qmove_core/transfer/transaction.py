@@ -1,369 +1,284 @@
-"""One move as one transaction: check, allocate, copy, commit. Whatever fails on the way leaves the model where it was."""
+"""One move as one transaction: check, allocate, copy, commit. A failure leaves every model where it was.
+
+Park and move are one plan, a swap is two (`exchange.py`), and a streaming restore commits before it waits
+(`parking/streaming.py`). All of them are a list of records (`moves.py`), one commit and one rollback.
+"""
 
 from __future__ import annotations
 
 import logging
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from .. import devices, homes, hosting
-from ..actions import Action
-from ..digests.digest import Digest
+from .. import devices, hosting
 from ..errors import CorruptedCopy
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mapped_files, mirrors
 from ..memory.allocation import allocate, bytes_by_device
-from ..memory.mirrors import Mirror
 from ..model import kinds
 from ..model.holders import Straggler, holders_of, tensors_on
-from ..model.holdings import Holding, Inventory
 from ..settings import settings
-from ..storages import rebind
-from . import verification
-from .copies import Load, Progress, Transfer, bytes_of
+from ..storages import EMPTY, rebind
+from ..tracebacks import clear_own_frames
+from .copies import CopyJob, Progress, Transfer, bytes_of
+from .moves import Done, MovePlan, StorageMove
+from .verification import prove
 
 log = logging.getLogger("qmove")
 
-_NOTHING = torch.UntypedStorage(0)
 DEVICE_ADVICE = "Free memory there first, for example qmove.park() another model."
 
 
-@dataclass(slots=True)
-class Step:
-    """One storage of a plan: where it goes, and what is to be known of it there."""
-
-    holding: Holding
-    target: torch.device
-    origin: homes.Origin | None = None
-    strangers: list[torch.Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Relocated:
-    """What was done.
-
-    Attributes:
-        copied_bytes: without those that a mirror held already.
-        stragglers: what did not leave its old device.
-        verified: whether digests proved every byte.
-    """
-
-    copied_bytes: int
-    stragglers: list[Straggler]
-    verified: bool
-
-
-def relocate(
-    action: Action,
-    inventory: Inventory,
-    steps: Sequence[Step],
-    *,
-    on_commit: Callable[[], None],
-    progress: Progress | None = None,
-) -> Relocated:
-    """Carries out `steps`: all of them, or none.
+def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
+    """Moves every storage of a plan, or none.
 
     Args:
-        action: what the caller asked for, for messages.
-        inventory: what the model holds; `steps` are about its holdings.
-        on_commit: called when everything lies in its new place; if it raises, all goes back.
-        progress: called as (bytes done, bytes in all) while copying.
+        progress: called as (bytes copied, bytes in all); what it raises undoes the move.
+
+    Raises:
+        NotEnoughMemory: checked before the first byte moves.
+        CorruptedCopy: `verify` is on, and what arrived is not what was sent.
     """
-    freight = Freight(action, steps)
-    try:
-        freight.find_unchanged()
-        freight.allocate_on_host()
-        freight.copy(progress)
-        verified = settings.verify and freight.verify()
-        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-            stragglers = freight.commit(inventory, on_commit)
-    except BaseException as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # the loops that were left have storages in their variables
-        raise
-    finally:
-        freight.unload()
-    devices.release_cached({step.holding.device for step in steps})
-    if steps:
-        hosting.tell_moved()
-    return Relocated(freight.copied, stragglers, verified)
+    with MoveTransaction(plan) as transaction:
+        transaction.use_mirrors()
+        transaction.allocate_on_host()
+        transaction.copy(transaction.to_copy(), progress)
+        verified = settings.verify and transaction.verify()
+        transaction.commit()
+        done = transaction.finish()
+    return Done(done.copied_bytes, done.stragglers, verified)
 
 
-class Freight:
-    """The storages of a plan while they change places: where each comes from and goes to, and what is known of its bytes."""
+class MoveTransaction:
+    """The storages of one or two plans while they move.
 
-    def __init__(self, action: Action, steps: Sequence[Step]) -> None:
-        self.copied = 0
-        self._action, self._steps = action, steps
-        self._sources = [step.holding.storage for step in steps]
-        self._targets: list[torch.UntypedStorage | None] = [None] * len(steps)
-        self._digests: list[Digest | None] = [None] * len(
-            steps
-        )  # of the bytes on their accelerator
-        self._mirrors: list[Mirror | None] = [None] * len(steps)
-        self._unchanged = [False] * len(steps)
+    Leaving its `with` drops every storage that no model needs, and after an error puts back what the
+    transaction had taken. Whoever keeps the traceback keeps no memory.
+    """
 
-    def find_unchanged(self) -> None:
-        """Looks at which mirrors still hold what lies on the device: those storages need no copy."""
-        going_out = [index for index, step in enumerate(self._steps) if _goes_out(step)]
-        mirrored = mirrors.take([self._sources[index] for index in going_out])
-        for index, mirror in zip(going_out, mirrored, strict=True):
-            self._mirrors[index] = mirror
-        asked = [
-            index for index in going_out if settings.verify or self._mirrors[index] is not None
-        ]
-        for index, digest in zip(
-            asked, mirrors.current_digests([self._sources[i] for i in asked]), strict=True
-        ):
-            mirror = self._mirrors[index]
-            self._digests[index] = digest
-            self._unchanged[index] = (
-                mirror is not None and digest is not None and digest == mirror.digest
-            )
-        for index in going_out:
-            mirror = self._mirrors[index]
-            if mirror is not None and (
-                self._unchanged[index] or not mapped_files.slice_of(mirror.host)
-            ):
-                self._targets[index] = mirror.host  # a mirror that is no longer true is overwritten
+    def __init__(self, *plans: MovePlan) -> None:
+        self.plans = plans
+        self.moves = [move for plan in plans for move in plan.moves]
+        self._watched: list[tuple[StorageMove, StorageWeakRef]] = []
+
+    def __enter__(self) -> MoveTransaction:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:
+            clear_own_frames(error)
+        left = [move for move in self.moves if not move.is_committed and move.mirror is not None]
+        mirrors.put_back([move.source for move in left], [move.mirror for move in left])
+        for move in self.moves:
+            move.mirror = None
+            move.drop_storages()
+
+    # Before anything moves --------------------------------------------------------------------------
+
+    def use_mirrors(self) -> None:
+        """Finds the host copies that still hold what lies on the device: nothing to copy there."""
+        leaving = [move for move in self.moves if move.goes_out]
+        for move, mirror in zip(leaving, mirrors.take([m.source for m in leaving]), strict=True):
+            move.mirror = mirror
+        asked = [move for move in leaving if settings.verify or move.mirror is not None]
+        digests = mirrors.current_digests([move.source for move in asked])
+        for move, digest in zip(asked, digests, strict=True):
+            move.digest = digest
+        for move in leaving:
+            if move.mirror is None:
+                continue
+            move.is_unchanged = move.digest is not None and move.digest == move.mirror.digest
+            if move.is_unchanged or mapped_files.slice_of(move.mirror.host) is None:
+                move.target = move.mirror.host  # one that is no longer true is written over
             else:
-                self._mirrors[index] = (
-                    None  # a file is never written to: this needs a place in the arena
-                )
+                move.mirror = None  # a file is never written to
 
-    def allocate_on_host(self) -> None:
-        """Checks every budget, then allocates what is missing on the host. Devices are allocated on as the copies go."""
-        missing = [index for index, target in enumerate(self._targets) if target is None]
-        wanted = [
-            (self._steps[index].holding.nbytes, self._steps[index].target) for index in missing
-        ]
-        budget.require(self._action, bytes_by_device(wanted))
-        on_host = [index for index in missing if self._steps[index].target.type == "cpu"]
-        sizes = [(self._steps[index].holding.nbytes, devices.CPU) for index in on_host]
-        for index, storage in zip(
-            on_host, allocate(self._action, sizes, DEVICE_ADVICE), strict=True
-        ):
-            self._targets[index] = storage
+    def allocate_on_host(self, *plans: MovePlan) -> None:
+        """Checks every budget of these plans, or of all, then allocates what is lacking on the host.
 
-    def copy(self, progress: Progress | None) -> None:
-        """Copies what has to be copied, and returns when all of it is there."""
-        loads = self.loads()
-        digests = settings.keep_mirrors or settings.verify
-        with (
-            let_go_of(loads.values()),
-            Transfer(bytes_of(loads.values()), progress, digests=digests) as transfer,
-        ):
-            self._start(transfer, list(loads.values()))
-        self.note_arrivals(loads)
-        for index, load in loads.items():
-            if load.device.type != "cpu":
-                self._digests[index] = load.digest()
+        Devices are allocated on as the copies go.
+        """
+        for plan in plans or self.plans:
+            lacking = [move for move in plan.moves if move.target is None]
+            budget.require(plan.action, bytes_by_device([(m.nbytes, m.device) for m in lacking]))
+            on_host = [move for move in lacking if move.device.type == "cpu"]
+            sizes = [(move.nbytes, move.device) for move in on_host]
+            storages = allocate(plan.action, sizes, DEVICE_ADVICE)
+            for index, move in enumerate(on_host):
+                move.target = storages[index]
 
-    def loads(self) -> dict[int, Load]:
-        """What has to be copied, by the number of its step. From now on what those mirrors held is gone."""
-        indices = [index for index, unchanged in enumerate(self._unchanged) if not unchanged]
-        for index in indices:
-            self._mirrors[index] = None
-        return {
-            index: Load(self._sources[index], self._steps[index].target, self._targets[index])
-            for index in indices
-        }
+    def to_copy(self) -> list[StorageMove]:
+        """The moves whose bytes are not there yet. What their mirrors held counts no more."""
+        moves = [move for move in self.moves if not move.is_unchanged]
+        for move in moves:
+            move.mirror = None
+        return moves
 
-    def note_arrivals(self, loads: Mapping[int, Load]) -> None:
-        """These have been copied."""
-        self.copied = bytes_of(loads.values())
-        for index, load in loads.items():
-            self._targets[index] = load.target
+    # The copies -------------------------------------------------------------------------------------
 
-    def take_digests(self) -> None:
-        """Of everything that arrived on a device, for the mirrors."""
-        if settings.keep_mirrors:
-            self._digests = mirrors.current_digests(
-                [target for target in self._targets if target is not None]
-            )
+    def copy(
+        self,
+        moves: Sequence[StorageMove],
+        progress: Progress | None = None,
+        *,
+        digests: bool | None = None,
+    ) -> None:
+        """Copies, and returns when every byte is there. Digests are taken where they are of use."""
+        if digests is None:
+            digests = settings.keep_mirrors or settings.verify
+        with Transfer(bytes_of(moves), progress, digests=digests) as transfer:
+            self.start(transfer, moves)
+        for move in moves:
+            if move.device.type != "cpu":
+                move.digest = move.read_digest()
 
-    def commit_one(self, index: int) -> StorageWeakRef:
-        """Moves one storage for good, and lets go of its old place, which the result watches."""
-        step, source, target = self._steps[index], self._sources[index], self._targets[index]
-        assert target is not None and step.origin is not None
-        with interrupts_deferred():
-            rebind(step.holding.tensors + step.strangers, target)
-            homes.remember(target, step.origin)
-            self._sources[index], self._mirrors[index] = _NOTHING, None
-        return StorageWeakRef(source)
+    def start(self, transfer: Transfer, moves: Sequence[StorageMove]) -> None:
+        """Copies with a transfer that may not wait.
 
-    @contextmanager
-    def queued(self) -> Iterator[list[Load]]:
-        """Queues every copy, and waits for none unless the body fails."""
-        loads = list(self.loads().values())
-        with (
-            let_go_of(loads),
-            Transfer(bytes_of(loads), wait=False, digests=settings.keep_mirrors) as transfer,
-        ):
-            self._start(transfer, loads)
-            self._targets = [load.target for load in loads]
-            yield loads
-
-    def _start(self, transfer: Transfer, loads: Sequence[Load]) -> None:
+        Raises:
+            NotEnoughMemory: a device had no room after all.
+        """
         try:
-            transfer.copy(loads)
+            transfer.copy(moves)
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(loads) from error
+            full = next(m for m in moves if m.device.type != "cpu" and m.target is None)
+            nbytes = bytes_of(move for move in moves if move.device == full.device)
+            action = next(plan.action for plan in self.plans if full in plan.moves)
+            raise budget.out_of_memory(action, full.device, nbytes, DEVICE_ADVICE) from error
 
     def verify(self) -> bool:
         """Compares digests of what was sent with what arrived.
 
         Raises:
-            CorruptedCopy: they differ, and the model was not changed in between. Nothing was moved.
+            CorruptedCopy: they differ, and the model was not changed in between.
         """
         try:
-            return verification.prove(
-                self._action, self._steps, self._sources, self._targets, self._digests
-            )
+            return all([prove(plan.action, plan.moves) for plan in self.plans])
         except CorruptedCopy:
-            self._mirrors = [None] * len(
-                self._steps
-            )  # what is bad may be one of them: next time all is copied
+            for move in self.moves:
+                move.mirror = None  # what is bad may be one of them: next time all is copied
             raise
 
-    def commit(self, inventory: Inventory, on_commit: Callable[[], None]) -> list[Straggler]:
-        """Moves the model to where its bytes are now, and lets go of the old ones."""
-        self.rebind(inventory, on_commit)
-        for step, target, digest in zip(self._steps, self._targets, self._digests, strict=True):
-            if step.origin is not None and target is not None:
-                step.origin.digest = digest
-                homes.remember(target, step.origin)
-        _forget_parked(self._sources)
-        watched = [StorageWeakRef(source) for source in self._sources]
-        cargo, digests = self.hand_over(), self._digests
-        cargo.keep_as_mirrors(digests)
-        targets, cargo.sources = cargo.targets, []
-        return take_strangers_along(self._steps, targets, watched)
+    # The commit, and its rollback -------------------------------------------------------------------
 
-    def take_strangers_along(self, watched: Sequence[StorageWeakRef]) -> list[Straggler]:
-        """After `commit_one` of every step: what of the old places lives on."""
-        return take_strangers_along(
-            self._steps, [target for target in self._targets if target is not None], watched
-        )
+    def commit(self) -> None:
+        """Moves the models to where their bytes are now, or leaves them where they were."""
+        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+            pending = [move for move in self.moves if not move.is_committed]
+            try:
+                for move in pending:
+                    move.look_into_target()
+                for plan in self.plans:
+                    kinds.refresh(plan.held)
+                for plan in self.plans:
+                    plan.on_commit()
+            except BaseException:
+                self._roll_back(pending)
+                raise
+            for move in pending:
+                move.note_origin()
 
-    def rebind(self, inventory: Inventory, on_commit: Callable[[], None]) -> None:
-        """Lets every tensor look into its new storage, and puts all of them back if anything goes wrong."""
+    def _roll_back(self, pending: Sequence[StorageMove]) -> None:
+        for move in pending:
+            move.look_into_source()
+        for plan in self.plans:
+            kinds.refresh(plan.held)
+
+    def commit_early(self, move: StorageMove) -> StorageWeakRef:
+        """Moves one storage for good and drops its old place, which the result watches.
+
+        Only for models that are asleep: `commit` does the rest for all of them.
+        """
+        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+            move.look_into_target()
+            move.note_origin()
+            watched = self._drop_source(move)
+        self._watched.append((move, watched))
+        return watched
+
+    # After the commit -------------------------------------------------------------------------------
+
+    def finish(self) -> Done:
+        """Keeps mirrors, drops the old storages, and looks at which of them live on."""
+        keep_as_mirrors(self.moves)
+        for move in self.moves:
+            move.mirror = None
+            if move.source is not EMPTY:
+                self._watched.append((move, self._drop_source(move)))
+        copied = bytes_of(move for move in self.moves if not move.is_unchanged)
+        stragglers = _take_outsiders_along(self._watched)
+        devices.release_cached({move.came_from for move in self.moves})
+        if self.moves:
+            hosting.tell_moved()
+        return Done(copied, stragglers, verified=False)
+
+    @staticmethod
+    def _drop_source(move: StorageMove) -> StorageWeakRef:
+        watched = StorageWeakRef(move.source)
+        move.source, move.mirror = EMPTY, None
+        return watched
+
+
+def keep_as_mirrors(jobs: Sequence[CopyJob]) -> None:
+    """Keeps the arena's storages that were restored from, and that nobody else looks into."""
+    if not settings.keep_mirrors:
+        return
+    restored = [
+        job
+        for job in jobs
+        if job.device.type != "cpu"
+        and job.target is not None
+        and arena.place_of(job.source) is not None
+    ]
+    alone = [job for job, is_alone in zip(restored, unshared(restored), strict=True) if is_alone]
+    # The last storages of a restore had no room beside them for a digest: it is taken on the host,
+    # where that is quick.
+    late = [job for job in alone if job.digest is None]
+    for job, digest in zip(late, mirrors.quick_digests([j.source for j in late]), strict=True):
+        job.digest = digest
+    for job in alone:
+        if job.digest is not None and job.target is not None:
+            mirrors.keep(job.target, job.source, job.digest)
+
+
+def unshared(jobs: Sequence[CopyJob]) -> list[bool]:
+    """For each job whether nobody else holds its source, or could write to it later."""
+    with interrupts_deferred():
+        sources = []
+        for job in jobs:
+            sources.append(job.source)
+            job.source = EMPTY  # the list alone holds it now, of all that is ours
         try:
-            for step, target in zip(self._steps, self._targets, strict=True):
-                assert target is not None
-                rebind(step.holding.tensors + step.strangers, target)
-            kinds.refresh(inventory)
-            on_commit()
-        except BaseException:
-            for step, source in zip(self._steps, self._sources, strict=True):
-                rebind(step.holding.tensors + step.strangers, source)
-            kinds.refresh(inventory)
-            raise
-
-    def hand_over(self) -> Cargo:
-        """All storages, to be kept or dropped by the caller. The mirrors are what the model lives in now."""
-        cargo = Cargo(self._sources, [target for target in self._targets if target is not None])
-        self._sources, self._targets, self._mirrors = [], [], []
-        return cargo
-
-    def unload(self) -> None:
-        """Lets go of every storage. Whoever keeps a traceback keeps this object: it must not keep the bytes alive as well."""
-        mirrors.put_back(self._sources, self._mirrors)  # only if nothing was moved are there any
-        for storages in (self._sources, self._targets, self._mirrors):
-            storages.clear()
-
-    def _out_of_memory(self, loads: Sequence[Load]) -> Exception:
-        load = next(load for load in loads if load.device.type != "cpu" and load.target is None)
-        nbytes = bytes_of(other for other in loads if other.device == load.device)
-        return budget.out_of_memory(self._action, load.device, nbytes, DEVICE_ADVICE)
+            return mirrors.unshared(sources)
+        finally:
+            for job, source in zip(jobs, sources, strict=True):
+                job.source = source
 
 
-@dataclass
-class Cargo:
-    """The storages of a move that is done: those the bytes came from, and those they are in."""
-
-    sources: list[torch.UntypedStorage]
-    targets: list[torch.UntypedStorage]
-
-    def keep_as_mirrors(self, digests: Sequence[Digest | None]) -> None:
-        """Keeps what came from the arena to a device, and what nobody else looks into."""
-        if not settings.keep_mirrors:
-            return
-        alone = mirrors.unshared(self.sources)
-        kept = [
-            index
-            for index, target in enumerate(self.targets)
-            if target.device.type != "cpu"
-            and alone[index]
-            and arena.place_of(self.sources[index]) is not None
-        ]
-        # The last storages of a restore had no room beside them for a digest: it is taken on the host, where that is quick.
-        late = [index for index in kept if digests[index] is None]
-        found = dict(
-            zip(late, mirrors.quick_digests([self.sources[index] for index in late]), strict=True)
-        )
-        for index in kept:
-            digest = digests[index] if digests[index] is not None else found[index]
-            if digest is not None:
-                mirrors.keep(self.targets[index], self.sources[index], digest)
-
-
-@contextmanager
-def let_go_of(loads: Iterable[Load]) -> Iterator[None]:
-    """After an error in the body no load keeps what was allocated for it, whoever keeps the traceback."""
-    try:
-        yield
-    except BaseException:
-        for load in loads:
-            load.target = None
-        raise
-
-
-def _forget_parked(sources: Iterable[torch.UntypedStorage]) -> None:
-    """They hold no parked model any more, whoever still looks into them."""
-    for source in sources:
-        if source.device.type == "cpu":
-            homes.forget(source._cdata)
-
-
-def _goes_out(step: Step) -> bool:
-    return step.target.type == "cpu" and step.holding.device.type != "cpu"
-
-
-def take_strangers_along(
-    steps: Sequence[Step],
-    targets: Sequence[torch.UntypedStorage],
-    watched: Sequence[StorageWeakRef],
+def _take_outsiders_along(
+    watched: Sequence[tuple[StorageMove, StorageWeakRef]],
 ) -> list[Straggler]:
-    """Looks at which old storages live on, takes the tensors that hold them along, and reports what cannot be."""
+    """Moves the tensors outside the model that hold old storages, and reports what still lives."""
     alive = {
-        ref.cdata: (step, target)
-        for ref, step, target in zip(watched, steps, targets, strict=True)
-        if step.holding.device.type != "cpu" and not ref.expired()
+        ref.cdata: move
+        for move, ref in watched
+        if move.came_from.type != "cpu" and not ref.expired()
     }
     if not alive:
         return []
-    for cdata, tensors in tensors_on(alive.keys()).items():
-        _take_along(tensors, *alive[cdata])
+    for cdata, tensors in tensors_on(alive).items():
+        move = alive[cdata]
+        assert move.target is not None
+        rebind(tensors, move.target)
+        if move.origin is not None:
+            move.origin.outsiders += [TensorWeakRef(tensor) for tensor in tensors]
+        log.debug("moved %d tensors outside the model with %s", len(tensors), move.holding.name)
         tensors.clear()
     return [
-        Straggler(
-            step.holding.name, step.holding.device, step.holding.nbytes, holders_of(ref.cdata)
-        )
-        for ref, step in zip(watched, steps, strict=True)
+        Straggler(move.holding.name, move.came_from, move.nbytes, holders_of(ref.cdata))
+        for move, ref in watched
         if ref.cdata in alive and not ref.expired()
     ]
-
-
-def _take_along(tensors: list[torch.Tensor], step: Step, target: torch.UntypedStorage) -> None:
-    rebind(tensors, target)
-    if step.origin is not None:
-        step.origin.strangers += [TensorWeakRef(tensor) for tensor in tensors]
-    log.debug("took %d tensors outside the model along with %s", len(tensors), step.holding.name)

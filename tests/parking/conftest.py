@@ -44,7 +44,7 @@ def no_files_mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     simcuda.reset_counters()
     yield
     simcuda.set_pinned_limit(None)
-    streaming.settle()
+    streaming.wait_for()
     gc.collect()
     qmove.trim()
     assert (simcuda.host_counters().registered, mapped_files.nbytes()) == (0, 0)

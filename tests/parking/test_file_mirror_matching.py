@@ -95,7 +95,7 @@ def test_a_model_that_is_still_arriving_is_waited_for(gpu: GPU, tmp_path: Path) 
     qmove.park(model)
     qmove.restore(model, stream=True)
     assert qmove.mirror_files(model, path) == MODEL
-    streaming.settle()
+    streaming.wait_for()
     assert arena.bytes_in_use() == 0, "the copy in RAM came after that of the file"
 
 

@@ -41,7 +41,7 @@ def test_a_change_while_it_arrives_is_kept(gpu: GPU) -> None:
     stream_in(model)
     model[1].weight.data.add_(1)
     changed = model[1].weight.nbytes
-    streaming.settle()
+    streaming.wait_for()
     wanted = contents(model)
     assert qmove.park(model).copied_bytes == changed
     assert contents(model) == wanted
@@ -123,7 +123,7 @@ def test_a_model_on_two_devices_streams_to_both(gpu: GPU, second_gpu: GPU) -> No
     stream_in(model)
     model[0](inputs())
     model[1](inputs().to("cuda:1"))
-    streaming.settle()
+    streaming.wait_for()
     assert snapshot(model) == before
     assert qmove.park(model).copied_bytes == 0
 
@@ -142,7 +142,7 @@ def test_an_alias_that_was_written_to_while_the_model_arrived_makes_no_false_mir
     torch.cuda.synchronize()  # the bytes are on the device now
     state["1.weight"].add_(1)
     del state
-    streaming.settle()
+    streaming.wait_for()
     assert contents(model) == before
     qmove.park(model)
     assert contents(model) == before

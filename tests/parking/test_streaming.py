@@ -177,7 +177,7 @@ def test_layers_arrive_in_the_order_in_which_they_were_last_used(gpu: GPU) -> No
             stream_in(model)
         orders.append(order)
         assert torch.equal(model(x), expected)
-        streaming.settle()
+        streaming.wait_for()
     assert orders == [[*blocks, head, rotary], [*blocks[::-1], head, rotary]]
     qmove.park(model)
     with copies_in() as order:
@@ -206,7 +206,7 @@ def test_a_unit_is_a_layer_with_all_below_it_or_a_module_outside_of_all_layers(g
     model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
     model.table = nn.Parameter(torch.ones(8))
     model.blocks[1][0].bias = model.blocks[0][0].bias
-    found = layer_order.units_of(qmove.inventory(model))
+    found = layer_order.groups_of(qmove.inventory(model))
     assert {unit.name: sorted(holding.name for holding in unit.holdings) for unit in found} == {
         "": ["table"],
         "norm": ["norm.bias", "norm.weight"],
@@ -260,6 +260,6 @@ def test_a_pipeline_wakes_and_computes_while_the_rest_arrives(
         seen.clear()
         assert (image_of(pipe) == expected).all()
         assert seen[0]
-        streaming.settle()
+        streaming.wait_for()
         assert traces(pipe.unet) == before
         assert not qmove.is_parked(pipe)

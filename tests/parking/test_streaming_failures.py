@@ -112,7 +112,7 @@ def test_a_copy_that_fails_on_its_way_leaves_the_model_parked_with_its_bytes(
     assert gpu.allocated() == around
     torch.cuda.synchronize()  # no copy was left behind that writes to what was freed
     assert torch.equal(model(x), expected), "it sleeps again, and wakes"
-    streaming.settle()
+    streaming.wait_for()
     assert snapshot(model) == before
 
 
@@ -124,7 +124,7 @@ def test_a_failed_arrival_does_not_undo_what_the_host_changed(gpu: GPU) -> None:
     wanted = contents(model)
     with simcuda.fail("copy", nth=4, late=True), pytest.raises(RuntimeError, match="injected"):
         qmove.restore(model, stream=True)
-        streaming.settle()
+        streaming.wait_for()
     assert contents(model) == wanted
     qmove.restore(model)
     assert contents(model) == wanted
@@ -156,7 +156,7 @@ def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     assert snapshot(model) == parked
     assert torch.cuda.memory_allocated() == empty and raised.value is not None
     qmove.restore(model, stream=True)
-    streaming.settle()
+    streaming.wait_for()
     assert snapshot(model) == before
 
 
@@ -173,5 +173,5 @@ def test_too_little_vram_leaves_the_model_parked(gpu: GPU) -> None:
         assert snapshot(model) == bytes_parked
     simcuda.set_memory("4GiB")
     assert torch.equal(model(inputs()), expected)
-    streaming.settle()
+    streaming.wait_for()
     assert snapshot(model) == before

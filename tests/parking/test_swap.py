@@ -128,11 +128,11 @@ def test_with_no_way_back_the_leaving_model_is_parked_whole(
     leaving, coming = a_pair(30, 30)
     before = {name: tensor.cpu() for name, tensor in leaving.state_dict().items()}
 
-    def no_way_back(model: object) -> None:
+    def no_way_back(plan: object) -> None:
         raise qmove.QMoveError("planted")
 
-    monkeypatch.setattr(swapping, "restore", no_way_back)
-    with pytest.raises(qmove.QMoveError, match="planted"), simcuda.fail("copy", nth=6):
+    monkeypatch.setattr(swapping, "carry_out", no_way_back)
+    with pytest.raises(torch.AcceleratorError, match="injected"), simcuda.fail("copy", nth=6):
         qmove.swap(leaving, coming)
     monkeypatch.undo()
 

@@ -223,7 +223,7 @@ def test_everything_is_as_it_was(
         with torch.inference_mode(inside_inference_mode):
             qmove.park(model)
             qmove.restore(model, stream=True)
-        streaming.settle()
+        streaming.wait_for()
         assert snapshot(model) == before
         assert traces(model) == quiet
 
@@ -250,7 +250,7 @@ def test_after_the_last_byte_nothing_is_left_on_the_model(gpu: GPU, order: str) 
     assert traces(model) != before
     for layer in model if order == "registered" else reversed(model):
         layer(inputs())
-    streaming.settle()
+    streaming.wait_for()
     assert traces(model) == before
     assert not is_arriving()
     assert not sleeping._wakers

@@ -41,6 +41,6 @@ def scaled_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(engine, "SMALL", engine.SMALL // 16)
     assert (arena.PIECE, engine.STAGING, engine.SMALL) == (4 * MIB, 2 * MIB, MIB)
     yield
-    streaming.settle()
+    streaming.wait_for()
     gc.collect()
     qmove.trim()  # what was registered in such pieces must be unregistered so

@@ -1,0 +1,134 @@
+"""The parked models. A record holds its model weakly, so that being parked keeps nothing alive."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.weak import TensorWeakRef
+
+from .. import homes
+from ..slots import slots_of
+
+_numbers = itertools.count()
+_living: weakref.WeakSet[Record] = weakref.WeakSet()
+
+
+class Record:
+    """A parked model. It lives as long as anything of it is parked, or a module of it is asleep.
+
+    Attributes:
+        homes: the home of each name, for tensors that are replaced while the model is parked.
+    """
+
+    def __init__(
+        self, model: object, extra: Iterable[object], homes: Mapping[str, torch.device]
+    ) -> None:
+        self.homes = dict(homes)
+        self._model, self._extra = _weakly(model), [_weakly(root) for root in extra]
+        self._number = next(_numbers)
+
+    def register(self) -> None:
+        """Lets `record_of` find it. Called when the model is parked."""
+        _living.add(self)
+
+    @property
+    def model(self) -> Any:
+        """The model, or None if it is gone.
+
+        A model that allows no weak reference (a dict, a list) is given as a new dict of what is
+        left of its contents, under the names that they have in an inventory.
+        """
+        return self._model()
+
+    @property
+    def extra(self) -> list[object]:
+        """The objects that were parked with the model, as far as they are still alive."""
+        return [root for ref in self._extra if (root := ref()) is not None]
+
+    def is_for(self, model: object) -> bool:
+        """Whether this object was parked: for a container, whether it holds all that is left."""
+        own = self.model
+        if own is None or _allows_weak_reference(own) != _allows_weak_reference(model):
+            return False
+        return _ids(own) <= _ids(model)
+
+
+def records() -> list[Record]:
+    """One record for each model of which anything is parked, the longest parked first."""
+    found = {id(origin.record): origin.record for origin in homes.parked_origins()}
+    return [r for r in found.values() if isinstance(r, Record) and r.model is not None]
+
+
+def parked_models() -> list[Any]:
+    """The model of each record, the longest parked first, no model twice."""
+    models = [model for record in records() if (model := record.model) is not None]
+    return list({_ids(model): model for model in models}.values())
+
+
+def parked_bytes() -> dict[str, int]:
+    """Bytes parked now, by the device they came from."""
+    totals: dict[str, int] = defaultdict(int)
+    for origin in homes.parked_origins():
+        totals[str(origin.home)] += origin.nbytes
+    return dict(totals)
+
+
+def record_of(model: object) -> Record | None:
+    """The newest record of exactly this object."""
+    return max(
+        (record for record in _living if record.is_for(model)),
+        key=lambda record: record._number,
+        default=None,
+    )
+
+
+def _weakly(model: object) -> Callable[[], Any]:
+    """Gives the model, or a new dict of what is left of a container; None when it is gone."""
+    refs = [
+        (name, TensorWeakRef(leaf) if isinstance(leaf, torch.Tensor) else weakref.ref(leaf))
+        for name, leaf in _leaves(model)
+    ]
+    if _allows_weak_reference(model):
+        return refs[0][1]
+    return lambda: {name: leaf for name, ref in refs if (leaf := ref()) is not None} or None
+
+
+def _ids(model: object) -> frozenset[int]:
+    return frozenset(id(leaf) for _name, leaf in _leaves(model))
+
+
+def _leaves(
+    obj: object, name: str = "", within: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, Any]]:
+    """The objects that make up a model and allow a weak reference, with their names."""
+    if _allows_weak_reference(obj):
+        yield name, obj
+        return
+    if id(obj) in within:
+        return
+    if isinstance(obj, dict):
+        # A key that is no name may be an object that must not be kept alive by its name: an
+        # optimizer's state has parameters for keys.
+        items = [
+            (f"{name}.{key}" if name else key, value)
+            if isinstance(key, str)
+            else (f"{name}[{key if isinstance(key, int) else f'#{index}'}]", value)
+            for index, (key, value) in enumerate(obj.items())
+        ]
+    elif isinstance(obj, (list, tuple, set, frozenset)):
+        items = [(f"{name}[{index}]", value) for index, value in enumerate(obj)]
+    else:
+        prefix = f"{name}." if name else ""
+        slots = slots_of(type(obj))  # type: ignore[arg-type]
+        items = [(prefix + slot, getattr(obj, slot, None)) for slot in slots]
+    for item_name, value in items:
+        yield from _leaves(value, item_name, within | {id(obj)})
+
+
+def _allows_weak_reference(obj: object) -> bool:
+    return isinstance(obj, torch.Tensor) or type(obj).__weakrefoffset__ != 0

@@ -1,0 +1,130 @@
+"""What a transaction is given: plans, and in each of them one record for every storage that moves."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import homes
+from ..actions import Action
+from ..homes import Origin
+from ..memory.mirrors import Mirror
+from ..model.holders import Straggler
+from ..model.holdings import Holding, Inventory
+from ..storages import rebind
+from .copies import CopyJob, bytes_of
+
+
+class StorageMove(CopyJob):
+    """One storage that moves to `device`.
+
+    Attributes:
+        holding: the tensors that look into it.
+        origin: what is to be known of it on the host; None for what needs no way back.
+        outsiders: tensors outside the model that looked into it and move with it.
+        came_from: the device it was on.
+        mirror: the host copy that the storage had, while this move uses it.
+        is_unchanged: whether `target` holds the bytes already.
+        is_committed: whether its tensors look into `target` for good.
+    """
+
+    __slots__ = (
+        "came_from",
+        "holding",
+        "is_committed",
+        "is_unchanged",
+        "mirror",
+        "origin",
+        "outsiders",
+    )
+
+    def __init__(
+        self,
+        holding: Holding,
+        device: torch.device,
+        origin: Origin | None = None,
+        outsiders: Sequence[torch.Tensor] = (),
+    ) -> None:
+        super().__init__(holding.storage, device)
+        self.holding, self.origin, self.outsiders = holding, origin, list(outsiders)
+        self.came_from = self.source.device
+        self.mirror: Mirror | None = None
+        self.is_unchanged = self.is_committed = False
+
+    def look_into_target(self) -> None:
+        """Lets every tensor look into the new storage."""
+        assert self.target is not None
+        rebind([*self.holding.tensors, *self.outsiders], self.target)
+
+    def look_into_source(self) -> None:
+        """Lets every tensor look into the old storage: the way back of `look_into_target`."""
+        rebind([*self.holding.tensors, *self.outsiders], self.source)
+
+    def note_origin(self) -> None:
+        """Notes where the bytes on the host came from. What has left the host is parked no more."""
+        assert self.target is not None
+        if self.origin is not None:
+            self.origin.digest = self.digest
+            homes.remember(self.target, self.origin)
+        if self.came_from.type == "cpu":
+            homes.forget(self.source._cdata)
+        self.is_committed = True
+
+
+@dataclass(frozen=True)
+class MovePlan:
+    """A move of one model.
+
+    Attributes:
+        action: what the caller asked for, for messages.
+        held: what the model holds.
+        moves: one for each storage that moves; what the model needs first comes first.
+        on_commit: called when everything lies in its new place; if it raises, all goes back.
+    """
+
+    action: Action
+    held: Inventory
+    moves: list[StorageMove]
+    on_commit: Callable[[], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that move."""
+        return bytes_of(self.moves)
+
+    @property
+    def arriving(self) -> dict[torch.device, int]:
+        """Bytes that the moves need on each accelerator."""
+        totals: dict[torch.device, int] = defaultdict(int)
+        for move in self.moves:
+            if move.device.type != "cpu":
+                totals[move.device] += move.nbytes
+        return totals
+
+    @property
+    def targets(self) -> dict[str, torch.device]:
+        """Where each storage that moves goes, by its name."""
+        return {move.holding.name: move.device for move in self.moves}
+
+    @property
+    def origins(self) -> dict[str, torch.device]:
+        """Where each storage that moves comes from, by its name."""
+        return {move.holding.name: move.came_from for move in self.moves}
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a transaction did for one plan.
+
+    Attributes:
+        copied_bytes: without those that a mirror held already.
+        stragglers: what did not leave its old device.
+        verified: whether digests proved every byte.
+    """
+
+    copied_bytes: int
+    stragglers: list[Straggler]
+    verified: bool
