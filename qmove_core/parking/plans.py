@@ -134,16 +134,25 @@ def sleep_again(
 
 
 def _fall_asleep(record: Record, held: Inventory, wake: Callable[[object], object]) -> None:
-    def on_use(module: nn.Module) -> None:
-        model = record.model
-        if model is not None:
-            wake(model)
-        # A module that outlived the pipeline it was parked with, or was taken out of it.
-        if sleeping.sleeps_by(module, on_use):
-            wake(module)
-
     record.register()
-    sleeping.put_to_sleep(held.modules.values(), on_use)
+    sleeping.put_to_sleep(held.modules.values(), _WakeModel(record, wake))
+
+
+class _WakeModel:
+    """What a sleeping module of a parked model does when it is used."""
+
+    __slots__ = ("_record", "_wake")
+
+    def __init__(self, record: Record, wake: Callable[[object], object]) -> None:
+        self._record, self._wake = record, wake
+
+    def __call__(self, module: nn.Module) -> None:
+        model = self._record.model
+        if model is not None:
+            self._wake(model)
+        # A module that outlived the pipeline it was parked with, or was taken out of it.
+        if sleeping.sleeps_by(module, self):
+            self._wake(module)
 
 
 def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:

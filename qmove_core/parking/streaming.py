@@ -205,6 +205,7 @@ class StreamingRestore:
         for part in self._parts:
             part.forget()
         self._parts.clear()
+        self._groups.clear()
 
     def _synchronize(self, parts: Sequence[_Part]) -> None:
         try:

@@ -133,7 +133,10 @@ class _HostRoom:
 
     def __init__(self, leaving: MovePlan, coming: MovePlan) -> None:
         lacking = [move.nbytes for move in leaving.moves if move.target is None]
-        reused = [move.nbytes for move in coming.moves if _place_in_arena(move.source)]
+        places = [(move, _place_in_arena(move.source)) for move in coming.moves]
+        reused = [move.nbytes for move, place in places if place is not None]
+        blocks = {id(place[0]): place[0] for _move, place in places if place is not None}
+        self._keep_in_use = [block.bytes() for block in blocks.values()]
         in_all = arena.bytes_for(lacking)
         beyond = max(0, in_all - arena.bytes_for(reused))
         # With the largest storage of each ahead, one of the two directions can always go on.

@@ -1,0 +1,122 @@
+"""A swap where RAM has room for one of the two models and VRAM for one: the leaving model takes over the
+host memory that the coming one lay in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qmove_core as qmove
+import simcuda
+from qmove_core.memory import arena
+from tests.builders.device import GPU
+from tests.builders.interrupts import Interrupted
+from tests.builders.models import layers
+from tests.builders.snapshots import snapshot
+
+pytestmark = pytest.mark.simulated
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=[True, False], ids=["mirrors", "no mirrors"], autouse=True)
+def keep_mirrors(request: pytest.FixtureRequest) -> Iterator[None]:
+    qmove.configure(keep_mirrors=request.param)
+    yield
+
+
+def two_models(leaving: int = 40, coming: int = 40) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """About as many MiB as said: one resident, one parked, and what the parked one is at home.
+
+    RAM has room for the larger one and 4 MiB, VRAM for the larger one alone.
+    """
+    parked = layers(coming, width=512)
+    home = snapshot(parked)
+    qmove.park(parked)
+    resident = layers(leaving, width=512)
+    larger = max(qmove.inventory(model).nbytes for model in (parked, resident))
+    simcuda.set_memory(larger + torch.cuda.memory_allocated() - _on_gpu(resident), device=0)
+    qmove.configure(ram_limit=max(larger, arena.bytes_held()) + 4 * MIB)
+    return resident, parked, home
+
+
+def _on_gpu(model: nn.Module) -> int:
+    return qmove.inventory(model).by_device.get("cuda:0", 0)
+
+
+@pytest.mark.parametrize("counts", [(40, 40), (40, 20), (20, 40)], ids=str)
+def test_two_models_of_40_where_ram_and_vram_have_room_for_one(
+    gpu: GPU, counts: tuple[int, int]
+) -> None:
+    leaving, coming, home = two_models(*counts)
+    before = snapshot(leaving)
+    if counts[0] == 40:
+        with pytest.raises(qmove.NotEnoughMemory):  # one after the other does not fit
+            qmove.park(leaving)
+    simcuda.reset_counters()
+    nbytes = [qmove.inventory(model).nbytes for model in (leaving, coming)]
+
+    gone, came = qmove.swap(leaving, coming)
+
+    assert (gone.copied_bytes, came.copied_bytes) == tuple(nbytes)
+    assert (qmove.is_parked(leaving), qmove.is_parked(coming)) == (True, False)
+    assert snapshot(coming) == home
+    assert _on_gpu(leaving) == 0
+    if counts == (40, 40):
+        assert arena.bytes_held() <= nbytes[1] + 4 * MIB
+        qmove.swap(coming, leaving)
+        assert snapshot(leaving) == before
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, Interrupted])
+@pytest.mark.parametrize("nth", [1, 2, 5, 11, 31, 47, 71])
+def test_one_that_fails_leaves_both_where_they_were(gpu: GPU, error: Any, nth: int) -> None:
+    leaving, coming, home = two_models()
+    before = snapshot(leaving)
+    raised = (torch.AcceleratorError,) if error is None else (error,)
+
+    with pytest.raises(raised), simcuda.fail("copy", nth=nth, error=error):
+        qmove.swap(leaving, coming)
+
+    assert snapshot(leaving) == before
+    assert (qmove.is_parked(leaving), qmove.is_parked(coming)) == (False, True)
+    assert _on_gpu(coming) == 0
+    qmove.configure(ram_limit=None)
+    simcuda.set_memory("4GiB", device=0)
+    qmove.restore(coming)
+    assert snapshot(coming) == home
+
+
+def test_a_host_copy_that_somebody_keeps_is_not_written_over(gpu: GPU) -> None:
+    leaving, coming, home = two_models()
+    kept = dict(coming.state_dict())  # of the parked model: it looks into the arena
+    content = {name: tensor.clone() for name, tensor in kept.items()}
+    before = snapshot(leaving)
+
+    with pytest.raises(qmove.NotEnoughMemory):  # its memory cannot be taken over
+        qmove.swap(leaving, coming)
+
+    assert all(torch.equal(kept[name], content[name]) for name in kept)
+    assert snapshot(leaving) == before
+    assert (qmove.is_parked(leaving), qmove.is_parked(coming)) == (False, True)
+    qmove.configure(ram_limit=None)
+    simcuda.set_memory("4GiB", device=0)
+    qmove.restore(coming)
+    assert snapshot(coming) == home
+
+
+def test_a_leaving_model_with_its_host_copy_takes_no_more_room(gpu: GPU) -> None:
+    leaving, coming, home = two_models()
+    qmove.configure(ram_limit=None, keep_mirrors=True)
+    qmove.park(leaving)
+    qmove.restore(leaving)  # its mirror stays
+    qmove.configure(ram_limit=arena.bytes_held())
+
+    gone, _came = qmove.swap(leaving, coming)
+
+    assert gone.copied_bytes == 0
+    assert snapshot(coming) == home
