@@ -14,7 +14,6 @@ from ..homes import Origin
 from ..memory.mirrors import Mirror
 from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
-from ..storages import rebind
 from .copies import CopyJob, bytes_of
 
 
@@ -54,14 +53,10 @@ class StorageMove(CopyJob):
         self.mirror: Mirror | None = None
         self.is_unchanged = self.is_committed = False
 
-    def look_into_target(self) -> None:
-        """Lets every tensor look into the new storage."""
-        assert self.target is not None
-        rebind([*self.holding.tensors, *self.outsiders], self.target)
-
-    def look_into_source(self) -> None:
-        """Lets every tensor look into the old storage: the way back of `look_into_target`."""
-        rebind([*self.holding.tensors, *self.outsiders], self.source)
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor object that looks into the storage and moves with it."""
+        return [*self.holding.tensors, *self.outsiders]
 
     def note_origin(self) -> None:
         """Notes where the bytes on the host came from. What has left the host is parked no more."""

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from .. import devices, hosting
+from ..collector import collection_deferred
 from ..errors import CorruptedCopy
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mapped_files, mirrors
@@ -21,7 +22,7 @@ from ..memory.allocation import allocate, bytes_by_device
 from ..model import kinds
 from ..model.holders import Straggler, holders_of, tensors_on
 from ..settings import settings
-from ..storages import EMPTY, rebind
+from ..storages import EMPTY, rebind, rebind_all
 from ..tracebacks import clear_own_frames
 from .copies import CopyJob, Progress, Transfer, bytes_of
 from .moves import Done, MovePlan, StorageMove
@@ -43,12 +44,14 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
         CorruptedCopy: `verify` is on, and what arrived is not what was sent.
     """
     with MoveTransaction(plan) as transaction:
-        transaction.use_mirrors()
-        transaction.allocate_on_host()
+        with collection_deferred():
+            transaction.use_mirrors()
+            transaction.allocate_on_host()
         transaction.copy(transaction.to_copy(), progress)
         verified = settings.verify and transaction.verify()
-        transaction.commit()
-        done = transaction.finish()
+        with collection_deferred():
+            transaction.commit()
+            done = transaction.finish()
     return Done(done.copied_bytes, done.stragglers, verified)
 
 
@@ -169,8 +172,9 @@ class MoveTransaction:
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             pending = [move for move in self.moves if not move.is_committed]
             try:
-                for move in pending:
-                    move.look_into_target()
+                rebind_all(
+                    (move.tensors, move.target) for move in pending if move.target is not None
+                )
                 for plan in self.plans:
                     kinds.refresh(plan.held)
                 for plan in self.plans:
@@ -182,8 +186,7 @@ class MoveTransaction:
                 move.note_origin()
 
     def _roll_back(self, pending: Sequence[StorageMove]) -> None:
-        for move in pending:
-            move.look_into_source()
+        rebind_all((move.tensors, move.source) for move in pending)
         for plan in self.plans:
             kinds.refresh(plan.held)
 
@@ -193,7 +196,8 @@ class MoveTransaction:
         Only for models that are asleep: `commit` does the rest for all of them.
         """
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-            move.look_into_target()
+            assert move.target is not None
+            rebind(move.tensors, move.target)
             move.note_origin()
             watched = self._drop_source(move)
         self._watched.append((move, watched))
