@@ -20,8 +20,12 @@ def collection_deferred() -> Iterator[None]:
     """
     was_enabled = gc.isenabled()
     try:
-        gc.disable()
-        yield
-    finally:
+        try:
+            gc.disable()
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
+    finally:  # once more: a Ctrl-C in the first one must not switch the collector off for good
         if was_enabled:
             gc.enable()

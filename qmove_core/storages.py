@@ -14,6 +14,11 @@ import torch
 EMPTY = torch.UntypedStorage(0)  # stands where a storage was dropped
 
 
+def use_count(storage: torch.UntypedStorage) -> int:
+    """How many tensors look into a storage, and one for `storage` itself."""
+    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined, no-any-return]
+
+
 def rebind(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
     """Makes `tensors`, which share one storage, look into `storage` with the same geometry."""
     rebind_all([(tensors, storage)])

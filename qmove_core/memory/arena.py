@@ -223,9 +223,8 @@ _lock = (
     threading.RLock()
 )  # of whoever takes or gives back a spare, or makes a block; never taken by a finalizer
 _blocks: dict[int, Block] = {}  # by id; in use, or spare
-_places: dict[
-    int, tuple[int, int]
-] = {}  # storage._cdata: the id of its block, and where it begins there
+# By storage._cdata: the id of its block, where it begins there, and where it ends.
+_places: dict[int, tuple[int, int, int]] = {}
 _elsewhere: dict[
     int, tuple[HostMemory, int]
 ] = {}  # the same of storages in memory that is not the arena's
@@ -274,6 +273,18 @@ def storage_at(
     memory = block._lent()
     assert memory is not None, "the block is not in use"
     return _storage_over(block, memory, start, nbytes, released)
+
+
+def gaps_in(block: Block) -> list[tuple[int, int]]:
+    """The stretches [start, end) of a block in which no storage lies, in bytes from its start."""
+    places = list(_places.values())
+    taken = sorted((start, end) for key, start, end in places if key == id(block))
+    gaps, free_from = [], 0
+    for start, end in [*taken, (block.nbytes, block.nbytes)]:
+        if start > free_from:
+            gaps.append((free_from, start))
+        free_from = max(free_from, -(-end // ALIGNMENT) * ALIGNMENT)
+    return gaps
 
 
 def place_of(storage: torch.UntypedStorage) -> tuple[HostMemory, int] | None:
@@ -435,7 +446,7 @@ def _storage_over(
 ) -> torch.UntypedStorage:
     piece = memory[start : start + size]
     storage = torch.from_numpy(piece).untyped_storage()
-    _places[storage._cdata] = (id(block), start)
+    _places[storage._cdata] = (id(block), start, start + size)
     # The storage keeps `piece` alive, and nothing else does: when `piece` dies the storage is gone.
     weakref.finalize(piece, _forget, storage._cdata, released).atexit = False
     return storage

@@ -233,9 +233,11 @@ class Transfer:
             try:
                 job.target = _storage_on(job.device, job.nbytes)
             except torch.OutOfMemoryError:
-                if not self._pending:
+                # Staging of copies under way, or what unread digests hold, may be just what is lacking.
+                if not self._under_way and not self._pending:
                     raise
-                read_together(self._pending)  # what they hold may be just what is lacking
+                self._let_finish(0)
+                read_together(self._pending)
                 self._pending.clear()
                 job.target = _storage_on(job.device, job.nbytes)
             self._unallocated[job.device] -= job.nbytes

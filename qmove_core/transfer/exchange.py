@@ -21,6 +21,7 @@ from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mirrors
 from ..memory.allocation import bytes_by_device
 from ..settings import settings
+from ..storages import use_count
 from .copies import Progress, bytes_of
 from .moves import Done, MovePlan, StorageMove
 from .transaction import MoveTransaction
@@ -79,7 +80,7 @@ class _Rounds:
         try:
             transaction.allocate_on_host(leaving)
         except NotEnoughMemory:
-            self._host_room = _HostRoom(leaving, coming)
+            self._host_room = _HostRoom(leaving, coming, min(more.values()))
         if self._host_room is not None:
             self._coming = deque(sorted(coming.moves, key=_place_on_host))
 
@@ -131,30 +132,46 @@ class _HostRoom:
     One block of its own, as small as it can be, and what the storages of the coming model leave behind.
     """
 
-    def __init__(self, leaving: MovePlan, coming: MovePlan) -> None:
+    def __init__(self, leaving: MovePlan, coming: MovePlan, spare_on_device: int) -> None:
         lacking = [move.nbytes for move in leaving.moves if move.target is None]
-        places = [(move, _place_in_arena(move.source)) for move in coming.moves]
-        reused = [move.nbytes for move, place in places if place is not None]
-        blocks = {id(place[0]): place[0] for _move, place in places if place is not None}
+        reused = [
+            move.nbytes
+            for move in coming.moves
+            if _place_in_arena(move.source) and use_count(move.source) == len(move.tensors) + 1
+        ]
+        # A part of the leaving model may lie on the host as well: on the way back of such a swap.
+        on_host = [h.storage for h in leaving.held.holdings if h.device.type == "cpu"]
+        places = map(_place_in_arena, [*on_host, *(move.source for move in coming.moves)])
+        blocks = {id(place[0]): place[0] for place in places if place is not None}
         self._keep_in_use = [block.bytes() for block in blocks.values()]
+        self._free = [
+            _Gap(block, *gap) for block in blocks.values() for gap in arena.gaps_in(block)
+        ]
         in_all = arena.bytes_for(lacking)
         beyond = max(0, in_all - arena.bytes_for(reused))
-        # With the largest storage of each ahead, one of the two directions can always go on.
-        least = beyond + arena.bytes_for([max(lacking), max(reused, default=0)])
+        # With the largest storage of each ahead, one of the two directions can always go on. Twice,
+        # since a storage does not fit into what is left at the end of a gap.
+        least = beyond + 2 * arena.bytes_for([max(lacking), max(reused, default=0)])
         nbytes = min(in_all, max(least, beyond + 2 * ROUND))
         if not budget.has_room_on_host(nbytes):
             nbytes = min(in_all, least)
-        budget.require(leaving.action, {torch.device("cpu"): nbytes})
-        (self._own,) = arena.allocate([nbytes], homes.forget)
-        block, start = _place_in_arena(self._own) or (None, 0)
-        assert block is not None
-        self._free = [_Gap(block, start, start + nbytes)]
+        # Room on the device is as good: then the coming model goes first. And so is what an earlier swap
+        # left free in these blocks, where it is not in small pieces.
+        nbytes -= spare_on_device
+        nbytes -= sum(g.nbytes for g in self._free if g.nbytes >= arena.bytes_for([max(lacking)]))
+        if nbytes > 0:
+            budget.require(leaving.action, {torch.device("cpu"): nbytes})
+            (own,) = arena.allocate([nbytes], homes.forget)
+            block, start = _place_in_arena(own) or (None, 0)
+            assert block is not None
+            self._keep_in_use.append(block.bytes())
+            self._free.append(_Gap(block, start, start + nbytes))
 
     def take(self, move: StorageMove) -> bool:
         """Gives the move a target, if there is a gap that is large enough."""
         nbytes = arena.bytes_for([move.nbytes])
         for gap in self._free:
-            if gap.end - gap.start >= nbytes:
+            if gap.nbytes >= nbytes:
                 move.target = arena.storage_at(gap.block, gap.start, move.nbytes, homes.forget)
                 gap.start += nbytes
                 return True
@@ -180,6 +197,10 @@ class _Gap:
     block: arena.Block
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
 
 
 def _place_in_arena(storage: torch.UntypedStorage) -> tuple[arena.Block, int] | None:

@@ -3,6 +3,7 @@ going, and nothing is lost."""
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from typing import Any
@@ -174,6 +175,7 @@ def test_ctrl_c_at_any_line_leaves_the_model_whole(gpu: GPU, act: Any) -> None:
             pass
 
         assert signal.getsignal(signal.SIGINT) is handler
+        assert gc.isenabled(), number
         assert _is_free(homes.lock), number
         [place] = devices_of(model)  # wholly here or wholly there
         assert qmove.is_parked(model) == (place == "cpu")

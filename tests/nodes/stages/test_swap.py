@@ -63,7 +63,6 @@ def test_without_mirrors_the_one_that_leaves_and_the_one_that_comes_are_swapped(
     assert [(a is first, b is second) for a, b in swaps] == [(False, False), (True, True)] * 2
 
 
-@pytest.mark.skip(reason="the second swap needs another block of RAM: the core reuses no gaps")
 def test_two_models_run_in_turn_where_ram_has_room_for_one_of_them(
     host: FakeHost, gpu: GPU, swaps: list[tuple[Any, Any]]
 ) -> None:
