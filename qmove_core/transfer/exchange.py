@@ -149,16 +149,18 @@ class _HostRoom:
         ]
         in_all = arena.bytes_for(lacking)
         beyond = max(0, in_all - arena.bytes_for(reused))
-        # With the largest storage of each ahead, one of the two directions can always go on. Twice,
-        # since a storage does not fit into what is left at the end of a gap.
-        least = beyond + 2 * arena.bytes_for([max(lacking), max(reused, default=0)])
-        nbytes = min(in_all, max(least, beyond + 2 * ROUND))
-        if not budget.has_room_on_host(nbytes):
-            nbytes = min(in_all, least)
+        # With the largest storage of each ahead, one of the two directions can go on. With twice as much
+        # it always can: a storage does not fit into what is left at the end of a gap.
+        ahead = arena.bytes_for([max(lacking), max(reused, default=0)])
         # Room on the device is as good: then the coming model goes first. And so is what an earlier swap
         # left free in these blocks, where it is not in small pieces.
-        nbytes -= spare_on_device
-        nbytes -= sum(g.nbytes for g in self._free if g.nbytes >= arena.bytes_for([max(lacking)]))
+        there = spare_on_device + sum(
+            gap.nbytes for gap in self._free if gap.nbytes >= arena.bytes_for([max(lacking)])
+        )
+        for wanted in (max(2 * ahead, 2 * ROUND), 2 * ahead, ahead):
+            nbytes = min(in_all, beyond + wanted) - there
+            if budget.has_room_on_host(nbytes):
+                break
         if nbytes > 0:
             budget.require(leaving.action, {torch.device("cpu"): nbytes})
             (own,) = arena.allocate([nbytes], homes.forget)
