@@ -52,7 +52,7 @@ def slots(modules: Mapping[str, nn.Module]) -> list[Slot]:
 
 
 def _slots_of_hook(module: nn.Module, hook: Any) -> Iterator[Slot]:
-    """What a hook on `module` looks after; shared modules come under every name."""
+    """The slots of a hook on `module`; shared modules come under every name."""
     owners = {"": module}
     if hook.place_submodules:
         owners = dict(module.named_modules(remove_duplicate=False))
@@ -108,7 +108,7 @@ def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
         hooks = hooks_of(module)
         others = [hook for hook in hooks if not is_dispatch_hook(hook)]
         if others and len(others) < len(hooks):
-            # accelerate's wrapper around `forward` asks for `_hf_hook` in each call
+            # accelerate's wrapper around `forward` reads `_hf_hook` in each call
             kept = sys.modules["accelerate.hooks"].SequentialHook(*others)
             undo.callback(set_aside(module, _hf_hook=others[0] if len(others) == 1 else kept))
         elif hooks and not others:
@@ -126,7 +126,7 @@ def _take_forward(module: nn.Module, undo: ExitStack) -> None:
         undo.callback(setattr, cls, "forward", cls.forward)
         cls.forward = old_forward
     elif wrapped and not is_forward_of_its_class(old_forward, module):
-        instead["forward"] = old_forward  # somebody had replaced it before accelerate came
+        instead["forward"] = old_forward  # it was replaced before the dispatch
     undo.callback(set_aside(module, ["_hf_hook", "_old_forward", "forward"], **instead))
 
 
@@ -137,7 +137,7 @@ def take_off_pipelines(pipelines: Iterable[Any], undo: ExitStack) -> None:
 
 
 def is_forward_of_its_class(forward: Any, module: nn.Module) -> bool:
-    """Whether it is the bound method that `module.forward` is when nobody has replaced it."""
+    """Whether it is the bound method that `module.forward` is unless it is replaced."""
     function = getattr(forward, "__func__", None)
     return getattr(forward, "__self__", None) is module and any(
         cls.__dict__.get("forward") is function for cls in type(module).__mro__

@@ -64,7 +64,7 @@ def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
 
 
 def _take_off_one(module: nn.Module, registry: Any, name: str, undo: ExitStack) -> None:
-    """As `HookRegistry.remove_hook`, which also tells the hook, and forgets it."""
+    """As `HookRegistry.remove_hook`, which also calls the hook, and drops it."""
     index = registry._hook_order.index(name)
     reference, outer = (*registry._fn_refs[index : index + 2], None)[:2]
     inner = reference.forward if reference.original_forward is None else reference.original_forward

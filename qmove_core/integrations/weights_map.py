@@ -21,7 +21,7 @@ from ..storages import tensor_over
 
 
 class Unusable(Exception):
-    """What stands in the way of using an entry of a weights map."""
+    """Why an entry of a weights map cannot be used."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Source:
         return tensor_over(mapped, self.dtype, self.shape)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the weights map itself would hand out for `tensor`, which `open` returned."""
+        """What the weights map itself returns for `tensor`, which `open` returned."""
         return tensor if self.through is None else tensor.to(self.through)
 
 
@@ -113,7 +113,7 @@ class Sources:
             Unusable: the entry points to a file that is missing, too short, or without that tensor.
         """
         name, loader = _without_prefix(weights_map, name)
-        if not _is_loader(loader):  # a plain dict, or somebody's own map
+        if not _is_loader(loader):  # a plain dict, or a map of the user's own
             return _in_ram(loader[name])
         if name in loader.state_dict:
             return _in_ram(loader.state_dict[name])
@@ -202,7 +202,7 @@ def _without_prefix(weights_map: Any, name: str) -> tuple[str, Any]:
 
 
 def _is_loader(weights_map: Any) -> bool:
-    """Whether it is an `OffloadedWeightsLoader`, which asks its state dict before its index."""
+    """Whether it is an `OffloadedWeightsLoader`, which reads its state dict before its index."""
     return hasattr(weights_map, "state_dict") and hasattr(weights_map, "index")
 
 

@@ -66,7 +66,7 @@ def materialize_meta_tensors(
     Raises:
         OffloadedDataError: data is missing, truncated, or not what the model needs; file and tensor
             are named.
-        MetaTensorsPresent: nobody has data for some meta tensors.
+        MetaTensorsPresent: no dispatch has data for some meta tensors.
         NotEnoughMemory: RAM, a cgroup, `ram_limit` or VRAM; nothing was changed.
     """
     materialize(model, target_device, progress)
@@ -198,7 +198,7 @@ def _part(source: Source, device: torch.device) -> torch.Tensor:
 
 
 def part_checksums(tensor: torch.Tensor, slot: Slot) -> dict[str, int]:
-    """Of what hangs on a quantized weight now."""
+    """The checksums of the parts of a quantized weight, as they are now."""
     parts = bitsandbytes_offloaded.current_parts(tensor, slot.module)
     return {name: checksum_of(part) for name, part in parts.items()}
 

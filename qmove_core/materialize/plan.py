@@ -47,7 +47,7 @@ class TensorPlan:
         device: where it goes.
         is_real: the tensor was real before, and needs no data.
         group: the group of diffusers' group offload whose file the data is in.
-        parts: what hangs on a quantized weight and comes with it, by name.
+        parts: the parts of a quantized weight, such as its scales, by name.
         dtype, shape: of the tensor, which may change them later.
         opened: the source's own tensor.
         data: what the tensor gets to look into, where that is not the source's own memory.
@@ -88,11 +88,11 @@ class TensorPlan:
 
 
 def plan(action: Action, held: Inventory, place: Place) -> list[TensorPlan]:
-    """What to do for every tensor to be, with its data found and checked.
+    """A plan for every tensor to materialize, with its data found and checked.
 
     Raises:
         OffloadedDataError: with everything that is wrong.
-        MetaTensorsPresent: nobody has data for some meta tensors.
+        MetaTensorsPresent: no dispatch has data for some meta tensors.
     """
     sources, problems = Sources(), Problems()
     plans = [

@@ -1,7 +1,7 @@
 """Finds which offloaded weights are one weight: a dispatch separates tied parameters.
 
 In a forward accelerate gives each module a tensor of its own and leaves a meta tensor of its own
-behind, so after the first forward the objects no longer tell. The same entry of a weights map does.
+behind, so after the first forward the objects do not show ties. The entry of the weights map does.
 Where each name has an entry of its own (`.dat` files, or one of two tied modules on a GPU),
 transformers or the hooks remember that there was a tie; it holds if the bytes are equal.
 """

@@ -31,5 +31,5 @@ class Kind:
         """Brings whatever depends on the place in line with where the bytes are now.
 
         Called after the bytes have moved, and again after a rollback has moved them back; so it
-        looks at where they are and never asks where they came from.
+        depends only on where they are, never on where they came from.
         """

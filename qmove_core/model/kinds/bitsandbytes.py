@@ -113,7 +113,7 @@ class BitsAndBytes(Kind):
         )
         if module.weight.device.type != "cpu":
             if is_set_aside:
-                before = before if flag is False else flag  # or else somebody has set it meanwhile
+                before = before if flag is False else flag  # or else it was set meanwhile
                 module.__dict__[_FLAG] = before
                 self._flags[module] = (before, False)
         elif flag and (was_on.type != "cpu" or module in self._flags):

@@ -2,7 +2,7 @@
 
 With 4 bits every later forward fails, since the quant state is not fetched again; with 8 bits the
 scales come back, and copies of weights stay resident. The weights map has all of it under names of
-its own, so it can be hung on the weight again.
+its own, so the weight can get its parts back.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def part_keys(tensor: torch.Tensor, key: str, has: Callable[[str], bool]) -> dic
 
 
 def tensors_on(tensor: Any) -> Iterable[torch.Tensor]:
-    """What hangs on a weight and went to meta with it."""
+    """The parts of a weight, which went to the meta device with it."""
     parts = []
     if is_of(tensor, "Int8Params"):
         parts = [getattr(tensor, name, None) for name in ("CB", "SCB")]
