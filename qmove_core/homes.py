@@ -1,4 +1,4 @@
-"""Where host storages came from: the state that all of qmove shares, and the lock over every move."""
+"""Where host storages came from: the state that all of qmove shares, and the lock of every move."""
 
 from __future__ import annotations
 

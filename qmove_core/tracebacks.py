@@ -1,4 +1,5 @@
-"""What a kept exception keeps alive: qmove's own frames drop their variables, other frames stay whole."""
+"""What a kept exception keeps alive: qmove's own frames drop their variables, other frames stay
+whole."""
 
 from __future__ import annotations
 

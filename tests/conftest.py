@@ -13,8 +13,8 @@ from tests.builders.device import GPU, SIMULATED
 
 import torch  # isort: skip  (after the simulated device)
 
-# On a CPU with AVX512-BF16 its import logs an exception. In a test, the log record would keep every frame of
-# that test, and with them its models.
+# On a CPU with AVX512-BF16 its import logs an exception. In a test, the log record would keep every
+# frame of that test, and with them its models.
 import bitsandbytes  # noqa: F401  # isort: skip
 
 

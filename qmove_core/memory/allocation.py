@@ -18,7 +18,8 @@ def allocate(
     """A storage for each (bytes, device), in order; those on the host lie in the arena.
 
     Raises:
-        NotEnoughMemory: a device had no room after all, in pieces as large as these. Nothing stays allocated.
+        NotEnoughMemory: a device had no room after all, in pieces as large as these. Nothing stays
+            allocated.
     """
     on_host = iter(
         arena.allocate([nbytes for nbytes, device in wanted if device.type == "cpu"], homes.forget)

@@ -1,18 +1,20 @@
 """Host memory for parked bytes: page-locked piece by piece, sized exactly, reused, given back.
 
-One anonymous memory map, a block, serves a whole park. Each storage is an object of its own over its slice, so that a parked
-model can be saved and deep-copied without the rest of the arena.
+One anonymous memory map, a block, serves a whole park. Each storage is an object of its own over
+its slice, so that a parked model can be saved and deep-copied without the rest of the arena.
 
 What becomes of a block when its last slice dies:
 - nothing of it was pinned: the system gets it back at once;
-- it was pinned, which is what costs time: it stays as a spare for the next park. Spares go back when they were idle for
-  `IDLE_SECONDS`, when somebody asks (`trim`), and when a new block would make the arena hold more than it ever had to hold at
-  once, or pass `ram_limit` or the limit on pinned memory. A swap of two models so finds both blocks again, and a model that is
-  gone for good does not keep its RAM.
+- it was pinned, which is what costs time: it stays as a spare for the next park. Spares go back
+when they were idle for
+  `IDLE_SECONDS`, when somebody asks (`trim`), and when a new block would make the arena hold more
+  than it ever had to hold at once, or pass `ram_limit` or the limit on pinned memory. A swap of two
+  models so finds both blocks again, and a model that is gone for good does not keep its RAM.
 
-Finalizers run in the middle of anything, and a Ctrl-C may end them: so they take no lock, call no driver, and nothing depends on
-them. A block is in use as long as a weak reference says so; the finalizer only gives back at once what need not be unlocked
-first. Unlocking is left to whoever allocates or trims, and to the thread that looks for idle spares.
+Finalizers run in the middle of anything, and a Ctrl-C may end them: so they take no lock, call no
+driver, and nothing depends on them. A block is in use as long as a weak reference says so; the
+finalizer only gives back at once what need not be unlocked first. Unlocking is left to whoever
+allocates or trims, and to the thread that looks for idle spares.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ _TOUCHERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for 
 
 
 class HostMemory(Protocol):
-    """Memory in which storages lie side by side, page aligned, page-locked piece by piece: a block, or a mapped file."""
+    """Memory in which storages lie side by side, page aligned, page-locked piece by piece: a block,
+    or a mapped file."""
 
     nbytes: int
     address: int
@@ -86,7 +89,8 @@ class Block:
         self._lent: Callable[[], numpy.ndarray | None] = lambda: None
 
     def lend(self) -> numpy.ndarray:
-        """The memory as an array of bytes; when it and all slices of it are gone, the block is free again."""
+        """The memory as an array of bytes; when it and all slices of it are gone, the block is free
+        again."""
         memory = self._whole()
         weakref.finalize(memory, _on_last_death, self).atexit = False
         self._lent = weakref.ref(memory)
@@ -94,7 +98,8 @@ class Block:
         return memory
 
     def bytes(self) -> torch.Tensor:
-        """The whole block as a flat uint8 CPU tensor that shares its memory, and keeps it from being given back.
+        """The whole block as a flat uint8 CPU tensor that shares its memory, and keeps it from
+        being given back.
 
         Only for a block in use: one of which a storage is alive.
         """
@@ -111,7 +116,7 @@ class Block:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether it is pinned, even in part, or just being so: that is what makes a spare of it."""
+        """Whether it is pinned, even in part, or just being so: such blocks become spares."""
         return self.preparing or any(self._pinned)
 
     @property
@@ -122,11 +127,12 @@ class Block:
     def pin(self, start: int, end: int) -> bool:
         """Page-locks every piece that [start, end) touches and that is not locked yet.
 
-        May be called by several threads at once; of two that want one piece the second waits. Their contents stay.
+        May be called by several threads at once; of two that want one piece the second waits. Their
+        contents stay.
 
         Returns:
-            Whether all of them are locked. After the first refusal nobody is asked again for this block while it is in use;
-            what has been locked stays so.
+            Whether all of them are locked. After the first refusal nobody is asked again for this
+            block while it is in use; what has been locked stays so.
         """
         wanted = [
             index for index in range(start // PIECE, -(-end // PIECE)) if not self._pinned[index]
@@ -140,7 +146,8 @@ class Block:
         except _GivenBack:  # while it was still being prepared
             return False
         for index in wanted:
-            # The piece that follows is most likely wanted next: its pages are made while this one is registered.
+            # The piece that follows is most likely wanted next: its pages are made while this one
+            # is registered.
             for piece in (index, min(index + 1, len(self._pinned) - 1)):
                 if piece not in self._touches:
                     self._touches[piece] = _touch(memory[piece * PIECE : (piece + 1) * PIECE])
@@ -163,7 +170,8 @@ class Block:
                 _never_unmapped.append(self)
 
     def forget_pins(self) -> None:
-        """In a forked child: the registrations are the parent's, and so are the threads that held the locks."""
+        """In a forked child: the registrations are the parent's, and so are the threads that held
+        the locks."""
         self._locks = [threading.Lock() for _ in self._locks]
         self._pinned = [False] * len(self._locks)
         self._touches.clear()
@@ -238,17 +246,23 @@ looks: list[Callable[[], object]] = []  # what else that thread does each time
 
 
 def bytes_for(sizes: Sequence[int]) -> int:
-    """Bytes of host memory that storages of these sizes take together. What `prepare` should be asked for."""
+    """Bytes of host memory that storages of these sizes take together.
+
+    What `prepare` should be asked for.
+    """
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def allocate(sizes: Sequence[int], released: Callable[[int], None]) -> list[torch.UntypedStorage]:
-    """One host storage of each size, in bytes. They can be read, written and saved, but not resized.
+    """One host storage of each size, in bytes. They can be read, written and saved, but not
+    resized.
 
-    What is in them is undefined: zeros in new memory, another model's bytes in a spare. Nothing is pinned here.
+    What is in them is undefined: zeros in new memory, another model's bytes in a spare. Nothing is
+    pinned here.
 
     Args:
-        released: called with a storage's `_cdata` when that storage dies, in the middle of anything: it must take no lock.
+        released: called with a storage's `_cdata` when that storage dies, in the middle of
+            anything: it must take no lock.
 
     Raises:
         MemoryError, OSError: the system refused.
@@ -288,8 +302,8 @@ def gaps_in(block: Block) -> list[tuple[int, int]]:
 
 
 def place_of(storage: torch.UntypedStorage) -> tuple[HostMemory, int] | None:
-    """The block that a storage of the arena lies in, or the file it is mapped from (`note_place`), and its offset there in
-    bytes; None for any other storage.
+    """The block that a storage of the arena lies in, or the file it is mapped from (`note_place`),
+    and its offset there in bytes; None for any other storage.
     """
     place = _places.get(storage._cdata)
     block = None if place is None else _blocks.get(place[0])
@@ -300,7 +314,8 @@ def place_of(storage: torch.UntypedStorage) -> tuple[HostMemory, int] | None:
 
 
 def note_place(storage: torch.UntypedStorage, memory: HostMemory, start: int) -> None:
-    """Lets `place_of` answer for a storage in memory that is not the arena's, until `forget_place` when it dies."""
+    """Lets `place_of` answer for a storage in memory that is not the arena's, until `forget_place`
+    when it dies."""
     _elsewhere[storage._cdata] = memory, start
 
 
@@ -310,10 +325,11 @@ def forget_place(storage_cdata: int) -> None:
 
 
 def prepare(nbytes: int) -> int:
-    """Makes a spare block of `nbytes` (see `bytes_for`) and pins it in the background, or one that is there and fits.
+    """Makes a spare block of `nbytes` (see `bytes_for`) and pins it in the background, or one that
+    is there and fits.
 
-    The next allocation that fits takes it, also while it is being pinned. It is given back like any spare. The caller asks the
-    budget first; beyond `ram_limit` nothing is prepared.
+    The next allocation that fits takes it, also while it is being pinned. It is given back like any
+    spare. The caller asks the budget first; beyond `ram_limit` nothing is prepared.
 
     Returns:
         Bytes of the block; 0 if there is none.
@@ -352,7 +368,8 @@ def wait_until_prepared() -> None:
 
 
 def trim(keep: int = 0) -> int:
-    """Gives spare blocks back to the system until at most `keep` bytes of them are left, the longest idle first.
+    """Gives spare blocks back to the system until at most `keep` bytes of them are left, the
+    longest idle first.
 
     Returns:
         The bytes given back.
@@ -367,7 +384,8 @@ def trim(keep: int = 0) -> int:
 
 
 def spare_for(nbytes: int) -> int:
-    """Bytes of the spare block that an allocation of `nbytes` would take, and so needs no new memory for; 0 if there is none."""
+    """Bytes of the spare block that an allocation of `nbytes` would take, and so needs no new
+    memory for; 0 if there is none."""
     block = _fitting_spare(nbytes)
     return 0 if block is None else block.nbytes
 
@@ -378,7 +396,10 @@ def bytes_in_use() -> int:
 
 
 def spare_bytes() -> int:
-    """Bytes of the blocks that wait for the next park. The system does not count them as available."""
+    """Bytes of the blocks that wait for the next park.
+
+    The system does not count them as available.
+    """
     return sum(block.nbytes for block in _spares())
 
 
@@ -476,7 +497,10 @@ def _prepare(block: Block) -> None:
 
 
 def _start_idle_watch() -> None:
-    """Starts the thread that looks what is to be given back: there is a block now. With the lock held."""
+    """Starts the thread that looks what is to be given back: there is a block now.
+
+    With the lock held.
+    """
     global _idle_watch
     if _ending.is_set() or (_idle_watch is not None and _idle_watch.is_alive()):
         return
@@ -515,9 +539,11 @@ def give_back_idle(now: float) -> int:
 
 
 def _at_exit() -> None:
-    """Stops the threads while the driver still answers, and leaves the rest to the end of the process.
+    """Stops the threads while the driver still answers, and leaves the rest to the end of the
+    process.
 
-    Unlocking all would take seconds for nothing, and unmapping what is locked is forbidden: so the blocks become immortal.
+    Unlocking all would take seconds for nothing, and unmapping what is locked is forbidden: so the
+    blocks become immortal.
     """
     _ending.set()
     for block in list(_blocks.values()):

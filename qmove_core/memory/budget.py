@@ -1,4 +1,7 @@
-"""What may be used: free RAM under every limit that holds here, and free VRAM. Asked before the first byte moves."""
+"""What may be used: free RAM under every limit that holds here, and free VRAM.
+
+Asked before the first byte moves.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ def host_limits(ram_limit: int | None, arena_bytes: int) -> list[Limit]:
     """Every limit on more host memory, the tightest first.
 
     Args:
-        ram_limit: bytes that qmove may use in all (`qmove.configure(ram_limit=...)`), None for no limit of its own.
+        ram_limit: bytes that qmove may use in all (`qmove.configure(ram_limit=...)`), None for no
+            limit of its own.
         arena_bytes: bytes that qmove uses now.
     """
     limits = [Limit(psutil.virtual_memory().available, "available RAM")]
@@ -46,7 +50,8 @@ def require(
     host_advice: str = "",
     device_advice: str = "",
 ) -> None:
-    """Raises NotEnoughMemory if the bytes needed on some device do not fit there; on the host qmove's own limit counts too."""
+    """Raises NotEnoughMemory if the bytes needed on some device do not fit there; on the host
+    qmove's own limit counts too."""
     for device, nbytes in needed.items():
         if device.type == "cpu":
             require_host(
@@ -67,7 +72,8 @@ def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str
     if nbytes > tightest.free:
         advice = (
             advice
-            or "Restore or delete another parked model, close other programs, or raise the limit named."
+            or "Restore or delete another parked model, close other programs, or raise the limit "
+            "named."
         )
         raise NotEnoughMemory(action, "cpu", nbytes, tightest.free, tightest.name, advice)
 
@@ -78,7 +84,8 @@ def require_device(action: Action, nbytes: int, device: torch.device, advice: st
     if free is not None and nbytes > free:
         advice = (
             advice
-            or "Park another model first, or choose another device: qmove.restore(model, device=...)."
+            or "Park another model first, or choose another device: qmove.restore(model, "
+            "device=...)."
         )
         raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)
 
@@ -117,7 +124,8 @@ def has_room_on_host(nbytes: int) -> bool:
 def out_of_memory(
     action: Action, device: torch.device, needed: int, advice: str
 ) -> NotEnoughMemory:
-    """The error for an allocation that failed although the figures said that it fits: what is free lies in pieces."""
+    """The error for an allocation that failed although the figures said that it fits: what is free
+    lies in pieces."""
     free = devices.free_memory(device) or 0
     return NotEnoughMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
 
@@ -125,10 +133,13 @@ def out_of_memory(
 def cgroup_free(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """Bytes free under the tightest memory limit of this process's cgroups (v2 or v1); None without one.
+    """Bytes free under the tightest memory limit of this process's cgroups (v2 or v1); None without
+    one.
 
-    A limit can sit on any ancestor, and the page cache that counts as used is given back under pressure, so it is free.
-    Source: the kernel's admin-guide/cgroup-v2.rst (`memory.max`, `memory.current`, `inactive_file` in `memory.stat`).
+    A limit can sit on any ancestor, and the page cache that counts as used is given back under
+    pressure, so it is free.
+    Source: the kernel's admin-guide/cgroup-v2.rst (`memory.max`, `memory.current`, `inactive_file`
+    in `memory.stat`).
     """
     if not membership.exists():  # not Linux
         return None

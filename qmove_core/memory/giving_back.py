@@ -1,4 +1,5 @@
-"""Host memory that qmove holds only to be faster next time, and how it is given back: what costs least to lose goes first."""
+"""Host memory that qmove holds only to be faster next time, and how it is given back: what costs
+least to lose goes first."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ def held_back() -> int:
 
 
 def trim(nbytes: int | None = None) -> int:
-    """Gives host memory back to the system that no parked model lies in; the next parks are slower for it.
+    """Gives host memory back to the system that no parked model lies in; the next parks are slower
+    for it.
 
     Spare blocks go first, then the host copies of resident models, the least recently used first.
 

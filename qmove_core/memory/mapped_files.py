@@ -1,19 +1,25 @@
 """Files of weights, mapped into memory: host memory that costs no RAM beyond the page cache.
 
-A map is private (copy-on-write): tensors over it can be written to, which makes private copies of the pages that are touched, and
-the file is never changed. For copies to a device its pages are locked for reading only (`cudaHostRegisterReadOnly`), since a
-lock for writing would make a private copy of each of them. They are unlocked as soon as the copies are done: a tensor that is
-written to later gets a new private page, and a copy from pages locked before that would still read the old one. So each transfer
-locks anew. Where the driver refuses, copies go unlocked. Not tried on a real GPU yet: NVIDIA's open kernel module (os-mlock.c)
-marks what it unlocks as changed, so the system may write the same bytes back to the file, which costs disk writes only.
+A map is private (copy-on-write): tensors over it can be written to, which makes private copies of
+the pages that are touched, and the file is never changed. For copies to a device its pages are
+locked for reading only (`cudaHostRegisterReadOnly`), since a lock for writing would make a private
+copy of each of them. They are unlocked as soon as the copies are done: a tensor that is written to
+later gets a new private page, and a copy from pages locked before that would still read the old
+one. So each transfer locks anew. Where the driver refuses, copies go unlocked. Not tried on a real
+GPU yet: NVIDIA's open kernel module (os-mlock.c) marks what it unlocks as changed, so the system
+may write the same bytes back to the file, which costs disk writes only.
 
-A page that nobody has written to shows what is in the file *now*. Whether that still is what was mapped is asked before a copy
-begins and when it is done, by the size and the time of the last change of the very file that is mapped: one that was deleted or
-replaced under its name lives on for the map. What cannot be seen:
-- a change within the clock tick of the file system (milliseconds; seconds on some) in which the file was mapped, or through a
+A page that nobody has written to shows what is in the file *now*. Whether that still is what was
+mapped is asked before a copy begins and when it is done, by the size and the time of the last
+change of the very file that is mapped: one that was deleted or replaced under its name lives on for
+the map. What cannot be seen:
+- a change within the clock tick of the file system (milliseconds; seconds on some) in which the
+file was mapped, or through a
   writable map of another process that has not reached the clock yet;
-- a change while a streaming restore is under way, and one on a network file system that this machine has not heard of;
-- what somebody reads from a parked model on the CPU by himself: he sees the new bytes, and where the file became shorter, the
+- a change while a streaming restore is under way, and one on a network file system that this
+machine has not heard of;
+- what somebody reads from a parked model on the CPU by himself: he sees the new bytes, and where
+the file became shorter, the
   system ends the process (SIGBUS). Windows does not let a mapped file become shorter.
 """
 
@@ -45,7 +51,10 @@ log = logging.getLogger("qmove")
 
 
 class MappedFileChanged(QMoveError):
-    """A file in which the weights of a parked model lie has other bytes now. The model stays parked."""
+    """A file in which the weights of a parked model lie has other bytes now.
+
+    The model stays parked.
+    """
 
     def __init__(self, path: Path, names: Sequence[str], why: str) -> None:
         self.path, self.names = path, list(names)
@@ -53,16 +62,20 @@ class MappedFileChanged(QMoveError):
             f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
         )
         super().__init__(
-            f"The file {path} was changed after qmove.mirror_files mapped it ({why}), and weights of a parked model that lie in "
-            f"it may be lost: {shown}. Nothing was moved. Write the old content into the file and try again, or load the model "
+            f"The file {path} was changed after qmove.mirror_files mapped it ({why}), and weights "
+            "of a parked model that lie in "
+            f"it may be lost: {shown}. Nothing was moved. Write the old content into the file and "
+            "try again, or load the model "
             "anew."
         )
 
 
 class MappedFile:
-    """One file in memory, page-locked piece by piece like a block of the arena (`arena.HostMemory`), but for reading only.
+    """One file in memory, page-locked piece by piece like a block of the arena
+    (`arena.HostMemory`), but for reading only.
 
-    Used with `registry.lock` held, like everything that copies. It lives as long as a storage over it, and then is unmapped.
+    Used with `registry.lock` held, like everything that copies. It lives as long as a storage over
+    it, and then is unmapped.
 
     Raises:
         OSError: it cannot be opened or mapped.
@@ -86,7 +99,10 @@ class MappedFile:
     def storage(
         self, name: str, start: int, end: int, released: Callable[[int], None]
     ) -> torch.UntypedStorage:
-        """A storage over [start, end), which keeps the file mapped. It can be read, written and saved, but not resized."""
+        """A storage over [start, end), which keeps the file mapped.
+
+        It can be read, written and saved, but not resized.
+        """
         piece = self._memory[start:end]
         with torch.inference_mode(False):
             storage = torch.from_numpy(piece).untyped_storage()
@@ -101,7 +117,8 @@ class MappedFile:
             return torch.from_numpy(self._memory)
 
     def pin(self, start: int, end: int) -> bool:
-        """Page-locks every piece that [start, end) touches, for reading; says whether all of them are locked."""
+        """Page-locks every piece that [start, end) touches, for reading; says whether all of them
+        are locked."""
         for index in range(start // arena.PIECE, -(-end // arena.PIECE)):
             if index in self._pinned:
                 continue
@@ -130,7 +147,8 @@ class MappedFile:
         _locked.pop(id(self), None)
 
     def is_unchanged(self) -> bool:
-        """Whether the file is as it was when it was mapped, by its size and the time of its last change."""
+        """Whether the file is as it was when it was mapped, by its size and the time of its last
+        change."""
         return self._stamp_now() == self._stamp
 
     def require_unchanged(self, storages: Sequence[torch.UntypedStorage]) -> None:
@@ -173,7 +191,8 @@ class MappedFile:
 
 @dataclass(slots=True)
 class Slice:
-    """Where a storage lies in a file, the name that its bytes have there, and their digest when they were mapped."""
+    """Where a storage lies in a file, the name that its bytes have there, and their digest when
+    they were mapped."""
 
     file: MappedFile
     name: str
@@ -193,7 +212,8 @@ def slice_of(storage: torch.UntypedStorage) -> Slice | None:
 
 
 def in_changed_files(storages: Sequence[torch.UntypedStorage]) -> list[bool]:
-    """For each of these storages over files that nobody has written to whether the file has other bytes now."""
+    """For each of these storages over files that nobody has written to whether the file has other
+    bytes now."""
     changed = set()
     for file, some in _by_file(storages).items():
         try:
@@ -251,7 +271,8 @@ class Lent:
             file.lent = self
 
     def let_go_of_storages(self) -> None:
-        """When all copies are queued: whoever waits for them keeps the storages, and asks whether he is the only one."""
+        """When all copies are queued: whoever waits for them keeps the storages, and asks whether
+        he is the only one."""
         self._storages.clear()
 
     def require_unchanged(self) -> None:
@@ -260,7 +281,8 @@ class Lent:
             file.require_unchanged(storages)
 
     def until(self, event: Any, source: torch.UntypedStorage) -> Any:
-        """The event itself, or for what comes from a file one that unlocks the files when the last of them was waited for."""
+        """The event itself, or for what comes from a file one that unlocks the files when the last
+        of them was waited for."""
         if slice_of(source) is None:
             return event
         arrival = _Arrival(event, self)
@@ -313,7 +335,8 @@ def _forget(storage_cdata: int, released: Callable[[int], None]) -> None:
 
 
 def _at_exit() -> None:
-    """Unmapping what is locked is forbidden, and copies may be under way: the process ends with both."""
+    """Unmapping what is locked is forbidden, and copies may be under way: the process ends with
+    both."""
     for file in list(_locked.values()):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(file._memory))
 

@@ -25,7 +25,8 @@ def map_memory(nbytes: int) -> mmap.mmap:
         return mmap.mmap(-1, max(nbytes, 1))
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # type: ignore[attr-defined,unused-ignore]
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Pages of 2 MiB are made several times as fast, and there are fewer to lock. Some kernels are built without.
+        # Pages of 2 MiB are made several times as fast, and there are fewer to lock. Some kernels
+        # are built without.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -37,17 +38,22 @@ def round_to_pages(nbytes: int) -> int:
 
 
 def touch(memory: numpy.ndarray) -> None:
-    """Makes the pages of a page-aligned stretch of a map, without holding the GIL and without changing what is in them.
+    """Makes the pages of a page-aligned stretch of a map, without holding the GIL and without
+    changing what is in them.
 
-    It never writes: somebody else may be writing there now. Where the system cannot populate pages they are read instead,
-    which makes them on Windows; on a Linux before 5.14 it does not, and locking them takes longer.
+    It never writes: somebody else may be writing there now. Where the system cannot populate pages
+    they are read instead, which makes them on Windows; on a Linux before 5.14 it does not, and
+    locking them takes longer.
     """
     if not advise(memory.ctypes.data, memory.nbytes, _POPULATE_WRITE):
         memory[::PAGE].max(initial=0)
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
-    """`madvise` for a page-aligned stretch of memory. False where the system has none, or refuses."""
+    """`madvise` for a page-aligned stretch of memory.
+
+    False where the system has none, or refuses.
+    """
     madvise = _madvise()
     return madvise is not None and madvise(address, nbytes, advice) == 0
 

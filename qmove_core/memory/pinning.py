@@ -1,11 +1,12 @@
 """Page-locked host memory: how much of it there may be, and the calls that lock and unlock it.
 
-Memory is touched first and then registered (`cudaHostRegister`), which is several times as fast as letting the driver allocate
-it and is exact to the page, where PyTorch's pinned allocator rounds up to powers of two. Only CUDA and ROCm are asked; on other
-devices host memory stays pageable.
+Memory is touched first and then registered (`cudaHostRegister`), which is several times as fast as
+letting the driver allocate it and is exact to the page, where PyTorch's pinned allocator rounds up
+to powers of two. Only CUDA and ROCm are asked; on other devices host memory stays pageable.
 
-The memlock limit (`ulimit -l`) does not decide: the drivers of NVIDIA and AMD lock pages themselves and do not charge it, and
-its usual 8 MiB would forbid pinning to most people. If a driver refuses, it is named in the message.
+The memlock limit (`ulimit -l`) does not decide: the drivers of NVIDIA and AMD lock pages themselves
+and do not charge it, and its usual 8 MiB would forbid pinning to most people. If a driver refuses,
+it is named in the message.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from ..settings import settings
 
 log = logging.getLogger("qmove")
 
-WINDOWS_SHARE = 0.4  # of RAM: what WDDM lets all processes lock together is half of it, and it counts against the GPU
+# Of RAM. WDDM lets all processes lock half of it together, and that counts against the GPU.
+WINDOWS_SHARE = 0.4
 WSL_BYTES = (
     768 << 20
 )  # drivers refuse from 0.75 to 1 GiB on (microsoft/WSL#8447, NVIDIA/nvidia-docker#1725)
 SYSTEM_SHARE = 0.9  # of RAM: locked pages cannot be swapped out, and the system needs some that can
-READ_ONLY = 8  # cudaHostRegisterReadOnly: the device only reads, so that the pages may be those of a mapped file
+# cudaHostRegisterReadOnly: the device only reads, so that the pages may be those of a mapped file.
+READ_ONLY = 8
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not only for the current one
 
 
 @dataclass(frozen=True)
 class PinLimit:
-    """Bytes that may be page-locked in all, what that limit is called, and what a user can do about it."""
+    """Bytes that may be page-locked in all, what that limit is called, and what a user can do about
+    it."""
 
     nbytes: int
     name: str
@@ -54,7 +58,8 @@ def pin_limit(
     """The limit that holds for page-locked memory.
 
     Args:
-        chosen: bytes (`qmove.configure(pin_limit=...)`); it takes the place of what is known of Windows and WSL. None: as set.
+        chosen: bytes (`qmove.configure(pin_limit=...)`); it takes the place of what is known of
+            Windows and WSL. None: as set.
         windows, wsl, ram: the system, and its RAM in bytes; None: as found here.
     """
     chosen = settings.pin_limit if chosen is None else chosen
@@ -137,9 +142,11 @@ def registered_bytes() -> int:
 
 
 def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
-    """Page-locks memory, which begins and ends at a page. False, with a line in the log, where that is refused.
+    """Page-locks memory, which begins and ends at a page. False, with a line in the log, where that
+    is refused.
 
-    With `read_only` the device only reads it, so that pages of a private map stay those of the file.
+    With `read_only` the device only reads it, so that pages of a private map stay those of the
+    file.
 
     Call it where no SIGINT can come between it and the note of its result (`interrupts_deferred`).
     """
@@ -149,7 +156,8 @@ def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
             _say_once(
                 logging.WARNING,
                 limit.name,
-                f"{readable_bytes(_total)} of host memory are page-locked, and no more may be: the limit is "
+                f"{readable_bytes(_total)} of host memory are page-locked, and no more may be: the "
+                "limit is "
                 f"{readable_bytes(limit.nbytes)} ({limit.name}). {_COST} {limit.advice}",
             )
         return False
@@ -174,7 +182,8 @@ def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
 
 
 def unregister(address: int) -> bool:
-    """Unlocks what was registered at `address`. False if the driver refused: then the memory must stay mapped.
+    """Unlocks what was registered at `address`. False if the driver refused: then the memory must
+    stay mapped.
 
     No copy to or from it may be under way.
     """
@@ -194,7 +203,8 @@ def unregister(address: int) -> bool:
 
 
 def forget_in_child() -> None:
-    """After a fork: what is registered belongs to the parent, and no lock of the parent's threads holds here."""
+    """After a fork: what is registered belongs to the parent, and no lock of the parent's threads
+    holds here."""
     global _lock, _total
     _lock, _total = threading.Lock(), 0
     _registered.clear()
@@ -211,7 +221,8 @@ def _reserve(nbytes: int, limit: int) -> bool:
 
 
 def _device_in_use() -> int:
-    """The current device, or one that this process uses already: a first call on another would make a context there.
+    """The current device, or one that this process uses already: a first call on another would make
+    a context there.
 
     A context costs hundreds of MB of VRAM. All devices see what is registered on one.
     """
@@ -221,9 +232,11 @@ def _device_in_use() -> int:
 
 
 def _clear_error(index: int) -> None:
-    """Takes away the error that a refused call leaves behind in this thread, for an operator that has nothing to do with it.
+    """Takes away the error that a refused call leaves behind in this thread, for an operator that
+    has nothing to do with it.
 
-    PyTorch has no binding for cudaGetLastError, but each of its kernels asks it, raises what it finds and so clears it.
+    PyTorch has no binding for cudaGetLastError, but each of its kernels asks it, raises what it
+    finds and so clears it.
     """
     try:
         torch.zeros(1, device=torch.device("cuda", index))
@@ -232,7 +245,8 @@ def _clear_error(index: int) -> None:
 
 
 _COST = (
-    "What is parked beyond it lies in pageable memory: that works, but copying it takes several times as long and "
+    "What is parked beyond it lies in pageable memory: that works, but copying it takes several "
+    "times as long and "
     "does not overlap with computing."
 )
 
@@ -242,7 +256,8 @@ def _say_refused(nbytes: int, reason: str, read_only: bool) -> None:
         _say_once(
             logging.INFO,
             "mapped files",
-            f"The driver would not page-lock {readable_bytes(nbytes)} of a mapped file ({reason}): what is restored from files "
+            f"The driver would not page-lock {readable_bytes(nbytes)} of a mapped file ({reason}): "
+            "what is restored from files "
             "is copied unlocked, which is slower.",
         )
         return
@@ -255,8 +270,10 @@ def _say_refused(nbytes: int, reason: str, read_only: bool) -> None:
     _say_once(
         logging.WARNING,
         f"refused: {reason}",
-        f"The driver would not page-lock another {readable_bytes(nbytes)} of host memory ({reason}); "
-        f"{readable_bytes(_total - nbytes)} are locked. {_COST} Close other programs that lock memory, or set a limit that "
+        f"The driver would not page-lock another {readable_bytes(nbytes)} of host memory "
+        f"({reason}); "
+        f"{readable_bytes(_total - nbytes)} are locked. {_COST} Close other programs that lock "
+        "memory, or set a limit that "
         f"holds: qmove.configure(pin_limit=bytes).{hint}",
     )
 

@@ -1,4 +1,5 @@
-"""Mirrors that are the model's own files: `park` then copies nothing and takes no RAM, and a restore reads the mapped file."""
+"""Mirrors that are the model's own files: `park` then copies nothing and takes no RAM, and a
+restore reads the mapped file."""
 
 from __future__ import annotations
 
@@ -34,20 +35,23 @@ def mirror_files(
 ) -> int:
     """Lets the safetensors files that a model was loaded from be its host copy.
 
-    For each storage on an accelerator whose bytes are, digest for digest, those of the tensor of its name in a file, parking
-    copies 0 bytes and takes no RAM: the parked tensors look into the mapped file, of which the system keeps in its page cache
-    what it has room for. Everything else is parked as always, and so is what was changed since. The files are never written.
-    `ram_limit` does not count them; `qmove.stats().file_bytes` does.
+    For each storage on an accelerator whose bytes are, digest for digest, those of the tensor of
+    its name in a file, parking copies 0 bytes and takes no RAM: the parked tensors look into the
+    mapped file, of which the system keeps in its page cache what it has room for. Everything else
+    is parked as always, and so is what was changed since. The files are never written. `ram_limit`
+    does not count them; `qmove.stats().file_bytes` does.
 
-    A parked model can still be changed (pages that are written to become private RAM) and comes home with the changes; what was
-    changed is parked as always from then on. While a model is parked its files must not be overwritten in place: a restore
-    then raises MappedFileChanged (see `mapped_files.py` for what it cannot see). Replacing or deleting them does no harm. On
-    Windows mapped files cannot be replaced, and count against the commit limit in full.
+    A parked model can still be changed (pages that are written to become private RAM) and comes
+    home with the changes; what was changed is parked as always from then on. While a model is
+    parked its files must not be overwritten in place: a restore then raises MappedFileChanged (see
+    `mapped_files.py` for what it cannot see). Replacing or deleting them does no harm. On Windows
+    mapped files cannot be replaced, and count against the commit limit in full.
 
     Args:
         model: as for `qmove.park`; what of it is on an accelerator now.
         files: one or several safetensors files. All of each is read once, through the page cache.
-        prefix: what names in the files have before the model's own ("model.diffusion_model." for example).
+        prefix: what names in the files have before the model's own ("model.diffusion_model." for
+            example).
 
     Returns:
         Bytes of the model that the files now mirror; 0 if nothing matched, with a line in the log.
@@ -83,14 +87,23 @@ def mirror_files(
         mirrors.take([holding.storage for holding in left if in_ram.get(id(holding)) in no_longer])
     log.info(
         "%s of the %s that %s has on accelerators are mirrored by %s%s",
-        readable_bytes(mirrored), readable_bytes(wanted), type(model).__name__, ", ".join(path.name for path in paths),
-        "" if mirrored else ": no tensor there has such a name, size and content (see `prefix`; a cast changes the content)",
-    )  # fmt: skip
+        readable_bytes(mirrored),
+        readable_bytes(wanted),
+        type(model).__name__,
+        ", ".join(path.name for path in paths),
+        "" if mirrored else _NOTHING_MATCHED,
+    )
     return mirrored
 
 
+_NOTHING_MATCHED = (
+    ": no tensor there has such a name, size and content (see `prefix`; a cast changes the content)"
+)
+
+
 def _blocks_of_mirrors(holdings: Iterable[Holding]) -> dict[int, int]:
-    """For the holdings that have a host copy in RAM, by their ids, the id of the block that it lies in."""
+    """For the holdings that have a host copy in RAM, by their ids, the id of the block that it lies
+    in."""
     copies = [
         (id(holding), mirror.host)
         for holding in holdings
@@ -112,7 +125,8 @@ class _Saved:
     def __post_init__(self) -> None:
         if not self.path.is_file():
             raise CannotMirror(
-                f"There is no file {self.path}. Give the safetensors files that the model was loaded from."
+                f"There is no file {self.path}. Give the safetensors files that the model was "
+                "loaded from."
             )
 
     def mirror(self, holdings: Iterable[Holding], prefix: str) -> dict[int, int]:
@@ -153,13 +167,15 @@ class _Saved:
             header = read_header(self.path)
         except NotSafetensors as error:
             raise CannotMirror(
-                f"{error} Only the files that the model was loaded from, as safetensors, can mirror it."
+                f"{error} Only the files that the model was loaded from, as safetensors, can "
+                "mirror it."
             ) from error
         return {name: (saved.start, saved.end) for name, saved in header.items()}
 
 
 def _name_in(tensors: dict[str, tuple[int, int]], holding: Holding, prefix: str) -> str | None:
-    """Under which name a file may have the bytes of a holding, of that many bytes, where its dtypes can be read from."""
+    """Under which name a file may have the bytes of a holding, of that many bytes, where its dtypes
+    can be read from."""
     alignment = max(tensor.dtype.itemsize for tensor in holding.tensors)
     for name in _saved_names(holding):
         start, end = tensors.get(prefix + name, (0, 0))

@@ -1,8 +1,9 @@
 """The parts of a model that arrive together, in the order in which the model uses them.
 
-A group is a layer (a child of a `ModuleList`, `ModuleDict` or `Sequential`, with everything below it) or a module outside of all
-layers that has tensors of its own. What the order is can only be seen while a model runs: each streaming restore notes it for
-the next one. Until then it is the order in which the modules were registered.
+A group is a layer (a child of a `ModuleList`, `ModuleDict` or `Sequential`, with everything below
+it) or a module outside of all layers that has tensors of its own. What the order is can only be
+seen while a model runs: each streaming restore notes it for the next one. Until then it is the
+order in which the modules were registered.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def note_use(topmost: nn.Module) -> None:
 
 
 def groups_of(held: Inventory) -> list[LayerGroup]:
-    """All groups of a model, those first that it needs first. Every holding is in at least one of them."""
+    """All groups of a model, those first that it needs first.
+
+    Every holding is in at least one of them.
+    """
     loose = LayerGroup("")
     groups: dict[str, LayerGroup] = {}
     layers = _layers(held)
@@ -75,7 +79,10 @@ def holdings_in_order(held: Inventory) -> list[Holding]:
 
 
 def _as_they_lie(holdings: list[Holding]) -> list[Holding]:
-    """What is parked side by side in that order: it travels together. A forward may have changed the order of the walk."""
+    """What is parked side by side in that order: it travels together.
+
+    A forward may have changed the order of the walk.
+    """
     places = [arena.place_of(holding.storage) for holding in holdings]
     if (
         len({id(place[0]) if place is not None else None for place in places}) != 1

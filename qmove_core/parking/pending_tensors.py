@@ -1,7 +1,8 @@
 """Tensors whose bytes are still on their way: whoever uses one waits for it first.
 
-While it is awaited a tensor has a subclass of its own class, whose `__torch_function__` every operator, method and attribute
-goes through, `data_ptr()` for somebody's own kernel among them. What only asks for shape, dtype or device is answered at once.
+While it is awaited a tensor has a subclass of its own class, whose `__torch_function__` every
+operator, method and attribute goes through, `data_ptr()` for somebody's own kernel among them. What
+only asks for shape, dtype or device is answered at once.
 """
 
 from __future__ import annotations

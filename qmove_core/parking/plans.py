@@ -160,7 +160,8 @@ def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
     streaming.wait_for(holding.storage for holding in held.holdings)
     if not held.holdings and not held.meta:
         hint = (
-            f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass those."
+            f" It refers to modules that are not its own: {', '.join(held.foreign[:5])}; pass "
+            "those."
             if held.foreign
             else ""
         )

@@ -34,9 +34,11 @@ class Moved:
         nbytes: bytes of all storages that changed places.
         copied_bytes: bytes that were really copied for it.
         seconds: wall time.
-        home: for each storage that changed places, by its name, its home: where a park took it from, a restore brought it to.
+        home: for each storage that changed places, by its name, its home: where a park took it
+            from, a restore brought it to.
         stragglers: storages that did not leave their device, and who holds them.
-        verified: whether digests proved that every byte arrived as it was (`qmove.configure(verify=True)`).
+        verified: whether digests proved that every byte arrived as it was
+            (`qmove.configure(verify=True)`).
     """
 
     nbytes: int
@@ -70,15 +72,20 @@ def park(
     allow_live_graph: bool = False,
     progress: Progress | None = None,
 ) -> Parked:
-    """Moves every byte that `model` has on accelerators into host memory. The model wakes by itself when it is used.
+    """Moves every byte that `model` has on accelerators into host memory. The model wakes by itself
+    when it is used.
 
-    Parking a parked model does nothing; what has come onto a device since then is parked too. What lies on the host stays.
+    Parking a parked model does nothing; what has come onto a device since then is parked too. What
+    lies on the host stays.
 
     Args:
-        model: anything that holds tensors: a module, a pipeline, a list or dict of them, another library's wrapper.
+        model: anything that holds tensors: a module, a pipeline, a list or dict of them, another
+            library's wrapper.
         extra: objects that go with it (an optimizer, a cache). They come home with the model.
-        allow_live_graph: park although an autograd graph still needs the weights. What it saved then stays on the device.
-        progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops the park with nothing moved.
+        allow_live_graph: park although an autograd graph still needs the weights. What it saved
+            then stays on the device.
+        progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops the park with
+            nothing moved.
 
     Returns:
         A `Parked`. Its `stragglers` name what stayed on a device, and who holds it.
@@ -102,16 +109,19 @@ def restore(
     stream: bool = False,
     progress: Progress | None = None,
 ) -> Restored:
-    """Brings a parked model back: every storage to the device it came from, or to where `device` says.
+    """Brings a parked model back: every storage to the device it came from, or to where `device`
+    says.
 
     Restoring a resident model does nothing.
 
     Args:
         model: the object that was parked, or a part of it.
-        device: None for home; one device; or a device_map from name prefixes ("" for the rest) to devices.
-        stream: return as soon as the copies are queued. The model can be used at once: each of its layers waits only for
-            its own bytes, which arrive in the order in which the layers were last used. Where that is not possible (compiled
-            modules, wrapper subclasses such as torchao's, `verify`, a `progress`) it waits for all of them.
+        device: None for home; one device; or a device_map from name prefixes ("" for the rest) to
+            devices.
+        stream: return as soon as the copies are queued. The model can be used at once: each of its
+            layers waits only for its own bytes, which arrive in the order in which the layers were
+            last used. Where that is not possible (compiled modules, wrapper subclasses such as
+            torchao's, `verify`, a `progress`) it waits for all of them.
         progress: as for `park`; what it raises stops the restore with the model still parked.
 
     Raises:
@@ -131,12 +141,12 @@ def restore(
 def prefetch(model: object) -> Restored | None:
     """Begins to bring a parked model home, if there is room for it, and returns at once.
 
-    It is for a model that will be needed next, while another one still computes: nothing is parked for
-    it, and no host is asked for room.
+    It is for a model that will be needed next, while another one still computes: nothing is parked
+    for it, and no host is asked for room.
 
     Returns:
-        What was begun. None, with the model still parked, if some device has too little free memory, or
-        if the model cannot be used while it arrives (see `restore(stream=True)`).
+        What was begun. None, with the model still parked, if some device has too little free
+        memory, or if the model cannot be used while it arrives (see `restore(stream=True)`).
     """
     started = time.perf_counter()
     with homes.lock:
@@ -155,8 +165,8 @@ def prefetch(model: object) -> Restored | None:
 def prepare(model: object) -> int:
     """Page-locks host memory for the first park of `model` in the background, while it computes.
 
-    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where there
-    is too little of it.
+    Does nothing for what needs no memory to be parked, where memory cannot be locked, and where
+    there is too little of it.
 
     Returns:
         Bytes that are being prepared, or are ready.
@@ -187,7 +197,8 @@ def move(
         allow_live_graph, progress: as for `park`.
 
     Raises:
-        As `park`; and CannotMove if parts of the model would not run on `device`, with names and reasons.
+        As `park`; and CannotMove if parts of the model would not run on `device`, with names and
+        reasons.
     """
     started = time.perf_counter()
     with homes.lock:

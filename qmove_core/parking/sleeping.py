@@ -1,9 +1,11 @@
-"""A parked model that is used wakes: the first forward of any of its modules brings the whole model home.
+"""A parked model that is used wakes: the first forward of any of its modules brings the whole model
+home.
 
-Callers place their inputs by `model.device` before that forward, so a sleeping module must also name its home there. Both
-are done by giving each module, while it is parked, a subclass of its own class with the same name. Waking gives it its
-own class back, so a resident model carries no hook and runs at full speed. Copies and pickles of a sleeping module are
-made as of its own class: they are ordinary models.
+Callers place their inputs by `model.device` before that forward, so a sleeping module must also
+name its home there. Both are done by giving each module, while it is parked, a subclass of its own
+class with the same name. Waking gives it its own class back, so a resident model carries no hook
+and runs at full speed. Copies and pickles of a sleeping module are made as of its own class: they
+are ordinary models.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ _wakers: WeakIdKeyDictionary = (
 
 
 def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None]) -> None:
-    """Makes each module call `waker` before it is used. A module that sleeps already keeps the waker it has."""
+    """Makes each module call `waker` before it is used.
+
+    A module that sleeps already keeps the waker it has.
+    """
     asleep = []
     try:
         for module in modules:
@@ -91,14 +96,17 @@ def _wake_model_of(module: nn.Module) -> None:
         asked = None
         while (waker := _wakers.get(module)) is not None and waker is not asked:
             waker(module)
-            asked = waker  # a streaming restore leaves another one, that waits for the module's own bytes
+            asked = waker  # a streaming restore leaves another one, for the module's own bytes
         wake_up(
             [module]
         )  # also a copy of a sleeping module, made behind our back, which nobody else would wake
 
 
 class _RousingForward:
-    """`forward` of a sleeping class. A data descriptor, so that it comes before a `forward` that hooks put on the module."""
+    """`forward` of a sleeping class.
+
+    A data descriptor, so that it comes before a `forward` that hooks put on the module.
+    """
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self._cls = cls
@@ -153,7 +161,8 @@ def _members(cls: type[Any]) -> dict[str, Any]:
                 set_class(self, sleeping)
 
     members: dict[str, Any] = {
-        # What programs ask for the class, pickle among them. Who sets another one gets it, and the module sleeps on.
+        # What programs ask for the class, pickle among them. Who sets another one gets it, and the
+        # module sleeps on.
         "__class__": property(own_class, lambda self, other: set_class(self, _asleep.of(other))),
         "__call__": call,
         "forward": _RousingForward(cls),

@@ -1,12 +1,15 @@
 """A streaming restore: the model is home at once, and each part of it waits only for its own bytes.
 
 Until they have arrived
-- the modules of a layer group (`layer_order.py`) are asleep: the first forward of one waits for the group;
+- the modules of a layer group (`layer_order.py`) are asleep: the first forward of one waits for the
+group;
 - the tensors are pending (`pending_tensors.py`): any other use of one waits for its bytes too.
-The host waits, so no stream anywhere can be too early. Afterwards modules and tensors have their own
-classes back. The host's bytes stay until everything is there: a copy that fails leaves the model parked.
+The host waits, so no stream anywhere can be too early. Afterwards modules and tensors have their
+own classes back. The host's bytes stay until everything is there: a copy that fails leaves the
+model parked.
 
-Whoever waits waits for one restore: what waits for a later one is left alone when an earlier one ends.
+Whoever waits waits for one restore: what waits for a later one is left alone when an earlier one
+ends.
 """
 
 from __future__ import annotations
@@ -163,7 +166,7 @@ class StreamingRestore:
             raise
 
     def note_who_shares(self) -> None:
-        """Notes whose host bytes nobody else holds: who drops them later may have written to them."""
+        """Notes which host bytes nobody else holds now, while nobody can have written to them."""
         for part, alone in zip(self._parts, unshared(self._parts), strict=True):
             part.was_unshared = alone
 

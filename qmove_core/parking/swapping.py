@@ -27,9 +27,10 @@ def swap(
     """Parks `leaving` and brings the parked `coming` home, both at once.
 
     Each device holds no more meanwhile than the larger of what they have there, and 64 MiB. What
-    qmove's host copy of `leaving` still holds unchanged is not copied. RAM need not hold both models:
-    where it has too little room, `leaving` takes over the memory that `coming` lay in, and needs only
-    64 MiB more than the larger of the two (twice the largest storage of each, if these are larger).
+    qmove's host copy of `leaving` still holds unchanged is not copied. RAM need not hold both
+    models: where it has too little room, `leaving` takes over the memory that `coming` lay in, and
+    needs only 64 MiB more than the larger of the two (twice the largest storage of each, if these
+    are larger).
 
     Args:
         leaving, coming: two models, as for `park` and `restore`.
@@ -39,8 +40,9 @@ def swap(
         What `park` and `restore` would have returned.
 
     Raises:
-        As `park` and `restore`. Both models are then where they were. Should there be no way back for
-        `leaving` (another process took its room, the device fails), it is parked instead, whole.
+        As `park` and `restore`. Both models are then where they were. Should there be no way back
+        for `leaving` (another process took its room, the device fails), it is parked instead,
+        whole.
     """
     started = time.perf_counter()
     with homes.lock:

@@ -1,9 +1,9 @@
 """Copies whole storages between devices and the host, as bytes.
 
-Each direction of each device has a stream of its own, so that copies overlap with each other and with
-what the model computes. Host memory is page-locked piece by piece just ahead of the copies, which hides
-one behind the other. Small storages that lie side by side in the arena cross the link together, through
-a staging buffer on the device: every copy has a fixed cost.
+Each direction of each device has a stream of its own, so that copies overlap with each other and
+with what the model computes. Host memory is page-locked piece by piece just ahead of the copies,
+which hides one behind the other. Small storages that lie side by side in the arena cross the link
+together, through a staging buffer on the device: every copy has a fixed cost.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ class Transfer:
     def _copy_together(self, batch: Sequence[CopyJob], device: torch.device, out: bool) -> bool:
         """Copies a batch over the link at once, if there is room for a buffer; says whether it did.
 
-        The buffer is freed before digests take memory: the allocator keeps it until the copy is done.
+        The buffer is freed before digests take memory: the allocator keeps it until the copy is
+        done.
         """
         staging = self._staging_for(batch, device)
         if staging is None:
@@ -233,7 +234,8 @@ class Transfer:
             try:
                 job.target = _storage_on(job.device, job.nbytes)
             except torch.OutOfMemoryError:
-                # Staging of copies under way, or what unread digests hold, may be just what is lacking.
+                # Staging of copies under way, or what unread digests hold, may be just what is
+                # lacking.
                 if not self._under_way and not self._pending:
                     raise
                 self._let_finish(0)

@@ -1,11 +1,13 @@
 """Two models change places: one leaves the device while the other comes, both directions at once.
 
-It goes in rounds. In each round some storages of both are copied; those that left give up their place on
-the device, which the next round fills. So each device holds no more than the larger model and one round.
+It goes in rounds. In each round some storages of both are copied; those that left give up their
+place on the device, which the next round fills. So each device holds no more than the larger model
+and one round.
 
-Where the host has room for both models as well, the one that comes keeps its host copy until the commit.
-Where it has not, what leaves is written to where the coming model's storages were: then those are
-committed round by round too. Both models are asleep meanwhile, so whoever uses one waits for the end.
+Where the host has room for both models as well, the one that comes keeps its host copy until the
+commit. Where it has not, what leaves is written to where the coming model's storages were: then
+those are committed round by round too. Both models are asleep meanwhile, so whoever uses one waits
+for the end.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def exchange(
 ) -> tuple[Done, Done]:
     """Carries out both plans at once.
 
-    After an error what has moved has moved: `leaving` and `coming` are both asleep then, each with every
-    byte, and the caller plans the way back.
+    After an error what has moved has moved: `leaving` and `coming` are both asleep then, each with
+    every byte, and the caller plans the way back.
 
     Raises:
         NotEnoughMemory: checked before the first byte moves.
@@ -129,7 +131,8 @@ class _Rounds:
 class _HostRoom:
     """Host memory for what leaves where there is too little for both models.
 
-    One block of its own, as small as it can be, and what the storages of the coming model leave behind.
+    One block of its own, as small as it can be, and what the storages of the coming model leave
+    behind.
     """
 
     def __init__(self, leaving: MovePlan, coming: MovePlan, spare_on_device: int) -> None:
@@ -149,11 +152,11 @@ class _HostRoom:
         ]
         in_all = arena.bytes_for(lacking)
         beyond = max(0, in_all - arena.bytes_for(reused))
-        # With the largest storage of each ahead, one of the two directions can go on. With twice as much
-        # it always can: a storage does not fit into what is left at the end of a gap.
+        # With the largest storage of each ahead, one of the two directions can go on. With twice as
+        # much it always can: a storage does not fit into what is left at the end of a gap.
         ahead = arena.bytes_for([max(lacking), max(reused, default=0)])
-        # Room on the device is as good: then the coming model goes first. And so is what an earlier swap
-        # left free in these blocks, where it is not in small pieces.
+        # Room on the device is as good: then the coming model goes first. And so is what an earlier
+        # swap left free in these blocks, where it is not in small pieces.
         there = spare_on_device + sum(
             gap.nbytes for gap in self._free if gap.nbytes >= arena.bytes_for([max(lacking)])
         )

@@ -1,4 +1,4 @@
-"""What a transaction is given: plans, and in each of them one record for every storage that moves."""
+"""What a transaction is given: plans, each with one record for every storage that moves."""
 
 from __future__ import annotations
 

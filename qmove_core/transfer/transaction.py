@@ -1,7 +1,9 @@
-"""One move as one transaction: check, allocate, copy, commit. A failure leaves every model where it was.
+"""One move as one transaction: check, allocate, copy, commit. A failure leaves every model where it
+was.
 
-Park and move are one plan, a swap is two (`exchange.py`), and a streaming restore commits before it waits
-(`parking/streaming.py`). All of them are a list of records (`moves.py`), one commit and one rollback.
+Park and move are one plan, a swap is two (`exchange.py`), and a streaming restore commits before it
+waits (`parking/streaming.py`). All of them are a list of records (`moves.py`), one commit and one
+rollback.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
 class MoveTransaction:
     """The storages of one or two plans while they move.
 
-    Leaving its `with` drops every storage that no model needs, and after an error puts back what the
-    transaction had taken. Whoever keeps the traceback keeps no memory.
+    Leaving its `with` drops every storage that no model needs, and after an error puts back what
+    the transaction had taken. Whoever keeps the traceback keeps no memory.
     """
 
     def __init__(self, *plans: MovePlan) -> None:
@@ -79,7 +81,7 @@ class MoveTransaction:
             move.mirror = None
             move.drop_storages()
 
-    # Before anything moves --------------------------------------------------------------------------
+    # Before anything moves ------------------------------------------------------------------------
 
     def use_mirrors(self) -> None:
         """Finds the host copies that still hold what lies on the device: nothing to copy there."""
@@ -100,7 +102,8 @@ class MoveTransaction:
                 move.mirror = None  # a file is never written to
 
     def allocate_on_host(self, *plans: MovePlan) -> None:
-        """Checks every budget of these plans, or of all, then allocates what is lacking on the host.
+        """Checks every budget of these plans, or of all, then allocates what is lacking on the
+        host.
 
         Devices are allocated on as the copies go.
         """
@@ -120,7 +123,7 @@ class MoveTransaction:
             move.mirror = None
         return moves
 
-    # The copies -------------------------------------------------------------------------------------
+    # The copies -----------------------------------------------------------------------------------
 
     def copy(
         self,
@@ -165,7 +168,7 @@ class MoveTransaction:
                 move.mirror = None  # what is bad may be one of them: next time all is copied
             raise
 
-    # The commit, and its rollback -------------------------------------------------------------------
+    # The commit, and its rollback -----------------------------------------------------------------
 
     def commit(self) -> None:
         """Moves the models to where their bytes are now, or leaves them where they were."""
@@ -203,7 +206,7 @@ class MoveTransaction:
         self._watched.append((move, watched))
         return watched
 
-    # After the commit -------------------------------------------------------------------------------
+    # After the commit -----------------------------------------------------------------------------
 
     def finish(self) -> Done:
         """Keeps mirrors, drops the old storages, and looks at which of them live on."""

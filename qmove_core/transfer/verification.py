@@ -1,8 +1,8 @@
 """Proves with digests that what arrived is what was sent (`qmove.configure(verify=True)`).
 
-Weights that were rightly changed while the model was parked, by a LoRA merged on the CPU for example,
-have another digest than the one noted when they were parked. So before a difference counts, the bytes on
-the host are looked at.
+Weights that were rightly changed while the model was parked, by a LoRA merged on the CPU for
+example, have another digest than the one noted when they were parked. So before a difference
+counts, the bytes on the host are looked at.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A swap where RAM has room for one of the two models and VRAM for one: the leaving model takes over the
+"""A swap where RAM has room for one of the two models and VRAM for one: the leaving model takes
+over the
 host memory that the coming one lay in."""
 
 from __future__ import annotations
