@@ -148,7 +148,8 @@ class Transfer:
         with torch.no_grad(), torch.inference_mode(False):
             for batch in self._batches(jobs):
                 if batch[0].source.device.type == batch[0].device.type:
-                    self._copy_across(batch[0])
+                    for job in batch:
+                        self._copy_across(job)
                 else:
                     self._copy_batch(batch)
                 self._let_finish(IN_FLIGHT)
