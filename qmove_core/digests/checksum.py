@@ -1,9 +1,12 @@
-"""A checksum of a tensor's bytes on the host, as fast as they can be read there, to tell whether a weight was changed.
+"""A checksum of a tensor's bytes on the host, as fast as they can be read there, to tell whether a
+weight was changed.
 
-For weights that were just read on the host, where `digest.py`'s products, made for GPUs, are several times slower. Two sums
-modulo 2^64: of the 8-byte words, and of their upper halves, each times random numbers that differ from place to place. A
-difference in a lower half is divisible by 2^31 at most, so that the first sum misses it with odds of at most 2^-33; one in
-upper halves only is missed by the second with the same odds. (The first alone would miss every second change of two signs.)
+For weights that were just read on the host, where `digest.py`'s products, made for GPUs, are
+several times slower. Two sums modulo 2^64: of the 8-byte words, and of their upper halves, each
+times random numbers that differ from place to place. A difference in a lower half is divisible by
+2^31 at most, so that the first sum misses it with odds of at most 2^-33; one in upper halves only
+is missed by the second with the same odds. (The first alone would miss every second change of two
+signs.)
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ _CHUNK = 64 << 20  # bytes copied to the host at a time
 
 
 def checksum_of(tensor: torch.Tensor) -> int:
-    """Of the bytes that `tensor` shows, in the order of its elements. On a device they are copied in pieces."""
+    """Of the bytes that `tensor` shows, in the order of its elements.
+
+    On a device they are copied in pieces.
+    """
     checksum = tensor.numel() * tensor.itemsize
     with torch.no_grad(), torch.inference_mode(False):
         of_words, of_halves = _factors()

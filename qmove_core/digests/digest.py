@@ -1,13 +1,16 @@
-"""Digests of the bytes of storages, computed where the bytes lie, to tell whether they changed or arrived whole.
+"""Digests of the bytes of storages, computed where the bytes lie, to tell whether they changed or
+arrived whole.
 
-Versions of tensors cannot tell: writes through `.data` do not count. Two storages have equal digests if their bytes are equal,
-on whichever device each lies, and unequal ones otherwise, but for odds of 3 x 2^-64 (see `digest_tree.py`, which states for
-which changes) and 2^-128 of the hash that combines the pieces.
+Versions of tensors cannot tell: writes through `.data` do not count. Two storages have equal
+digests if their bytes are equal, on whichever device each lies, and unequal ones otherwise, but for
+odds of 3 x 2^-64 (see `digest_tree.py`, which states for which changes) and 2^-128 of the hash that
+combines the pieces.
 
-What it costs: memory of STAGING bytes at most, whatever the number and size of the storages, plus 32 bytes a piece (512 KiB or a
-smaller storage), which are also what is copied to the host. Storages of IN_PLACE bytes or more are read once, where they lie, in
-one product each. Others are gathered into the staging: read, written and read again, padded by 5 % on average, in 3 or 4 kernels
-for 48 MiB or FEW storages. Then two kernels for each shape of piece that occurs.
+What it costs: memory of STAGING bytes at most, whatever the number and size of the storages, plus
+32 bytes a piece (512 KiB or a smaller storage), which are also what is copied to the host. Storages
+of IN_PLACE bytes or more are read once, where they lie, in one product each. Others are gathered
+into the staging: read, written and read again, padded by 5 % on average, in 3 or 4 kernels for 48
+MiB or FEW storages. Then two kernels for each shape of piece that occurs.
 """
 
 from __future__ import annotations
@@ -57,11 +60,13 @@ FEW = 512  # storages gathered by one call, whose cost on the host grows faster 
 
 
 def digest_storages(storages: Sequence[torch.UntypedStorage]) -> list[Digest]:
-    """The digests of `storages`, which lie on one device. Queued on its current stream, for which it then waits.
+    """The digests of `storages`, which lie on one device. Queued on its current stream, for which
+    it then waits.
 
     Raises:
         DigestUnavailable: see `available`.
-        torch.OutOfMemoryError: the device has no room for even 1 MiB of staging. Nothing stays allocated.
+        torch.OutOfMemoryError: the device has no room for even 1 MiB of staging. Nothing stays
+        allocated.
     """
     return queue_digests(storages).values()
 
@@ -89,7 +94,8 @@ def _products(device: torch.device) -> type[Products] | None:
 
 
 def _sample(way: type[Products], device: torch.device) -> list[Digest]:
-    """The digests of pieces of each shape, of random bytes and of those whose products are the largest."""
+    """The digests of pieces of each shape, of random bytes and of those whose products are the
+    largest."""
     with torch.no_grad(), torch.inference_mode(False):
         content = random_bytes(PIECE, device)
         largest = torch.where(matrices(device) < 0, -128, 127).to(torch.int8)
@@ -102,7 +108,8 @@ def _sample(way: type[Products], device: torch.device) -> list[Digest]:
 def queue_digests(
     storages: Sequence[torch.UntypedStorage], *, at_most: int | None = None
 ) -> Pending:
-    """As `digest_storages`, but only queued. Keep the storages, and what they hold, until `values()` has returned.
+    """As `digest_storages`, but only queued. Keep the storages, and what they hold, until
+    `values()` has returned.
 
     Args:
         at_most: bytes of memory it may take for staging there, if less than STAGING.
@@ -116,17 +123,24 @@ def queue_digests(
 
 
 def _needed_first(device: torch.device) -> int:
-    """Bytes without which nothing can be computed there: more of them the first time, for trying it out."""
+    """Bytes without which nothing can be computed there: more of them the first time, for trying it
+    out."""
     return LEAST_STAGING if device in _tried_out else _TRYING_OUT
 
 
 def available(device: torch.device) -> bool:
-    """Whether digests can be computed on `device`. The first time it is tried out, on one piece of each shape."""
+    """Whether digests can be computed on `device`.
+
+    The first time it is tried out, on one piece of each shape.
+    """
     return _products(device) is not None
 
 
 class Pending:
-    """Digests that were queued on a device. Until they are read it keeps 32 bytes for each piece there, and 20 KiB."""
+    """Digests that were queued on a device.
+
+    Until they are read it keeps 32 bytes for each piece there, and 20 KiB.
+    """
 
     def __init__(self, out: torch.Tensor | None, places: list[tuple[int, list[int]]]) -> None:
         self._out, self._places = out, places  # (bytes, rows of `out` that belong to them)
@@ -149,7 +163,8 @@ class Pending:
 
 
 def read_together(pendings: Sequence[Pending]) -> None:
-    """Reads what was queued on one stream of one device in one copy, where there is room to put it together."""
+    """Reads what was queued on one stream of one device in one copy, where there is room to put it
+    together."""
     unread = [(pending, pending._out) for pending in pendings if pending._out is not None]
     if not unread:
         return
@@ -169,7 +184,8 @@ def read_together(pendings: Sequence[Pending]) -> None:
 
 
 def _read(out: torch.Tensor, stream: torch.Stream | None) -> memoryview:
-    # On the stream they were queued on: another one may be busy for long with what has nothing to do with them.
+    # On the stream they were queued on: another one may be busy for long with what has nothing to
+    # do with them.
     with torch.inference_mode(False), _on(stream):
         return memoryview(out.cpu().numpy().tobytes())
 
@@ -194,7 +210,8 @@ def _queue(contents: list[torch.Tensor], at_most: int | None = None) -> Pending:
     found = {content.device for content in contents}
     if len(found) > 1:
         raise ValueError(
-            f"digests are computed on one device at a time, not on {', '.join(sorted(map(str, found)))}"
+            "digests are computed on one device at a time, not on "
+            f"{', '.join(sorted(map(str, found)))}"
         )
     if not any(content.numel() for content in contents):
         return Pending(None, [(0, []) for _content in contents])
@@ -203,7 +220,8 @@ def _queue(contents: list[torch.Tensor], at_most: int | None = None) -> Pending:
     _tried_out.add(device)
     if products is None:
         raise DigestUnavailable(
-            f"{device} multiplies 8-bit numbers inexactly, so that digests computed there mean nothing."
+            f"{device} multiplies 8-bit numbers inexactly, so that digests computed there mean "
+            "nothing."
         )
     return _queue_with(products, contents, device, at_most)
 
@@ -235,7 +253,8 @@ _PIECE_ROWS = PIECE // ROW
 
 @dataclass(slots=True)
 class _Piece:
-    """Up to PIECE bytes that are gathered: as int64 where that is possible, which is how they are copied fastest."""
+    """Up to PIECE bytes that are gathered: as int64 where that is possible, which is how they are
+    copied fastest."""
 
     content: torch.Tensor
     shape: Shape

@@ -1,16 +1,20 @@
-"""The arithmetic of digests: bytes times random numbers, in three levels, with matrix products that every device has.
+"""The arithmetic of digests: bytes times random numbers, in three levels, with matrix products that
+every device has.
 
-Bytes are taken as int8, in rows of 1024. Level 0 multiplies each row with a random int8 matrix of 1024 x 8, exactly, in int32:
-32 bytes for 1024. Level 1 does the same with the 32 bytes each of up to 32 rows, and level 2 with those of up to 16 such
-groups, so that a piece of up to 512 KiB ends as 32 bytes. Each level has its own matrix.
+Bytes are taken as int8, in rows of 1024. Level 0 multiplies each row with a random int8 matrix of
+1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of up
+to 32 rows, and level 2 with those of up to 16 such groups, so that a piece of up to 512 KiB ends as
+32 bytes. Each level has its own matrix.
 
-Odds that a change of a piece goes unseen: where a row differs, one column of the product is the same for at most one of the
-256 values of one entry, so all 8 are with at most 256^-8 = 2^-64; the same for the next two levels; 3 x 2^-64 in all. This holds
-for changes that do not depend on the matrices, as a computer's and its user's do. The matrices are fixed and public: whoever
-wants to deceive the digest can.
+Odds that a change of a piece goes unseen: where a row differs, one column of the product is the
+same for at most one of the 256 values of one entry, so all 8 are with at most 256^-8 = 2^-64; the
+same for the next two levels; 3 x 2^-64 in all. This holds for changes that do not depend on the
+matrices, as a computer's and its user's do. The matrices are fixed and public: whoever wants to
+deceive the digest can.
 
-Why matrix products: PyTorch has no integer dot product on GPUs, and products and sums one by one pass over the bytes four times.
-`torch._int_mm` reads them once, on tensor cores. Where it is missing float32 is as exact: 1024 x 128 x 128 = 2^24.
+Why matrix products: PyTorch has no integer dot product on GPUs, and products and sums one by one
+pass over the bytes four times. `torch._int_mm` reads them once, on tensor cores. Where it is
+missing float32 is as exact: 1024 x 128 x 128 = 2^24.
 """
 
 from __future__ import annotations
@@ -25,14 +29,16 @@ PRODUCT = COLUMNS * 4  # bytes of a row's product
 GROUP = ROW // PRODUCT  # rows whose products fill one row of the next level
 GROUPS = 16
 PIECE = GROUPS * GROUP * ROW  # bytes that end as one product
-SPARE = 32  # rows at least: `_int_mm` takes no fewer than 17, and what comes out of those not asked for is overwritten
+# Rows at least: `_int_mm` takes no fewer than 17. What those not asked for give is overwritten.
+SPARE = 32
 
 _LEVELS = (ROW, ROW, GROUPS * PRODUCT)  # bytes that a row has at most
 _NUMBERS = sum(_LEVELS) * COLUMNS
 
 _FEW_ROWS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 _FEW_GROUPS = (*range(2, 9), 10, 12, 14, 16)
-# (groups, rows in each): few, since each shape that occurs is a product of its own; fine, since they are padded with zeros.
+# (groups, rows in each): few, since each shape that occurs is a product of its own; fine, since
+# they are padded with zeros.
 SHAPES = [(1, rows) for rows in _FEW_ROWS] + [
     (n, rows) for n in _FEW_GROUPS for rows in _FEW_ROWS if rows >= 20
 ]
@@ -51,12 +57,14 @@ Shape = tuple[int, int]
 
 
 def shape_of(nbytes: int) -> Shape:
-    """How a piece of this many bytes, 1 to PIECE, is taken: depends on nothing else, so that equal bytes have equal digests."""
+    """How a piece of this many bytes, 1 to PIECE, is taken: depends on nothing else, so that equal
+    bytes have equal digests."""
     return _SHAPE_OF_ROWS[-(-nbytes // ROW)]
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
-    """`count` int8 numbers, a multiple of 8, the same on every device: splitmix64, queued there rather than copied there."""
+    """`count` int8 numbers, a multiple of 8, the same on every device: splitmix64, queued there
+    rather than copied there."""
     numbers = torch.arange(1, count // 8 + 1, dtype=torch.int64, device=device).mul_(
         _signed(0x9E3779B97F4A7C15)
     )
@@ -70,7 +78,10 @@ def _signed(number: int) -> int:
 
 
 def matrices(device: torch.device) -> torch.Tensor:
-    """The numbers of all levels, int8: 20 KiB. Made once for all who use them at a time, on the same stream."""
+    """The numbers of all levels, int8: 20 KiB.
+
+    Made once for all who use them at a time, on the same stream.
+    """
     key = device, getattr(current_stream(device), "stream_id", 0)
     numbers = _in_use.get(key)
     if numbers is None:
@@ -105,14 +116,16 @@ class IntProducts:
         return 0
 
     def multiply(self, level: int, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """`out` (int32, n x 8) = `rows` (int8, n x at most 1024; n > 16) times the matrix of the level."""
+        """`out` (int32, n x 8) = `rows` (int8, n x at most 1024; n > 16) times the matrix of the
+        level."""
         torch._int_mm(rows, _matrix(self._numbers, level, rows.shape[1]), out=out)
 
 
 class FloatProducts:
     """The same products in float32, for all other devices, in steps of `rows` rows.
 
-    Exact also where float32 products run as TF32 or bfloat16, which hold all int8; `out=` keeps autocast away.
+    Exact also where float32 products run as TF32 or bfloat16, which hold all int8; `out=` keeps
+    autocast away.
     """
 
     def __init__(self, device: torch.device, rows: int) -> None:
@@ -164,7 +177,8 @@ class Tree:
         self.out = torch.empty(pieces + SPARE, COLUMNS, dtype=torch.int32, device=device)
 
     def add(self, rows: torch.Tensor, runs: list[tuple[Shape, int]]) -> None:
-        """Takes `rows` (int8, n x 1024, n > 16) in, of which `runs` says (shape, pieces) in order; more rows do not count."""
+        """Takes `rows` (int8, n x 1024, n > 16) in, of which `runs` says (shape, pieces) in order;
+        more rows do not count."""
         count = sum(groups * of_rows * pieces for (groups, of_rows), pieces in runs)
         if self._filled + count > self.capacity:
             self.finish()
@@ -176,7 +190,8 @@ class Tree:
             self._runs.append((shape, pieces))
 
     def finish(self) -> torch.Tensor:
-        """Brings all rows up to the last level; returns what came out so far, and 32 rows that do not count."""
+        """Brings all rows up to the last level; returns what came out so far, and 32 rows that do
+        not count."""
         taken, between = (
             self._level1.view(-1).view(torch.int8),
             self._level2.view(-1).view(torch.int8),

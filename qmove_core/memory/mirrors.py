@@ -1,7 +1,8 @@
 """Host copies that outlive a restore, so that parking unchanged weights again copies nothing.
 
-A mirror belongs to a storage on a device, and dies with it. Whether it still holds the same bytes only its digest can tell:
-a write through `.data` leaves no trace in PyTorch. It is a cache: dropping one loses nothing but time.
+A mirror belongs to a storage on a device, and dies with it. Whether it still holds the same bytes
+only its digest can tell: a write through `.data` leaves no trace in PyTorch. It is a cache:
+dropping one loses nothing but time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _clock = itertools.count()
 
 @dataclass(slots=True)
 class Mirror:
-    """A storage of the arena, or over a mapped file, that held the bytes with this digest when it was last looked at."""
+    """A storage of the arena, or over a mapped file, that held the bytes with this digest when it
+    was last looked at."""
 
     host: torch.UntypedStorage
     digest: Digest
@@ -40,7 +42,8 @@ _mirrors: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage on a device -> 
 
 
 def keep(storage: torch.UntypedStorage, host: torch.UntypedStorage, digest: Digest) -> None:
-    """Makes `host`, which nobody else may be able to write to, the mirror of a storage that has these very bytes."""
+    """Makes `host`, which nobody else may be able to write to, the mirror of a storage that has
+    these very bytes."""
     homes.forget(host._cdata)  # it is no parked storage any more
     part = mapped_files.slice_of(host)
     if (
@@ -55,7 +58,8 @@ def of(storage: torch.UntypedStorage) -> Mirror | None:
 
 
 def take(storages: Sequence[torch.UntypedStorage]) -> list[Mirror | None]:
-    """Takes the mirrors of these storages out, so that nothing gives them back while they are in use.
+    """Takes the mirrors of these storages out, so that nothing gives them back while they are in
+    use.
 
     Not those over files that were written to meanwhile.
     """
@@ -80,7 +84,8 @@ def put_back(storages: Sequence[torch.UntypedStorage], mirrors: Sequence[Mirror 
 
 
 def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:
-    """The digests of storages on accelerators, behind all work queued on them; None where there is no memory to compute it."""
+    """The digests of storages on accelerators, behind all work queued on them; None where there is
+    no memory to compute it."""
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, storage in enumerate(storages):
         by_device[storage.device].append(index)
@@ -113,7 +118,8 @@ def nbytes() -> int:
 
 
 def release(wanted: int) -> int:
-    """Drops mirrors until the arena can give at least `wanted` bytes back, the least recently used first.
+    """Drops mirrors until the arena can give at least `wanted` bytes back, the least recently used
+    first.
 
     Returns:
         The bytes of the mirrors that were dropped; `arena.trim` gives them to the system.
@@ -144,7 +150,8 @@ def release(wanted: int) -> int:
 
 
 def unshared(storages: list[torch.UntypedStorage]) -> list[bool]:
-    """For each storage whether nobody but this list holds it: no tensor looks into it, and nobody can write to it later."""
+    """For each storage whether nobody but this list holds it: no tensor looks into it, and nobody
+    can write to it later."""
     return [_holders(storages, index) == _ALONE for index in range(len(storages))]
 
 
