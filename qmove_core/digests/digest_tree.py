@@ -130,8 +130,8 @@ class FloatProducts:
 
     def __init__(self, device: torch.device, rows: int) -> None:
         self._numbers = matrices(device).float()
-        self._rows = torch.empty(rows * ROW, device=device)
-        self._out = torch.empty(rows, COLUMNS, device=device)
+        self._rows = torch.empty(rows * ROW, dtype=torch.float32, device=device)
+        self._out = torch.empty(rows, COLUMNS, dtype=torch.float32, device=device)
 
     @staticmethod
     def workspace(staging: int) -> int:
