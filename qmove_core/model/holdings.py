@@ -41,9 +41,30 @@ class Holding:
         return self.names[0]
 
     @property
+    def lacks_bytes(self) -> bool:
+        """Whether the storage is smaller than its tensors need: its owner has resized it."""
+        return any(_span(tensor, self.nbytes) > self.nbytes for tensor in self.tensors)
+
+    @property
     def storage(self) -> torch.UntypedStorage:
         """The storage the tensors look into now."""
         return self.tensors[0].untyped_storage()
+
+
+def _span(tensor: torch.Tensor, enough: int) -> int:
+    """Bytes that a storage needs for a tensor; exact only where `enough` are too few.
+
+    PyTorch's own methods are asked: some quantized classes answer with a logical shape.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        count, size = torch.Tensor.numel(tensor), torch.Tensor.element_size(tensor)
+        first = torch.Tensor.storage_offset(tensor) * size
+        if count == 0:
+            return 0
+        if torch.Tensor.is_contiguous(tensor) and first + count * size <= enough:
+            return int(first + count * size)
+        steps = zip(torch.Tensor.size(tensor), torch.Tensor.stride(tensor), strict=True)
+        return int(first + size * (1 + sum((n - 1) * step for n, step in steps)))
 
 
 @dataclass(frozen=True, slots=True)
