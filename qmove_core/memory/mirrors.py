@@ -61,9 +61,13 @@ def take(storages: Sequence[torch.UntypedStorage]) -> list[Mirror | None]:
     """Takes the mirrors of these storages out, so that nothing gives them back while they are in
     use.
 
-    Not those over files that were written to meanwhile.
+    Not those of storages that have another size now, or over files that were written to meanwhile.
     """
     taken: list[Mirror | None] = [_mirrors.pop(storage, None) for storage in storages]
+    for index, storage in enumerate(storages):
+        mirror = taken[index]
+        if mirror is not None and mirror.host.nbytes() != storage.nbytes():
+            taken[index] = None  # its owner has resized the storage since
     in_files = [
         index for index, mirror in enumerate(taken) if mirror and mapped_files.slice_of(mirror.host)
     ]

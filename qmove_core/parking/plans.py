@@ -10,7 +10,14 @@ from torch import nn
 from .. import devices, homes
 from ..actions import Action
 from ..devices import Device, DeviceMap
-from ..errors import CannotMove, LiveAutogradGraph, MetaTensorsPresent, NoTensors, counted
+from ..errors import (
+    CannotMove,
+    LiveAutogradGraph,
+    MetaTensorsPresent,
+    NoTensors,
+    counted,
+    readable_bytes,
+)
 from ..homes import Origin
 from ..integrations import accelerate_dispatch, diffusers_offload
 from ..model import kinds, live_graph
@@ -38,7 +45,9 @@ def to_park(
     held = _inventory_of(model, extra)
     action = Action("park", model)
     away = [
-        holding for holding in layer_order.holdings_in_order(held) if holding.device.type != "cpu"
+        holding
+        for holding in layer_order.holdings_in_order(held)
+        if holding.device.type != "cpu" and not _is_emptied(holding)
     ]
     if not away:
         return MovePlan(action, held, [], lambda: None)
@@ -81,7 +90,7 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
     goals = [
         (holding, target)
         for holding in layer_order.holdings_in_order(held)
-        if target.type == "cpu" or _goes_along(holding)
+        if (target.type == "cpu" or _goes_along(holding)) and not _is_emptied(holding)
     ]
     if not allow_live_graph and any(holding.device != target for holding, _target in goals):
         _refuse_live_graph(action, held)
@@ -190,6 +199,11 @@ def _refuse_immovable(
     reasons = [
         *obstacles,
         *((item.name, item.reason) for item in held.immovable if item.device != target),
+        *(
+            (holding.name, f"its storage was cut to {readable_bytes(holding.nbytes)}")
+            for holding in held.holdings
+            if holding.device != target and holding.nbytes and holding.lacks_bytes
+        ),
     ]
     if reasons:
         raise CannotMove(action, reasons)
@@ -221,6 +235,11 @@ def _home(holding: Holding, record: Record | None) -> torch.device | None:
     # A tensor that was replaced while the model was parked goes to the home of its name.
     by_name = (record.homes.get(name) for name in holding.names) if record is not None else ()
     return next((home for home in by_name if home is not None), None)
+
+
+def _is_emptied(holding: Holding) -> bool:
+    """Whether its owner has taken the bytes away (`storage.resize_(0)`): nothing is to move."""
+    return holding.nbytes == 0 and holding.lacks_bytes
 
 
 def _goes_along(holding: Holding) -> bool:
