@@ -1,6 +1,7 @@
 """qmove: big quantized models leave the GPU for CPU RAM and come back bit for bit."""
 
-from . import requirements as _requirements  # noqa: F401  (first: it says so where PyTorch is missing or too old)
+# First: it says so where PyTorch is missing or too old.
+from . import requirements as _requirements  # noqa: F401
 from .errors import (
     CannotMove,
     ChangesNotKept,
@@ -19,7 +20,7 @@ from .materialize.materialize import materialize_meta_tensors
 from .materialize.undo import materialized
 from .memory.giving_back import trim
 from .memory.mapped_files import MappedFileChanged
-from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena now looks after others' RAM)
+from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena calls it)
 from .methods.dispatching import dispatch_model, redispatch
 from .methods.to_method import disable_to, enable_to
 from .model.holders import Straggler

@@ -23,7 +23,8 @@ def map_memory(nbytes: int) -> mmap.mmap:
     """
     if sys.platform == "win32":
         return mmap.mmap(-1, max(nbytes, 1))
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # type: ignore[attr-defined,unused-ignore]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # type: ignore[attr-defined,unused-ignore]
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Pages of 2 MiB are made several times as fast, and there are fewer to lock. Some kernels
         # are built without.
