@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 
 import torch
 
@@ -62,10 +61,8 @@ def swap(
 
 def _lacking(out: MovePlan, into: MovePlan) -> dict[torch.device, int]:
     """Bytes that `into` needs on each device beyond those that `out` frees there."""
-    freed: dict[torch.device, int] = defaultdict(int)
-    for move in out.moves:
-        freed[move.came_from] += move.nbytes
-    return {device: nbytes - freed[device] for device, nbytes in into.arriving.items()}
+    freed = out.departing
+    return {device: nbytes - freed.get(device, 0) for device, nbytes in into.arriving.items()}
 
 
 def _share(out: MovePlan, into: MovePlan) -> bool:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 import torch
 
-from .. import homes
+from .. import devices, homes
 from ..errors import NotEnoughMemory
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mirrors
-from ..memory.allocation import bytes_by_device
 from ..settings import settings
 from ..storages import use_count
 from .copies import Progress, bytes_of
@@ -55,12 +55,8 @@ def exchange(
             for move, digest in zip(uncommitted, mirrors.current_digests(targets), strict=True):
                 move.digest = digest
         transaction.commit()
-        copied = [
-            bytes_of(move for move in plan.moves if not move.is_unchanged)
-            for plan in transaction.plans
-        ]
-        done = transaction.finish()
-    return Done(copied[0], done.stragglers, False), Done(copied[1], [], False)
+        stragglers = transaction.finish()
+        return Done(leaving.copied_bytes, stragglers, False), Done(coming.copied_bytes, [], False)
 
 
 class _Rounds:
@@ -69,15 +65,13 @@ class _Rounds:
     def __init__(self, transaction: MoveTransaction, leaving: MovePlan, coming: MovePlan) -> None:
         self._transaction = transaction
         self._leaving, self._coming = deque(leaving.moves), deque(coming.moves)
-        self._present = defaultdict(
-            int, bytes_by_device([(move.nbytes, move.came_from) for move in leaving.moves])
-        )
-        wanted = bytes_by_device([(move.nbytes, move.device) for move in coming.moves])
+        self._present = defaultdict(int, leaving.departing)
+        wanted = coming.arriving
         self._most = {
             device: max(nbytes, self._present[device]) for device, nbytes in wanted.items()
         }
         more = {device: self._most[device] - self._present[device] for device in wanted}
-        budget.require(coming.action, {device: nbytes for device, nbytes in more.items() if nbytes})
+        budget.require(coming.action, more)
         self._host_room: _HostRoom | None = None
         try:
             transaction.allocate_on_host(leaving)
@@ -124,7 +118,11 @@ class _Rounds:
             self._present[move.device] += move.nbytes
             into.append(self._coming.popleft())
         if not out and not into:
-            into.append(self._coming.popleft())
+            if self._coming:
+                into.append(self._coming.popleft())
+            else:  # what came left less behind than it seemed
+                assert self._host_room is not None
+                self._host_room.add_block([move.nbytes for move in self._leaving])
         return out, into
 
 
@@ -146,6 +144,7 @@ class _HostRoom:
         on_host = [h.storage for h in leaving.held.holdings if h.device.type == "cpu"]
         places = map(_place_in_arena, [*on_host, *(move.source for move in coming.moves)])
         blocks = {id(place[0]): place[0] for place in places if place is not None}
+        self._action = leaving.action
         self._keep_in_use = [block.bytes() for block in blocks.values()]
         self._free = [
             _Gap(block, *gap) for block in blocks.values() for gap in arena.gaps_in(block)
@@ -165,12 +164,21 @@ class _HostRoom:
             if budget.has_room_on_host(nbytes):
                 break
         if nbytes > 0:
-            budget.require(leaving.action, {torch.device("cpu"): nbytes})
-            (own,) = arena.allocate([nbytes], homes.forget)
-            block, start = _place_in_arena(own) or (None, 0)
-            assert block is not None
-            self._keep_in_use.append(block.bytes())
-            self._free.append(_Gap(block, start, start + nbytes))
+            self.add_block([nbytes])
+
+    def add_block(self, sizes: Sequence[int]) -> None:
+        """Allocates a block in which storages of these sizes fit.
+
+        Raises:
+            NotEnoughMemory: the host has too little room.
+        """
+        nbytes = arena.bytes_for(sizes)
+        budget.require(self._action, {devices.CPU: nbytes})
+        (own,) = arena.allocate([nbytes], homes.forget)
+        block, start = _place_in_arena(own) or (None, 0)
+        assert block is not None
+        self._keep_in_use.append(block.bytes())
+        self._free.append(_Gap(block, start, start + nbytes))
 
     def take(self, move: StorageMove) -> bool:
         """Gives the move a target, if there is a gap that is large enough."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from .. import homes
 from ..actions import Action
 from ..homes import Origin
+from ..memory.allocation import bytes_by_device
 from ..memory.mirrors import Mirror
 from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
@@ -93,11 +93,17 @@ class MovePlan:
     @property
     def arriving(self) -> dict[torch.device, int]:
         """Bytes that the moves need on each accelerator."""
-        totals: dict[torch.device, int] = defaultdict(int)
-        for move in self.moves:
-            if move.device.type != "cpu":
-                totals[move.device] += move.nbytes
-        return totals
+        return _on_accelerators((move.nbytes, move.device) for move in self.moves)
+
+    @property
+    def departing(self) -> dict[torch.device, int]:
+        """Bytes that the moves free on each accelerator."""
+        return _on_accelerators((move.nbytes, move.came_from) for move in self.moves)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the storages that no mirror held already."""
+        return bytes_of(move for move in self.moves if not move.is_unchanged)
 
     @property
     def targets(self) -> dict[str, torch.device]:
@@ -108,6 +114,10 @@ class MovePlan:
     def origins(self) -> dict[str, torch.device]:
         """Where each storage that moves comes from, by its name."""
         return {move.holding.name: move.came_from for move in self.moves}
+
+
+def _on_accelerators(places: Iterable[tuple[int, torch.device]]) -> dict[torch.device, int]:
+    return bytes_by_device([(nbytes, device) for nbytes, device in places if device.type != "cpu"])
 
 
 @dataclass(frozen=True, slots=True)

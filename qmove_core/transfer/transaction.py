@@ -53,8 +53,8 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
         verified = settings.verify and transaction.verify()
         with collection_deferred():
             transaction.commit()
-            done = transaction.finish()
-    return Done(done.copied_bytes, done.stragglers, verified)
+            stragglers = transaction.finish()
+        return Done(plan.copied_bytes, stragglers, verified)
 
 
 class MoveTransaction:
@@ -208,19 +208,17 @@ class MoveTransaction:
 
     # After the commit -----------------------------------------------------------------------------
 
-    def finish(self) -> Done:
+    def finish(self) -> list[Straggler]:
         """Keeps mirrors, drops the old storages, and looks at which of them live on."""
         keep_as_mirrors(self.moves)
         for move in self.moves:
-            move.mirror = None
             if move.source is not EMPTY:
                 self._watched.append((move, self._drop_source(move)))
-        copied = bytes_of(move for move in self.moves if not move.is_unchanged)
         stragglers = _take_outsiders_along(self._watched)
         devices.release_cached({move.came_from for move in self.moves})
         if self.moves:
             hosting.tell_moved()
-        return Done(copied, stragglers, verified=False)
+        return stragglers
 
     @staticmethod
     def _drop_source(move: StorageMove) -> StorageWeakRef:

@@ -14,6 +14,7 @@ from torch import nn
 import qmove_core as qmove
 import simcuda
 from qmove_core.memory import arena
+from qmove_core.storages import as_bytes
 from tests.builders.device import GPU
 from tests.builders.interrupts import Interrupted
 from tests.builders.models import layers
@@ -121,4 +122,27 @@ def test_a_leaving_model_with_its_host_copy_takes_no_more_room(gpu: GPU) -> None
     gone, _came = qmove.swap(leaving, coming)
 
     assert gone.copied_bytes == 0
+    assert snapshot(coming) == home
+
+
+def test_where_no_room_is_left_on_the_way_it_is_not_enough_memory_and_both_go_back(
+    gpu: GPU,
+) -> None:
+    leaving, coming, home = two_models(40, 20)
+    before = snapshot(leaving)
+    # Storages without a tensor are seen only when they stay: their places cannot be taken over.
+    kept = [parameter.untyped_storage() for parameter in coming.parameters()]
+    content = [storage.clone() for storage in kept]
+
+    with pytest.raises(qmove.NotEnoughMemory) as raised:
+        qmove.swap(leaving, coming)
+
+    assert raised.value.place == "cpu"
+    pairs = zip(kept, content, strict=True)
+    assert all(torch.equal(as_bytes(now), as_bytes(then)) for now, then in pairs)
+    assert snapshot(leaving) == before
+    assert (qmove.is_parked(leaving), qmove.is_parked(coming)) == (False, True)
+    qmove.configure(ram_limit=None)
+    simcuda.set_memory("4GiB", device=0)
+    qmove.restore(coming)
     assert snapshot(coming) == home
