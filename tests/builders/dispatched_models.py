@@ -93,16 +93,36 @@ SOURCES = [
 ]
 
 
-# accelerate knows tied weights by the addresses that they had before the dispatch. If that memory
-# is freed and a weight loaded later happens to get the address, it is taken for the tied one, and
-# the forward is wrong. Small models meet that at once.
+# accelerate knows tied weights by the addresses that they had before the dispatch, and by those that
+# they get each time they are loaded from a file. If that memory is freed and another weight happens
+# to get the address, it is taken for the tied one, and the forward is wrong or raises (with
+# `offload_buffers` a bias becomes a block's buffer). Small models meet that, whether or not qmove is
+# there.
 _originals: list[torch.Tensor] = []
 
 
 def keeping_addresses(model: nn.Module) -> nn.Module:
     """The model. The memory that its weights have now is never used again."""
+    _keep_what_is_loaded()
     _originals.extend(parameter.detach() for parameter in model.parameters())
     return model
+
+
+def _keep_what_is_loaded() -> None:
+    """The memory of a weight that accelerate loads into RAM is never used again either."""
+    from accelerate.utils import OffloadedWeightsLoader
+
+    load = OffloadedWeightsLoader.__getitem__
+    if load.__module__ == __name__:  # done already
+        return
+
+    def load_and_keep(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
+        value = load(self, key)
+        if value.device.type == "cpu":
+            _originals.append(value)
+        return value
+
+    OffloadedWeightsLoader.__getitem__ = load_and_keep
 
 
 def dispatched(
