@@ -63,10 +63,12 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     import qmove_core as qmove
     from qmove_core.memory import arena
     from qmove_core.parking import streaming
+    from tests.builders import dispatched_models
 
     arena.LOOK_SECONDS = 3600.0  # nothing is given back behind a test's back
     _set_imports_aside()
     yield
+    dispatched_models.loaded_in_test.clear()
     streaming.wait_for()
     gc.collect()
     qmove.configure(ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None)

@@ -99,6 +99,7 @@ SOURCES = [
 # `offload_buffers` a bias becomes a block's buffer). Small models meet that, whether or not qmove is
 # there.
 _originals: list[torch.Tensor] = []
+loaded_in_test: list[torch.Tensor] = []  # emptied after each test (`tests/conftest.py`)
 
 
 def keeping_addresses(model: nn.Module) -> nn.Module:
@@ -109,7 +110,7 @@ def keeping_addresses(model: nn.Module) -> nn.Module:
 
 
 def _keep_what_is_loaded() -> None:
-    """The memory of a weight that accelerate loads into RAM is never used again either."""
+    """The memory of a weight that accelerate loads into RAM is not used again in the same test."""
     from accelerate.utils import OffloadedWeightsLoader
 
     load = OffloadedWeightsLoader.__getitem__
@@ -119,7 +120,7 @@ def _keep_what_is_loaded() -> None:
     def load_and_keep(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
         value = load(self, key)
         if value.device.type == "cpu":
-            _originals.append(value)
+            loaded_in_test.append(value)
         return value
 
     OffloadedWeightsLoader.__getitem__ = load_and_keep
