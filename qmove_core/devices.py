@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from . import nvml
 from .errors import UnknownDevice
+
+log = logging.getLogger("qmove")
 
 CPU = torch.device("cpu")
 
@@ -89,17 +93,51 @@ def known() -> list[str]:
     return ["cpu", *(f"{current.type}:{i}" for i in range(count))]  # type: ignore[union-attr]
 
 
+def has_context(device: torch.device) -> bool:
+    """Whether this process uses `device` already; True where the backend cannot tell.
+
+    A first call on another one would make a driver's context there: 300 to 850 MB of VRAM.
+    """
+    if device.type != "cuda" or not hasattr(torch._C, "_cuda_hasPrimaryContext"):
+        return True
+    return torch._C._cuda_hasPrimaryContext(device.index or 0)
+
+
+def memory_without_context(device: torch.device) -> nvml.Memory | None:
+    """Bytes free and in all, without making a context on `device`; None where nobody can tell."""
+    module = torch.get_device_module(device)
+    if has_context(device) and hasattr(module, "mem_get_info"):
+        try:
+            return nvml.Memory(*module.mem_get_info(device))
+        except RuntimeError as error:  # XPU on several systems
+            log.debug("%s does not say what is free: %s", device, error)
+    return nvml.memory(device)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the whole device, without making a context there; None where it is not reported."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_device_properties"):
+        return None
+    return int(module.get_device_properties(device).total_memory)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device` now; what PyTorch's allocator holds unused counts.
 
-    None where the backend does not report it (mps, some third-party devices): then the allocation
-    shows it.
+    None where the backend does not report it (mps, some XPU systems, pluggable allocators): then
+    the allocation shows it.
     """
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):
         return None
-    free, _total = module.mem_get_info(device)
-    return free + module.memory_reserved(device) - module.memory_allocated(device)
+    try:
+        free, _total = module.mem_get_info(device)
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+    except RuntimeError as error:  # XPU on several systems, pluggable allocators
+        log.debug("%s does not say what is free: %s", device, error)
+        return None
+    return free + unused
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:

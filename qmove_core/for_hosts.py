@@ -10,7 +10,7 @@ where it is defined.
         homes = [for_hosts.parked_home(tensor) for tensor in model.parameters()]
 """
 
-from .devices import free_memory
+from .devices import free_memory, has_context, memory_without_context, total_memory
 from .devices import known as known_devices
 from .errors import readable_bytes
 from .homes import lock, parked_home
@@ -24,13 +24,16 @@ __all__ = [
     "Description",
     "describe",
     "free_memory",
+    "has_context",
     "has_room_on_host",
     "known_devices",
     "lock",
+    "memory_without_context",
     "on_move",
     "on_shortage",
     "parked_bytes",
     "parked_home",
     "readable_bytes",
     "slots_of",
+    "total_memory",
 ]

@@ -30,6 +30,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_set_link": (None, [ctypes.POINTER(c_double)]),
     "sim_set_capacity": (None, [c_int, c_uint64]),
     "sim_capacity": (c_uint64, [c_int]),
+    "sim_has_context": (c_int, [c_int]),
+    "sim_reset_contexts": (None, [c_uint64]),
     "sim_counters": (None, [c_int, ctypes.POINTER(c_uint64)]),
     "sim_host_counters": (None, [ctypes.POINTER(c_uint64)]),
     "sim_reset_counters": (None, []),

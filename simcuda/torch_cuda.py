@@ -228,6 +228,7 @@ def install_bindings() -> None:
         "_cuda_getDeviceCount": lambda: int(
             sim().sim_device_count()
         ),  # torch._dynamo hashes it, which ctypes refuses
+        "_cuda_hasPrimaryContext": lambda index: bool(sim().sim_has_context(index)),
         "_cuda_getDevice": c._accelerator_getDeviceIndex,
         "_cuda_setDevice": c._accelerator_setDeviceIndex,
         "_cuda_exchangeDevice": c._accelerator_exchangeDevice,

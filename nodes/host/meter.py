@@ -40,15 +40,22 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def read(device: torch.device) -> Reading | None:
-    """One reading; None where the backend cannot say (mps)."""
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
+    """One reading; None where the backend cannot say (mps), or only by starting to use the card."""
+    memory = for_hosts.memory_without_context(device)
+    if memory is None:
         return None
-    free, total = module.mem_get_info(device.index)
+    free, total = memory
+    if not for_hosts.has_context(device):
+        return Reading(total, total - free, 0)
     stats = stats_of(device)
     allocated = bytes_of(stats, "allocated", "current")
     unused = bytes_of(stats, "reserved", "current") - allocated
     return Reading(total, total - free - unused, allocated)
+
+
+def has_counters(device: torch.device) -> bool:
+    """Whether the allocator counts what it gives out there (it does not on mps)."""
+    return hasattr(torch.get_device_module(device), "memory_stats_as_nested_dict")
 
 
 def stats_of(device: torch.device) -> dict[str, Any]:

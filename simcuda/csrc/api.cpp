@@ -31,6 +31,18 @@ uint64_t sim_capacity(int device) {
   Lock lock(machine().mutex);
   return machine().devices[device].capacity;
 }
+int sim_has_context(int device) {
+  Lock lock(machine().mutex);
+  return machine().devices[device].has_context;
+}
+void sim_reset_contexts(uint64_t nbytes) {
+  Lock lock(machine().mutex);
+  machine().context_bytes = nbytes;
+  for (Device& device : machine().devices) {
+    device.has_context = false;
+    device.context = 0;
+  }
+}
 void sim_counters(int index, uint64_t* out) {
   Lock lock(machine().mutex);
   const Device& device = machine().devices[index];

@@ -31,7 +31,7 @@ std::string mib(size_t nbytes) {
 [[noreturn]] void throw_out_of_memory(int index, size_t nbytes) {
   Device& device = machine().devices[index];
   device.ooms++;
-  size_t free = device.capacity > device.allocated ? device.capacity - device.allocated : 0;
+  size_t free = device.free();
   TORCH_CHECK_WITH(
       OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", mib(nbytes), ". GPU ", index,
       " has a total capacity of ", mib(device.capacity), " of which ", mib(free), " is free. Of the allocated memory ",
@@ -65,7 +65,7 @@ void delete_block(void* context) {
 
 // Counts the bytes in, or raises; the caller provides the memory.
 void take(int index, size_t nbytes) {
-  check_device(index);
+  use_device(index);
   Machine& m = machine();
   Device& device = m.devices[index];
   if (auto fault = next_fault(kFailAlloc)) {
@@ -73,12 +73,12 @@ void take(int index, size_t nbytes) {
     throw_out_of_memory(index, nbytes);
   }
   release_deferred();
-  if (nbytes > device.capacity - std::min(device.capacity, device.allocated) && !m.deferred.empty()) {
+  if (nbytes > device.free() && !m.deferred.empty()) {
     // As the caching allocator does before it gives up: wait for the streams that hold back frees.
     for (auto& [id, stream] : device.streams) run_all(stream);
     release_deferred();
   }
-  if (nbytes > device.capacity - std::min(device.capacity, device.allocated)) throw_out_of_memory(index, nbytes);
+  if (nbytes > device.free()) throw_out_of_memory(index, nbytes);
   device.allocated += nbytes;
   device.allocated_ever += nbytes;
   device.allocations++;
@@ -154,15 +154,15 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     device.ooms = 0;
   }
   void resetPeakStats(c10::DeviceIndex index) override {
-    check_device(index);
     Lock lock(machine().mutex);
+    use_device(index);
     machine().devices[index].peak = machine().devices[index].allocated;
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
-    check_device(index);
     Lock lock(machine().mutex);
+    use_device(index);
     const Device& device = machine().devices[index];
-    return {device.capacity > device.allocated ? device.capacity - device.allocated : 0, device.capacity};
+    return {device.free(), device.capacity};
   }
 };
 DeviceAllocator the_allocator;

@@ -18,6 +18,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace sim {
@@ -184,6 +185,9 @@ void announce_copy(const CopyNotice& notice);
 
 struct Device {
   size_t capacity = SIZE_MAX, allocated = 0, peak = 0, allocations = 0, live = 0, ooms = 0, allocated_ever = 0;
+  size_t context = 0;  // bytes that this process's context takes, beside what is allocated
+  bool has_context = false;
+  size_t free() const { return capacity - std::min(capacity, allocated + context); }
   size_t copies[3] = {0, 0, 0}, bytes[3] = {0, 0, 0};
   std::map<int64_t, StreamState> streams;
   Engine h2d, d2h, compute;
@@ -197,6 +201,7 @@ struct Machine {
   double now = 0;  // the host's virtual clock
   std::map<const char*, BlockPtr> blocks;
   std::map<const char*, PinnedPtr> pinned;
+  size_t context_bytes = 0;  // what each new context takes
   size_t pinned_bytes = 0, pinned_peak = 0, pinned_limit = SIZE_MAX, pins = 0, registered_bytes = 0;
   bool strict_host_frees = false;
   std::deque<BlockPtr> quarantine;
@@ -208,6 +213,8 @@ struct Machine {
   int64_t next_id = 1;
 };
 Machine& machine();
+// A call that makes the driver's context on a device, as the first use of one does.
+void use_device(int device);
 using Lock = std::lock_guard<std::recursive_mutex>;
 
 void launch(StreamState& stream);

@@ -70,6 +70,12 @@ void check_device(int device) {
                                          std::to_string(machine().device_count) + " device(s)");
 }
 
+void use_device(int device) {
+  check_device(device);
+  Device& used = machine().devices[device];
+  if (!std::exchange(used.has_context, true)) used.context = machine().context_bytes;
+}
+
 int current_device() { return this_device; }
 
 StreamState& stream_state(int device, int64_t id) {
@@ -147,6 +153,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(c10::Device d, int) const override {
     Lock lock(machine().mutex);
     int index = index_of(d);
+    use_device(index);
     StreamState& stream = stream_state(index, machine().next_id++);
     stream.ready = machine().now;
     return to_stream(index, stream.id);
@@ -174,7 +181,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeDevice(const c10::DeviceIndex index) const override {
     Lock lock(machine().mutex);
-    check_device(index);
+    use_device(index);
     for (auto& [id, stream] : machine().devices[index].streams) {
       wait_until(stream.ready);
       run_all(stream);
@@ -183,6 +190,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   void record(void** handle, const c10::Stream& s, const c10::DeviceIndex, const c10::EventFlag flag) const override {
     Lock lock(machine().mutex);
+    use_device(index_of(s.device()));
     if (*handle == nullptr) *handle = new Event();
     auto* event = static_cast<Event*>(*handle);
     event->marker = mark(stream_state(index_of(s.device()), s.id()));

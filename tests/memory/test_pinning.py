@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qmove_core as qmove
+import simcuda
 from qmove_core.memory import pinning
 
 GIB = 1 << 30
@@ -108,10 +109,9 @@ class TestWhere:
         monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
         assert not pinning.is_possible()
 
-    def test_no_context_is_made_on_a_device_that_is_not_in_use(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {0: 0, 1: 4096}[device])
+    def test_no_context_is_made_on_a_device_that_is_not_in_use(self) -> None:
+        simcuda.reset_contexts()
+        assert pinning._device_in_use() == torch.cuda.current_device() == 0
+        torch.zeros(1, device="cuda:1")  # and nothing is kept there
         assert pinning._device_in_use() == 1
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        assert pinning._device_in_use() == torch.cuda.current_device()
+        assert simcuda.contexts() == [1]

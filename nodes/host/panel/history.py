@@ -132,10 +132,10 @@ def run_ends(nodes: Any) -> None:
 def _begin(nodes: Any) -> _Run:
     run = _Run(weakref.ref(nodes))
     for device in meter.devices():
-        reading = meter.read(device)
-        if reading is not None:
+        total = for_hosts.total_memory(device)
+        if total is not None and meter.has_counters(device):
             run.devices.append(device)
-            run.totals[str(device)] = reading.total
+            run.totals[str(device)] = total
             run.used[str(device)] = []
     _watch(run)
     return run
@@ -181,8 +181,9 @@ def _measure(run: _Run) -> None:
     for device in run.devices:
         reading = meter.read(device)
         if reading is not None:
-            used[device] = reading.used
             run.others[device] = reading.used - reading.allocated
+        # Without a reading the card is not in use here: asking for one would take some of it.
+        used[device] = 0 if reading is None else reading.used
     _add(run, used)
     done = time.perf_counter()
     run.next_measurement_at = done + (done - started) / SHARE_OF_TIME

@@ -114,11 +114,17 @@ def _model(adopted: Adopted) -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    module, name = torch.get_device_module(device), str(device)
-    has_name, has_size = hasattr(module, "get_device_name"), hasattr(module, "mem_get_info")
+    module, title = torch.get_device_module(device), str(device)
+    if hasattr(module, "get_device_name"):
+        title = str(module.get_device_name(device))
+    if for_hosts.has_context(device):
+        free = meter.free_bytes(device)
+    else:
+        memory = for_hosts.memory_without_context(device)
+        free = None if memory is None else memory.free
     return {
-        "name": name,
-        "title": str(module.get_device_name(device)) if has_name else name,
-        "total": module.mem_get_info(device)[1] if has_size else None,
-        "free": meter.free_bytes(device),
+        "name": str(device),
+        "title": title,
+        "total": for_hosts.total_memory(device),
+        "free": free,
     }

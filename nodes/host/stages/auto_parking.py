@@ -170,8 +170,10 @@ def _make_room(order: list[Model], inputs: NodeInputs, needed: Needed) -> None:
     if settings.parks_each_stage():
         needed = None
     for device in meter.devices():
-        wanted = _room_for(device, coming[device], needed)
         there = [model for model in order if is_on(model, device)]
+        if not there:
+            continue
+        wanted = _room_for(device, coming[device], needed)
         if not _swap(device, there, inputs.models, wanted):
             residency.park_until_free(there, device, wanted)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from qmove_core import for_hosts
+
 from .. import meter
 
 # Allocators fragment, and batches differ a little. ComfyUI adds the same to its own figures.
@@ -52,6 +54,8 @@ def begin(key: tuple[str, str], choices: tuple[Any, ...]) -> Measurement:
         module = torch.get_device_module(device)
         if not hasattr(module, "memory_stats_as_nested_dict"):
             continue  # mps: its needs stay unknown
+        if not for_hosts.has_context(device):
+            continue  # nothing is there, and asking would take some of the card
         module.reset_peak_memory_stats(device)
         reading = meter.read(device)
         if reading is not None:
