@@ -22,7 +22,7 @@ from qmove_core.for_hosts import readable_bytes
 from .. import comfy, graph, meter, settings
 from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
-from ..models import residency, wires
+from ..models import finding, residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
 from ..models.residency import Model
 from . import needs
@@ -59,6 +59,7 @@ def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
     if getattr(graph.class_of(nodes, node_id), "__module__", "").startswith(_OWN_NODES):
         return None
     in_use = inputs = _inputs(graph.inputs_of(nodes, node_id))
+    inputs.models += finding.taken_by(graph.class_of(nodes, node_id))
     if not settings.auto_park():
         residency.bring_home(inputs.models)
         return None
@@ -86,6 +87,7 @@ def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | 
     residency.register_woken()
     if settings.auto_park():
         residency.take_in(wires.find_models(graph.outputs_of(nodes, node_id)).modules)
+        finding.look()
 
 
 def out_of_memory(
@@ -97,6 +99,7 @@ def out_of_memory(
         took = needs.peak(measurement)
         needs.forget(measurement.key)
     try:
+        finding.look()
         residency.park([*residency.idle_models([]), *residency.idle_patchers([])])
     finally:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
