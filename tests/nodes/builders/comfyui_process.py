@@ -109,6 +109,10 @@ class ComfyUI:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if kind is None:  # what a guard has caught fails no prompt, but the test
+            text = self.log.read_text(errors="replace")
+            caught = [line for line in text.splitlines() if line.startswith("qmove could not")]
+            assert not caught, caught
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Runs a prompt to its end, however it ends, and returns its history."""
@@ -123,6 +127,14 @@ class ComfyUI:
         return self.until(
             lambda: self.get(f"/history/{prompt_id}").get(prompt_id), f"ends prompt {prompt_id}"
         )
+
+    def moved(self, prompt: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """Runs a prompt; returns its history, and bytes copied in and out of each device."""
+        before = self.get("/careless/counters")
+        history = self.run(prompt)
+        after = self.get("/careless/counters")
+        pairs = zip(before, after, strict=True)
+        return history, [(b[0] - a[0], b[1] - a[1]) for a, b in pairs]
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=60) as answer:
@@ -144,9 +156,9 @@ class ComfyUI:
                 return error.code, json.loads(text)
             return error.code, text.decode()
 
-    def has_noted(self, what: str) -> bool:
-        """Whether a node of the careless pack has noted this."""
-        return self.events.exists() and what in self.events.read_text().splitlines()
+    def times_noted(self, what: str) -> int:
+        """How often nodes of the careless pack have noted this."""
+        return self.events.read_text().splitlines().count(what) if self.events.exists() else 0
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Polls until `condition()` is true; fails with the log if the process dies or the deadline
@@ -162,8 +174,8 @@ class ComfyUI:
             time.sleep(0.05)
         raise AssertionError(f"ComfyUI did not get there: {what}\n{self.tail()}")
 
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-6000:]
+    def tail(self, length: int = 6000) -> str:
+        return self.log.read_text(errors="replace")[-length:]
 
     def _answers(self, path: str) -> bool:
         try:

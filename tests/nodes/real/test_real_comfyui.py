@@ -7,33 +7,29 @@ the one that runs the tests).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import simcuda
-from tests.nodes.builders.comfyui_process import HERE, ComfyUI
+from tests.nodes.builders.comfyui_process import ComfyUI
+from tests.nodes.builders.real_prompts import (
+    CARELESS,
+    assert_passed,
+    digests,
+    messages,
+    model_bytes,
+    needs_comfyui,
+    shown,
+    start,
+)
 
-COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
-pytestmark = [
-    pytest.mark.skipif(
-        COMFYUI_DIR is None, reason="needs a ComfyUI: name a checkout in COMFYUI_DIR"
-    ),
-    pytest.mark.skipif(not simcuda.is_active(), reason="runs on the simulated GPU only"),
-]
+pytestmark = needs_comfyui
 
-CARELESS = HERE / "packs" / "careless"
 SMALL = ("512MiB", 307)  # VRAM, and 60 % of it in MiB
 LARGE = ("1536MiB", 921)  # transformers' loader wants more than 1.2 GiB
 RUNS = 5
-
-
-def start(folder: Path, memory: str, **options: Any) -> ComfyUI:
-    assert COMFYUI_DIR is not None
-    return ComfyUI(Path(COMFYUI_DIR), folder, memory=memory, **options)
 
 
 def stages(
@@ -73,11 +69,6 @@ def stages(
     return prompt
 
 
-def model_bytes(mib: int) -> int:
-    """Bytes of the model that CarelessLoader makes: eight layers whose width is rounded down."""
-    return mib * 2**20 // 1024 // 4 // 8 * 1024 * 4 * 8
-
-
 def with_park_nodes(prompt: dict[str, Any]) -> dict[str, Any]:
     """After each stage a Park node, which the next stage waits for."""
     result = dict(prompt)
@@ -90,31 +81,6 @@ def with_park_nodes(prompt: dict[str, Any]) -> dict[str, Any]:
                 "inputs": use["inputs"] | {"after": [f"park{stage - 1}", 1]}
             }
     return result
-
-
-def messages(history: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [content for name, content in history["status"]["messages"] if name == kind]
-
-
-def shown(history: dict[str, Any]) -> dict[str, list[str]]:
-    """For each stage what its node saw: digest of its output, and bytes: allocated before it,
-    copied in, copied out."""
-    return {
-        name: node["text"][0].split()
-        for name, node in sorted(history["outputs"].items())
-        if name.startswith("show")
-    }
-
-
-def digests(history: dict[str, Any]) -> dict[str, str]:
-    return {name: words[0] for name, words in shown(history).items()}
-
-
-def assert_passed(comfyui: ComfyUI, history: dict[str, Any]) -> None:
-    assert history["status"]["status_str"] == "success", (
-        messages(history, "execution_error"),
-        comfyui.tail(),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +206,7 @@ def test_an_interrupt_in_stage_two_leaves_everything_ready_for_the_next_run(
     small: ComfyUI, alone: dict[str, str]
 ) -> None:
     prompt_id = small.submit(stages(SMALL[1], seed=500, second="CarelessSlow"))
-    small.until(lambda: small.has_noted("slow"), "stage two")
+    small.until(lambda: small.times_noted("slow"), "stage two")
     small.post("/interrupt", {})
 
     history = small.result(prompt_id)

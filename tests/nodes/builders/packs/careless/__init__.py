@@ -5,12 +5,12 @@ The nodes note what was on the device while they ran, so that tests can ask for 
 """
 
 import hashlib
-import os
 
 import torch
 from torch import nn
 
-EVENT_FILE = os.environ.get("CARELESS_EVENTS")
+from . import counting, harmless, hiding  # noqa: F401 (counting adds routes)
+from .notes import note
 
 
 class Wrapped:
@@ -39,12 +39,16 @@ class CarelessLoader:
                 "mib": ("INT", {"default": 64, "max": 1 << 20}),
                 "seed": ("INT", {"default": 0}),
                 "wrapped": ("BOOLEAN", {}),
-            }
+            },
+            "optional": {
+                "after": ("STRING", {"forceInput": True}),
+                "device": ("STRING", {"default": "cuda"}),
+            },
         }
 
-    def load(self, mib, seed, wrapped):
+    def load(self, mib, seed, wrapped, after="", device="cuda"):
         rows = mib * 2**20 // 1024 // 4 // 8
-        net = nn.Sequential(*[nn.Linear(1024, rows, bias=False, device="cuda") for _ in range(8)])
+        net = nn.Sequential(*[nn.Linear(1024, rows, bias=False, device=device) for _ in range(8)])
         for index, layer in enumerate(net):
             layer.weight.data.fill_((seed + index) / 1024)
         return (Wrapped(Stack(net)) if wrapped else Stack(net),)
@@ -171,13 +175,11 @@ class CarelessShow:
         return {"ui": {"text": [text]}}
 
 
-def note(what):
-    if EVENT_FILE:
-        with open(EVENT_FILE, "a") as file:
-            file.write(f"{what}\n")
-
-
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
-    for cls in (CarelessLoader, CarelessInt8Loader, CarelessRun, CarelessSlow, CarelessShow)
+    for cls in (
+        *(CarelessLoader, CarelessInt8Loader, CarelessRun, CarelessSlow, CarelessShow),
+        *harmless.NODES,
+        *hiding.NODES,
+    )
 }
