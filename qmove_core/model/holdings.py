@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import homes
 from ..errors import readable_bytes
 
 
@@ -20,7 +21,7 @@ class Holding:
 
     Attributes:
         nbytes: size of the storage, not of one view of it.
-        device: where the storage was when the inventory was taken.
+        device: where the storage was when the inventory was taken, or was on its way to.
         kind: of the first tensor: "parameter", "buffer", "gradient", "quantization state", "inner
             tensor", "base of a view"; "state" for plain attributes of modules, "captured" by hooks
             and functions, "attribute" of other objects, or "tensor".
@@ -47,8 +48,12 @@ class Holding:
 
     @property
     def storage(self) -> torch.UntypedStorage:
-        """The storage the tensors look into now."""
-        return self.tensors[0].untyped_storage()
+        """The storage the tensors look into now. One that is under way is waited for."""
+        origin = homes.origin_of_tensor(self.tensors[0])
+        if origin is not None and origin.arrival is not None:
+            origin.arrival()
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.tensors[0].untyped_storage()
 
 
 def _span(tensor: torch.Tensor, enough: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import homes
 from ..collector import collection_deferred
 from . import kinds
 from .holdings import Holding, Immovable, Inventory, MetaTensor
@@ -66,8 +67,10 @@ def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
             storage = tensor.untyped_storage()
             holding = by_storage.get(storage._cdata)
             if holding is None:
+                origin = homes.origin_of(storage)
+                device = tensor.device if origin is None or not origin.arrival else origin.home
                 by_storage[storage._cdata] = Holding(
-                    storage.nbytes(), tensor.device, found.kind, tensor.dtype, names, [tensor]
+                    storage.nbytes(), device, found.kind, tensor.dtype, names, [tensor]
                 )
             else:
                 holding.names += names

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes
 from ..actions import Action
@@ -25,12 +28,16 @@ from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
 from ..transfer.moves import MovePlan, StorageMove
 from . import layer_order, sleeping, streaming
+from .away_tensors import is_looked_after, put_away, take_home
 from .records import Record, record_of
+
+
+_REGISTERED = ("parameter", "buffer", "gradient", "quantization state", "inner tensor")
 
 
 def to_park(
     model: object,
-    wake: Callable[[object], object],
+    wake: Callable[..., object],
     extra: Iterable[object] = (),
     *,
     allow_live_graph: bool = False,
@@ -38,7 +45,8 @@ def to_park(
     """What parking `model` takes: no move if it is parked already.
 
     Args:
-        wake: brings home the model it is given. Called when the parked model is used.
+        wake: brings home the model, or the list of tensors, that it is given; it may stream if
+            `stream` is true. Called when the parked model is used.
     """
     before = record_of(model)
     extra = tuple(extra)
@@ -55,15 +63,22 @@ def to_park(
     _refuse_immovable(action, held, devices.CPU)
     if not allow_live_graph:
         _refuse_live_graph(action, held)
-    home_of = {name: holding.device for holding in away for name in holding.names}
     if before is not None:  # parked already, and something has come onto a device since
-        home_of, extra = before.homes | home_of, (*before.extra, *extra)
-    record = Record(model, extra, home_of)
+        extra = (*before.extra, *extra)
+    record = Record(model, extra, wake)
     moves = [
-        StorageMove(holding, devices.CPU, Origin(holding.device, holding.nbytes, record))
+        StorageMove(
+            holding,
+            devices.CPU,
+            Origin(holding.device, holding.nbytes, record, _weakly(holding.tensors)),
+        )
         for holding in away
     ]
-    return MovePlan(action, held, moves, lambda: _fall_asleep(record, held, wake))
+    belonging = _Neighbours(held)
+    for holding in held.holdings:
+        if holding.device.type == "cpu" and belonging.home_of(holding) is None:
+            homes.settle(holding.storage)
+    return MovePlan(action, held, moves, lambda: _fall_asleep(record, held, moves))
 
 
 def to_restore(model: object, device: Device | DeviceMap | None = None) -> MovePlan:
@@ -71,10 +86,11 @@ def to_restore(model: object, device: Device | DeviceMap | None = None) -> MoveP
     choose = _destination(device)
     record = record_of(model)
     held = _inventory_of(model, record.extra if record else ())
+    belonging = _Neighbours(held)
     goals = [
         (holding, choose(holding, home))
         for holding in layer_order.holdings_in_order(held)
-        if (home := _home(holding, record))
+        if (home := belonging.home_of(holding))
     ]
     return _to_bring(Action("restore", model), held, goals)
 
@@ -104,19 +120,30 @@ def _to_bring(
     moves, staying = [], []
     for holding, target in goals:
         origin = homes.origin_of(holding.storage)
-        outsiders = origin.outsiders_on(holding.storage) if origin else []
+        known = {id(tensor) for tensor in holding.tensors}
+        outsiders = origin.tensors_on(holding.storage) if origin else []
+        outsiders = [tensor for tensor in outsiders if id(tensor) not in known]
         if holding.device != target:
             to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
             moves.append(StorageMove(holding, target, to_host, outsiders))
         elif origin is not None:
-            staying.append(origin)
+            staying.append((origin, outsiders))
 
     def be_home() -> None:
-        for origin in staying:
+        for origin, outsiders in staying:
             origin.record = None
+            take_home(outsiders)
+        for move in moves:
+            take_home(move.outsiders)
+        for holding in held.holdings:  # what was on its way out and stayed is not among the moves
+            take_home(holding.tensors)
         sleeping.wake_up(held.modules.values())
 
     return MovePlan(action, held, moves, be_home)
+
+
+def _weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:
+    return [TensorWeakRef(tensor) for tensor in tensors]
 
 
 def title(model: object) -> str:
@@ -124,9 +151,7 @@ def title(model: object) -> str:
     return type(model).__name__
 
 
-def sleep_again(
-    moves: Sequence[StorageMove], wake: Callable[[object], object]
-) -> Callable[[], None]:
+def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
     """What parks a model again whose streaming restore failed. It keeps no tensor alive."""
     origins = (homes.origin_of(move.source) for move in moves)
     records = {id(o.record): o.record for o in origins if o is not None}
@@ -137,31 +162,115 @@ def sleep_again(
             if isinstance(record, Record) and model is not None:
                 again = inventory(model, extra=record.extra)
                 kinds.refresh(again)
-                _fall_asleep(record, again, wake)
+                _fall_asleep(record, again, ())
 
     return fall_asleep
 
 
-def _fall_asleep(record: Record, held: Inventory, wake: Callable[[object], object]) -> None:
+def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
     record.register()
-    sleeping.put_to_sleep(held.modules.values(), _WakeModel(record, wake))
+    owners = _Owners(held.modules)
+    wakes_whole = isinstance(record.model, nn.Module)
+    for move in moves:
+        put_away(move.tensors)
+        owner = owners.of(move.holding.name)
+        if owner is None:  # nothing else wakes a tensor that does not wake by itself
+            wakes_whole = wakes_whole or not all(map(is_looked_after, move.tensors))
+        elif sleeping.home_of(owner) is None:
+            sleeping.note_home(owner, move.came_from)
+    for top in _tops(held.modules.values()):
+        sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
+
+
+def _tops(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those modules that are in no other of them."""
+    modules = list(modules)
+    inside = {id(child) for module in modules for child in module.children()}
+    return [module for module in modules if id(module) not in inside]
 
 
 class _WakeModel:
-    """What a sleeping module of a parked model does when it is used."""
+    """What a sleeping module of a parked model does when it is used.
 
-    __slots__ = ("_record", "_wake")
+    What wakes is what is used: of a pipeline the model that the module is in.
+    """
 
-    def __init__(self, record: Record, wake: Callable[[object], object]) -> None:
-        self._record, self._wake = record, wake
+    __slots__ = ("_record", "_top")
+    waits = False
+
+    def __init__(self, record: Record, top: nn.Module | None) -> None:
+        self._record, self._top = record, None if top is None else weakref.ref(top)
 
     def __call__(self, module: nn.Module) -> None:
-        model = self._record.model
-        if model is not None:
-            self._wake(model)
-        # A module that outlived the pipeline it was parked with, or was taken out of it.
+        used = self._record.model if self._top is None else self._top()
+        if used is not None:
+            self._record.wake(used, stream=True)
+        # A module that outlived the model it was parked with, or was taken out of it.
         if sleeping.sleeps_by(module, self):
-            self._wake(module)
+            self._record.wake(module, stream=True)
+
+
+class _Owners:
+    """Which module a name of an inventory is in."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+
+    def of(self, name: str) -> nn.Module | None:
+        """The innermost module."""
+        return next(self.around(name), None)
+
+    def around(self, name: str) -> Iterator[nn.Module]:
+        """The modules around a name, the innermost first."""
+        while name:
+            name = name.rpartition(".")[0]
+            module = self._modules.get(name)
+            if module is not None:
+                yield module
+
+
+class _Neighbours:
+    """Where the holdings of a model are home."""
+
+    def __init__(self, held: Inventory) -> None:
+        self._held = held
+        self._owners = _Owners(held.modules)
+
+    def home_of(self, holding: Holding) -> torch.device | None:
+        """The home of a holding that is away; None for one that is home.
+
+        What came into a parked model on the host is home where the tensors of its module are, or of
+        those around it; unless its owner has sent it to the host.
+        """
+        if holding.device.type != "cpu":
+            return None
+        origin = homes.origin_of(holding.storage)
+        if origin is not None:
+            return origin.home if origin.is_parked else None
+        if holding.kind not in _REGISTERED or homes.is_settled(holding.storage):
+            return None
+        around = list(self._owners.around(holding.name))
+        if not any(sleeping.is_parked(module) for module in around):
+            return None
+        beside = (self._here.get(id(m)) or sleeping.home_of(m) for m in around)
+        return next((home for home in beside if home is not None), self._anywhere)
+
+    @functools.cached_property
+    def _here(self) -> dict[int, torch.device]:
+        """Where the tensors live that modules have, by `id` of the module."""
+        found: dict[int, torch.device] = {}
+        for holding in self._held.holdings:
+            origin = homes.origin_of(holding.storage)
+            owner = self._owners.of(holding.name)
+            home = origin.home if origin is not None and origin.is_parked else holding.device
+            if owner is not None and home.type != "cpu":
+                found.setdefault(id(owner), home)
+        return found
+
+    @functools.cached_property
+    def _anywhere(self) -> torch.device | None:
+        everywhere = map(sleeping.home_of, self._held.modules.values())
+        return next((home for home in everywhere if home is not None), None)
 
 
 def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
@@ -223,18 +332,6 @@ def _destination(
         return lambda holding, home: home
     place = devices.placement(device)
     return lambda holding, home: place(holding.name) or home
-
-
-def _home(holding: Holding, record: Record | None) -> torch.device | None:
-    """The home of a parked holding, None for one that is not parked."""
-    if holding.device.type != "cpu":
-        return None
-    origin = homes.origin_of(holding.storage)
-    if origin is not None:
-        return origin.home if origin.record is not None else None
-    # A tensor that was replaced while the model was parked goes to the home of its name.
-    by_name = (record.homes.get(name) for name in holding.names) if record is not None else ()
-    return next((home for home in by_name if home is not None), None)
 
 
 def _is_emptied(holding: Holding) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ class Record:
     """A parked model. It lives as long as anything of it is parked, or a module of it is asleep.
 
     Attributes:
-        homes: the home of each name, for tensors that are replaced while the model is parked.
+        wake: brings home the model, or the tensors, that it is given; with `stream=True` they may
+            arrive while they are used.
     """
 
     def __init__(
-        self, model: object, extra: Iterable[object], homes: Mapping[str, torch.device]
+        self, model: object, extra: Iterable[object], wake: Callable[..., object]
     ) -> None:
-        self.homes = dict(homes)
+        self.wake = wake
         self._model, self._extra = _weakly(model), [_weakly(root) for root in extra]
         self._number = next(_numbers)
 

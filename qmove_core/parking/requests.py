@@ -269,9 +269,12 @@ def restored_result(model: object, plan: MovePlan, done: Done, seconds: float) -
     return result
 
 
-def wake(model: object) -> None:
-    """Brings home a parked model that is used: it begins to run when its first layer is there."""
-    restore(model, stream=True)
+def wake(model: object, *, stream: bool) -> None:
+    """Brings home a parked model, or a list of tensors, that is used.
+
+    A model that streams begins to run when its first layer is there.
+    """
+    restore(model, stream=stream)
 
 
 def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:
@@ -284,7 +287,7 @@ def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:
 
 
 def _restore_streaming(plan: MovePlan) -> Done:
-    streaming.restore_streaming(plan, plans.sleep_again(plan.moves, wake))
+    streaming.restore_streaming(plan, plans.sleep_again(plan.moves))
     return Done(plan.nbytes, [], verified=False)
 
 

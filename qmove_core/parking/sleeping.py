@@ -6,6 +6,9 @@ name its home there. Both are done by giving each module, while it is parked, a 
 class with the same name. Waking gives it its own class back, so a resident model carries no hook
 and runs at full speed. Copies and pickles of a sleeping module are made as of its own class: they
 are ordinary models.
+
+A module whose tensors are under way is asleep too. It gives out none of them before it is there:
+PyTorch's fast paths look at the tensors first, and some readers nobody can make wait.
 """
 
 from __future__ import annotations
@@ -15,26 +18,42 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..class_variants import Variants, base_of, own_class, reduce_as_own_class, set_class
-from ..homes import lock, parked_home
+from ..homes import is_settled, lock, parked_home, place_of
 
 log = logging.getLogger("qmove")
 
 _wakers: WeakIdKeyDictionary = (
     WeakIdKeyDictionary()
 )  # sleeping module -> what wakes the model it belongs to
+_homes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parked module -> where its tensors lived
 
 
-def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None]) -> None:
+class Waker(Protocol):
+    """What a sleeping module calls before it is used."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the module is asleep because its tensors are under way."""
+
+    def __call__(self, module: nn.Module) -> None: ...
+
+
+def put_to_sleep(
+    modules: Iterable[nn.Module], waker: Waker
+) -> list[nn.Module]:
     """Makes each module call `waker` before it is used.
 
     A module that sleeps already keeps the waker it has.
+
+    Returns:
+        Those that were awake.
     """
     asleep = []
     try:
@@ -45,9 +64,10 @@ def put_to_sleep(modules: Iterable[nn.Module], waker: Callable[[nn.Module], None
     except BaseException:
         wake_up(asleep)
         raise
+    return asleep
 
 
-def _put_one_to_sleep(module: nn.Module, waker: Callable[[nn.Module], None]) -> None:
+def _put_one_to_sleep(module: nn.Module, waker: Waker) -> None:
     try:
         _asleep.give(module)
     except TypeError as error:  # a class that allows no subclass, or no exchange
@@ -65,6 +85,27 @@ def wake_up(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         _asleep.take(module)
         _wakers.pop(module, None)
+        _homes.pop(module, None)
+
+
+def note_home(module: nn.Module, device: torch.device) -> None:
+    """Notes where the tensors of a module lived that falls asleep."""
+    _homes[module] = device
+
+
+def is_parked(module: nn.Module) -> bool:
+    """Whether the module is asleep because it is parked, and not because it is under way."""
+    return module in _wakers and not _is_under_way(module)
+
+
+def _is_under_way(module: nn.Module) -> bool:
+    waker = _wakers.get(module)
+    return waker is not None and waker.waits
+
+
+def home_of(module: nn.Module) -> torch.device | None:
+    """Where the tensors of a parked module lived; None for one that had none, or is not parked."""
+    return _homes.get(module)  # type: ignore[no-any-return]
 
 
 def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
@@ -77,7 +118,7 @@ def exchange_class(obj: Any, exchange: Callable[[type], type]) -> None:
     set_class(obj, _asleep.of(exchange(base_of(cls))) if _asleep.made(cls) else exchange(cls))
 
 
-def sleeps_by(module: nn.Module, waker: Callable[[nn.Module], None]) -> bool:
+def sleeps_by(module: nn.Module, waker: Waker) -> bool:
     """Whether the module is asleep, and this is what wakes it."""
     return _wakers.get(module) is waker
 
@@ -148,8 +189,18 @@ def _members(cls: type[Any]) -> dict[str, Any]:
     def device(self: nn.Module) -> torch.device:
         answer = cls.device.__get__(self)
         first = next(itertools.chain(self.parameters(), self.buffers()), None)
-        home = parked_home(first) if first is not None and answer == first.device else None
+        if first is None or answer != place_of(first):
+            return answer  # type: ignore[no-any-return]
+        home = parked_home(first)
+        if home is None and answer.type == "cpu" and not is_settled(first.untyped_storage()):
+            home = next((h for module in self.modules() if (h := home_of(module))), None)
         return answer if home is None else home  # type: ignore[no-any-return]
+
+    def get(self: nn.Module, name: str) -> Any:
+        value = cls.__getattr__(self, name)
+        if isinstance(value, torch.Tensor) and _is_under_way(self):
+            _wake_model_of(self)
+        return value
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
         with lock:
@@ -165,6 +216,7 @@ def _members(cls: type[Any]) -> dict[str, Any]:
         # module sleeps on.
         "__class__": property(own_class, lambda self, other: set_class(self, _asleep.of(other))),
         "__call__": call,
+        "__getattr__": get,
         "forward": _RousingForward(cls),
         "__reduce_ex__": lambda self, protocol: reduce_as_own_class(self, cls, protocol),
     }

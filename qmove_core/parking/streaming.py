@@ -1,12 +1,15 @@
-"""A streaming restore: the model is home at once, and each part of it waits only for its own bytes.
+"""A streaming restore: the model can be used at once, and each part of it waits only for its own
+bytes.
 
 Until they have arrived
-- the modules of a layer group (`layer_order.py`) are asleep: the first forward of one waits for the
+- the modules of a layer group (`layer_order.py`) are asleep: the first use of one waits for the
 group;
-- the tensors are pending (`pending_tensors.py`): any other use of one waits for its bytes too.
-The host waits, so no stream anywhere can be too early. Afterwards modules and tensors have their
-own classes back. The host's bytes stay until everything is there: a copy that fails leaves the
-model parked.
+- the tensors look at the host's bytes, and any other use of one waits for its arrival too
+(`away_tensors.py`).
+The host waits, so no stream anywhere can be too early; then the tensors look at their new place.
+Who can read one without our knowing reads true bytes. Afterwards modules and tensors have their own
+classes back. The host's bytes stay until everything is there: a copy that fails leaves the model
+parked.
 
 Whoever waits waits for one restore: what waits for a later one is left alone when an earlier one
 ends.
@@ -14,7 +17,6 @@ ends.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import weakref
@@ -27,14 +29,16 @@ from torch.utils.weak import TensorWeakRef
 from .. import devices, homes, hosting
 from ..homes import Origin, lock
 from ..interrupts import interrupts_deferred
+from ..model import kinds
+from ..model.holdings import Holding, Inventory
 from ..settings import settings
-from ..storages import rebind
+from ..storages import rebind, use_count
 from ..transfer.copies import CopyJob, Transfer
 from ..transfer.moves import MovePlan, StorageMove
 from ..transfer.transaction import MoveTransaction, keep_as_mirrors, unshared
 from . import layer_order, sleeping
+from .away_tensors import allows_looking_after, put_away, take_home
 from .layer_order import LayerGroup
-from .pending_tensors import await_bytes, release
 
 log = logging.getLogger("qmove")
 
@@ -46,11 +50,26 @@ def can_stream(plan: MovePlan) -> bool:
     held = plan.held
     if settings.verify or held.wrappers or any(map(_is_compiled, held.modules.values())):
         return False
+    if not _are_waited_for(plan):
+        return False
     return all(
         move.came_from.type == "cpu"
         and move.device.type != "cpu"
         and devices.has_streams(move.device)
         for move in plan.moves
+    )
+
+
+def _are_waited_for(plan: MovePlan) -> bool:
+    """Whether each tensor can be made to wait, by itself or by its module."""
+    classes = {type(tensor) for move in plan.moves for tensor in move.tensors}
+    refusing = {cls for cls in classes if not allows_looking_after(cls)}
+    return not refusing or not any(
+        type(tensor) in refusing
+        for group in layer_order.groups_of(plan.held)
+        if not group.modules
+        for holding in group.holdings
+        for tensor in holding.tensors
     )
 
 
@@ -63,28 +82,24 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def restore_streaming(plan: MovePlan, sleep_again: Callable[[], None]) -> None:
-    """Queues the copies of a plan, and commits at once.
+    """Queues the copies of a plan, and lets its tensors wait for them.
 
     Args:
         sleep_again: puts the model to sleep, should a copy fail on its way.
     """
     arriving = StreamingRestore(plan.moves, sleep_again)
-    begin = functools.partial(arriving.begin, layer_order.groups_of(plan.held), plan.on_commit)
-    digests = settings.keep_mirrors
+    groups = layer_order.groups_of(plan.held)
     try:
-        with MoveTransaction(dataclasses.replace(plan, on_commit=begin)) as transaction:
+        with MoveTransaction(plan) as transaction:
             transaction.allocate_on_host()
-            with Transfer(plan.nbytes, wait=False, digests=digests) as transfer:
+            with Transfer(plan.nbytes, wait=False, digests=settings.keep_mirrors) as transfer:
                 transaction.start(transfer, plan.moves)
                 with interrupts_deferred():
-                    arriving.take_over(plan.moves)
-                    transaction.commit()
-                    _under_way.append(arriving)
+                    arriving.begin(plan, groups)
     except BaseException:
         if arriving not in _under_way:
             arriving.forget()
         raise
-    arriving.note_who_shares()  # only now does no other record of ours hold the sources
     hosting.tell_moved()
 
 
@@ -101,36 +116,76 @@ def wait_for(storages: Iterable[torch.UntypedStorage] | None = None) -> None:
 
 
 class _Part(CopyJob):
-    """One storage under way, and weak references to the tensors that look into it."""
+    """One storage under way. Its origin has weak references to the tensors that look into it."""
 
-    __slots__ = ("__weakref__", "_finalizer", "origin", "tensors", "wait", "was_unshared")
+    __slots__ = ("__weakref__", "_finalizer", "came_to", "origin", "was_origin", "was_unshared")
 
     def __init__(self, arriving: StreamingRestore, move: StorageMove) -> None:
         super().__init__(move.source, move.device)
-        self.tensors = [TensorWeakRef(t) for t in (*move.holding.tensors, *move.outsiders)]
-        self.origin: Origin | None = homes.origin_of(move.source)
+        self.was_origin = homes.origin_of(move.source)
+        record = self.was_origin.record if self.was_origin is not None else None
+        self.origin = Origin(
+            move.device,
+            move.nbytes,
+            record,
+            [TensorWeakRef(tensor) for tensor in move.tensors],
+            arrival=functools.partial(arriving.wait_for, [self]),
+        )
         self.was_unshared = False
-        self.wait = functools.partial(arriving.wait_for, [self])
+        self.came_to: int | None = None  # where its tensors look since it is there
         self._finalizer = weakref.finalize(move.holding.tensors[0], self._drop_target)
 
     def take_over(self, move: StorageMove) -> None:
         """Knows the copy, now that it is queued."""
         self.target, self.arrival, self.read_digest = move.target, move.arrival, move.read_digest
 
-    def living(self) -> list[torch.Tensor]:
-        """Its tensors that are alive and have not been given other data meanwhile."""
-        return [tensor for ref in self.tensors if (tensor := ref()) is not None]
+    def let_wait(self, move: StorageMove) -> None:
+        """Lets the tensors wait for the copy. Those that allow no subclass are there when their
+        module is."""
+        self.was_unshared = use_count(self.source) == len(move.tensors) + 1
+        homes.remember(self.source, self.origin)
+        put_away(move.tensors)
+
+    def be_there(self) -> list[torch.Tensor]:
+        """Lets the tensors look at their new place, and returns them. Its bytes are there."""
+        if self.came_to is not None or self.target is None:
+            return []
+        self.came_to = self.target._cdata
+        tensors = self.origin.tensors_on(self.source)
+        rebind(tensors, self.target)
+        take_home(tensors)
+        homes.forget(self.source._cdata)
+        return tensors
+
+    def there(self) -> list[torch.Tensor]:
+        """The tensors that look at their new place."""
+        return self.origin.tensors_on(self.target) if self.target is not None else []
+
+    def go_back(self) -> None:
+        """Parks the tensors again, wherever they look."""
+        if self.came_to is not None and self.target is not None:
+            rebind(self.there(), self.source)
+        if self.was_origin is None:
+            homes.forget(self.source._cdata)
+            take_home(self.origin.tensors_on(self.source))
+        else:
+            self.was_origin.tensors = self.origin.tensors
+            homes.remember(self.source, self.was_origin)
+            put_away(self.was_origin.tensors_on(self.source))
+
+    def is_abandoned(self) -> bool:
+        return all(ref() is None for ref in self.origin.tensors)
 
     def forget(self) -> None:
         """Drops everything; finalizers and the garbage collector may still refer to this object."""
         self._finalizer.detach()
         self.drop_storages()
-        self.origin = None
-        del self.wait
+        self.was_origin = None
+        del self.origin
 
     def _drop_target(self) -> None:
         """Its tensor is gone: frees the memory, unless a copy still writes to it."""
-        if self.arrival is None or self.arrival.query():
+        if self.is_abandoned() and (self.arrival is None or self.arrival.query()):
             self.target = None
 
 
@@ -139,52 +194,46 @@ class StreamingRestore:
 
     def __init__(self, moves: Sequence[StorageMove], sleep_again: Callable[[], None]) -> None:
         self._parts = [_Part(self, move) for move in moves]
-        self._holdings = [id(move.holding) for move in moves]
         self._groups: list[_Group] = []
         self._sleep_again = sleep_again
 
-    def take_over(self, moves: Sequence[StorageMove]) -> None:
-        """Knows the copies, now that they are queued."""
-        for part, move in zip(self._parts, moves, strict=True):
+    def begin(self, plan: MovePlan, groups: Sequence[LayerGroup]) -> None:
+        """Lets everything wait for the copies, which are queued."""
+        part_of = {}
+        for part, move in zip(self._parts, plan.moves, strict=True):
             part.take_over(move)
-
-    def begin(self, groups: Sequence[LayerGroup], on_commit: Callable[[], None]) -> None:
-        """Lets everything wait that could be too early. The tensors look at their new place."""
-        on_commit()
-        part_of = dict(zip(self._holdings, self._parts, strict=True))
+            part_of[id(move.holding)] = part
         try:
-            for part in self._parts:
-                for tensor in part.living():
-                    await_bytes(tensor, part.wait)
+            plan.on_commit()
+            for part, move in zip(self._parts, plan.moves, strict=True):
+                part.let_wait(move)
             for group in groups:
                 parts = [part_of[id(h)] for h in group.holdings if id(h) in part_of]
                 if parts and group.modules:
                     self._groups.append(_Group(self, parts, group.modules))
                     sleeping.put_to_sleep(group.modules, self._groups[-1])
         except BaseException:
-            self._release_all()
+            self._go_back()
             raise
-
-    def note_who_shares(self) -> None:
-        """Notes which host bytes nobody else holds now, while nobody can have written to them."""
-        for part, alone in zip(self._parts, unshared(self._parts), strict=True):
-            part.was_unshared = alone
+        for move in plan.moves:
+            move.is_committed = True
+        _under_way.append(self)
 
     def brings(self, storages: set[int]) -> bool:
         """Whether one of these storages (`_cdata`) is a part of it."""
-        return any(p.target is not None and p.target._cdata in storages for p in self._parts)
+        return any(part.source._cdata in storages or part.came_to in storages for part in self._parts)
 
     def is_abandoned(self) -> bool:
         """Whether the model is gone."""
-        return not any(part.living() for part in self._parts)
+        return all(part.is_abandoned() for part in self._parts)
 
     def wait_for(self, parts: Sequence[_Part]) -> None:
-        """Returns when these parts are there, and their tensors as they were."""
+        """Returns when the tensors of these parts are home."""
         with lock:
             if self not in _under_way:
                 return
             self._synchronize(parts)
-            self._release(parts)
+            self._be_there(parts)
             if parts and self._parts[-1] in parts:
                 self.finish()
 
@@ -194,14 +243,26 @@ class StreamingRestore:
             if self not in _under_way:
                 return
             self._synchronize(self._parts)
+            self._be_there(self._parts)
             with interrupts_deferred():
                 _under_way.remove(self)
-                self._release_all()
-                arrived = [p for p in self._parts if p.was_unshared and p.target is not None]
+                for group in self._groups:
+                    group.wake()
+                alone = zip(self._parts, unshared(self._parts), strict=True)
+                arrived = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
                 for part in arrived:
                     part.digest = part.read_digest()
                 keep_as_mirrors(arrived)
                 self.forget()
+
+    def _be_there(self, parts: Iterable[_Part]) -> None:
+        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+            there = [(part, tensors) for part in parts if (tensors := part.be_there())]
+            try:
+                _refresh(there, ())
+            except Exception:
+                self._park_again()
+                raise
 
     def forget(self) -> None:
         """Drops everything, which finalizers of the model's tensors may still refer to."""
@@ -225,14 +286,16 @@ class StreamingRestore:
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             _under_way.remove(self)
             self._let_copies_end()
-            self._release_all()
-            for part in self._parts:
-                rebind(part.living(), part.source)
-                if part.origin is not None:
-                    homes.remember(part.source, part.origin)
-            self._sleep_again()
+            self._go_back()
             self.forget()
         log.error("a copy failed on its way: the model is parked again")
+
+    def _go_back(self) -> None:
+        for group in self._groups:
+            group.wake()
+        for part in self._parts:
+            part.go_back()
+        self._sleep_again()
 
     def _let_copies_end(self) -> None:
         """After one of them failed: no memory may be freed below the others."""
@@ -244,19 +307,11 @@ class StreamingRestore:
                     log.debug("another copy failed as well: %s", error)
                 part.arrival = None
 
-    def _release_all(self) -> None:
-        self._release(self._parts)
-        for group in self._groups:
-            group.wake()
-
-    def _release(self, parts: Iterable[_Part]) -> None:
-        for part in parts:
-            for tensor in part.living():
-                release(tensor, part.wait)
-
 
 class _Group:
     """What wakes the modules of one layer group: the arrival of its parts."""
+
+    waits = True
 
     def __init__(
         self, arriving: StreamingRestore, parts: Sequence[_Part], modules: Iterable[nn.Module]
@@ -271,7 +326,22 @@ class _Group:
 
     def wake(self) -> None:
         """Wakes those of its modules that wait for this restore, and for no later one."""
-        sleeping.wake_up(m for m in self._living() if sleeping.sleeps_by(m, self))
+        waiting = [m for m in self._living() if sleeping.sleeps_by(m, self)]
+        sleeping.wake_up(waiting)
+        with torch.inference_mode(False), torch.no_grad():
+            _refresh([(p, p.there()) for p in self._parts], waiting)
 
     def _living(self) -> list[nn.Module]:
         return [module for ref in self._modules if (module := ref()) is not None]
+
+
+def _refresh(
+    there: Iterable[tuple[_Part, list[torch.Tensor]]], modules: Iterable[nn.Module]
+) -> None:
+    """Brings what depends on the place of tensors in line with where they are now."""
+    holdings = [
+        Holding(part.nbytes, part.device, "", tensors[0].dtype, [""], tensors)
+        for part, tensors in there
+        if tensors
+    ]
+    kinds.refresh(Inventory(holdings, modules={str(i): m for i, m in enumerate(modules)}))

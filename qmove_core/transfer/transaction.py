@@ -279,7 +279,7 @@ def _take_outsiders_along(
         assert move.target is not None
         rebind(tensors, move.target)
         if move.origin is not None:
-            move.origin.outsiders += [TensorWeakRef(tensor) for tensor in tensors]
+            move.origin.tensors += [TensorWeakRef(tensor) for tensor in tensors]
         log.debug("moved %d tensors outside the model with %s", len(tensors), move.holding.name)
         tensors.clear()
     return [

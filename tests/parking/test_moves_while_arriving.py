@@ -131,17 +131,28 @@ def test_a_model_on_two_devices_streams_to_both(gpu: GPU, second_gpu: GPU) -> No
 # Mirrors -----------------------------------------------------------------------------------------
 
 
-def test_an_alias_that_was_written_to_while_the_model_arrived_makes_no_false_mirror(
-    gpu: GPU,
-) -> None:
-    model = layers(12, width=1024)  # large enough that digests are taken on the device
-    before = contents(model)
+def test_an_alias_that_was_written_to_while_the_model_arrived_comes_along(gpu: GPU) -> None:
+    model = layers(12, width=1024)
+    expected = model[1].weight + 1
     qmove.park(model)
     state = model.state_dict()
     stream_in(model)
-    torch.cuda.synchronize()  # the bytes are on the device now
     state["1.weight"].add_(1)
-    del state
+    streaming.wait_for()
+    assert torch.equal(model[1].weight, expected)
+    assert state["1.weight"].data_ptr() == model[1].weight.data_ptr()
+
+
+def test_an_alias_that_nobody_sees_being_written_to_makes_no_false_mirror(gpu: GPU) -> None:
+    model = layers(12, width=1024)  # large enough that digests are taken on the device
+    before = contents(model)
+    qmove.park(model)
+    alias = torch.empty(0)
+    alias.data = model[1].weight
+    stream_in(model)
+    torch.cuda.synchronize()  # the bytes are on the device now
+    alias.add_(1)
+    del alias
     streaming.wait_for()
     assert contents(model) == before
     qmove.park(model)

@@ -15,6 +15,7 @@ from torch import nn
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import inputs, layers, tiny_diffusion
+from tests.builders.places import places
 
 # What a parked model looks like ------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ def test_device_is_what_it_was_before_the_park(gpu: GPU, first: str, second: str
     qmove.park(model)
 
     assert str(model.device) == first
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert places(model) == {"cpu"}
 
 
 def test_a_device_that_a_model_knows_by_itself_is_left_alone(gpu: GPU) -> None:

@@ -130,7 +130,7 @@ def test_a_failed_arrival_does_not_undo_what_the_host_changed(gpu: GPU) -> None:
     assert contents(model) == wanted
 
 
-@pytest.mark.parametrize("at", ["refresh", "put_to_sleep", "await_bytes"])
+@pytest.mark.parametrize("at", ["refresh", "put_to_sleep", "put_away"])
 def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     gpu: GPU, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +138,7 @@ def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     before, empty = snapshot(model), torch.cuda.memory_allocated() - gpu.allocated()
     qmove.park(model)
     parked = snapshot(model)
-    place = {"refresh": kinds, "put_to_sleep": sleeping, "await_bytes": streaming}[at]
+    place = {"refresh": kinds, "put_to_sleep": sleeping, "put_away": streaming}[at]
     real, calls = getattr(place, at), []
 
     def fails_at_the_second_call(*arguments: Any) -> None:
@@ -150,6 +150,8 @@ def test_a_start_that_fails_leaves_the_model_parked_and_the_device_empty(
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted") as raised:
         patched.setattr(place, at, fails_at_the_second_call)
         qmove.restore(model, stream=True)
+        assert at == "refresh"
+        streaming.wait_for()
 
     assert not is_arriving()
     assert qmove.is_parked(model)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.parking import pending_tensors, sleeping, streaming
+from qmove_core import homes
+from qmove_core.parking import sleeping, streaming
 from tests.builders.device import GPU
 from tests.builders.models import inputs, layers
 from tests.builders.odd_models import BUILDERS
@@ -254,6 +255,6 @@ def test_after_the_last_byte_nothing_is_left_on_the_model(gpu: GPU, order: str) 
     assert traces(model) == before
     assert not is_arriving()
     assert not sleeping._wakers
-    assert not pending_tensors._waits
+    assert not any(origin.arrival for origin in homes._origins.values())
     gc.collect()
     assert not any(type(thing).__name__ in ("Arrival", "_Part") for thing in gc.get_objects())

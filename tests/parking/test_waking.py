@@ -26,6 +26,7 @@ from tests.builders.models import (
     tiny_stable_diffusion,
 )
 from tests.builders.snapshots import snapshot, traces
+from tests.builders.places import places
 
 
 def places_and_bytes(model: nn.Module) -> dict[str, tuple[str, bytes]]:
@@ -48,7 +49,7 @@ def test_generate_on_a_parked_llama(gpu: GPU, precision: str, tmp_path) -> None:
     parked = qmove.park(model)
     assert parked.nbytes > 0
     assert model.device == gpu.device
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert places(model) == {"cpu"}
     result = model.generate(llama_inputs(model.device), **options)
 
     assert torch.equal(result, expected)
@@ -84,15 +85,18 @@ def test_a_parked_pipeline_gives_the_very_image_of_a_resident_one(
     assert [traces(module) for module in modules] == before
 
 
-def test_a_part_of_a_pipeline_that_is_used_wakes_the_whole_pipeline(gpu: GPU) -> None:
+def test_a_part_of_a_pipeline_that_is_used_wakes_alone(gpu: GPU) -> None:
+    empty = gpu.allocated()
     pipe = tiny_stable_diffusion()
     latents = torch.ones(1, 4, 8, 8, device="cuda")
     with torch.no_grad():
-        expected = pipe.vae.decode(latents).sample
+        expected = pipe.vae.decode(latents).sample.cpu()
         qmove.park(pipe)
-        assert torch.equal(pipe.vae.decode(latents).sample, expected)
-    assert not qmove.is_parked(pipe.unet)
-    assert {parameter.device for parameter in pipe.text_encoder.parameters()} == {gpu.device}
+        assert torch.equal(pipe.vae.decode(latents).sample.cpu(), expected)
+    assert (places(pipe.vae), places(pipe.unet), places(pipe.text_encoder)) == (
+        {"cuda"}, {"cpu"}, {"cpu"}
+    )  # fmt: skip
+    assert gpu.allocated() == empty + latents.nbytes + qmove.inventory(pipe.vae).nbytes
 
 
 # What counts as use ------------------------------------------------------------------------------
@@ -285,7 +289,9 @@ def test_a_part_of_what_is_parked_comes_home_alone(gpu: GPU) -> None:
     assert qmove.is_parked(pipe)
     assert gpu.allocated() == empty + sum(parameter.nbytes for parameter in pipe.unet.parameters())
     with torch.no_grad():
-        pipe.vae.decode(torch.ones(1, 4, 8, 8, device="cuda"))  # wakes what is still asleep
+        pipe.vae.decode(torch.ones(1, 4, 8, 8, device="cuda"))
+    assert places(pipe.text_encoder) == {"cpu"}
+    qmove.restore(pipe)
     assert snapshot(pipe) == before
 
 
@@ -295,7 +301,7 @@ def test_a_part_that_was_parked_on_its_own_wakes_alone(gpu: GPU) -> None:
     qmove.park(model)
 
     model[0](inputs())
-    assert (model[0].weight.device, model[1].weight.device) == (gpu.device, torch.device("cpu"))
+    assert (places(model[0]), places(model[1])) == ({"cuda"}, {"cpu"})
 
     model(inputs())
-    assert model[1].weight.device == gpu.device
+    assert places(model[1]) == {"cuda"}

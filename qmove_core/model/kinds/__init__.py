@@ -29,8 +29,9 @@ def obstacles(inventory: Inventory, device: torch.device) -> list[tuple[str, str
 
 def refresh(inventory: Inventory) -> None:
     """Lets each kind bring what depends on the place in line with where the bytes are now."""
-    for kind in _present():
-        kind.refresh(inventory)
+    with torch._C.DisableTorchFunctionSubclass():  # a parked tensor itself answers its home
+        for kind in _present():
+            kind.refresh(inventory)
 
 
 def _present() -> list[Kind]:
