@@ -264,8 +264,8 @@ def _on_the_host(
     for made in tree_leaves(result):
         if isinstance(made, torch.Tensor) and id(made) not in given:
             _follow(made, origin if is_all else None)
-    if func == _Tensor.data.__set__:
-        _follow(args[0], None)
+    for tensor in tensors:  # one may look into another's storage now, as after `a.set_(b)`
+        _follow(tensor, None)
     _still_parked(parked)
     return result
 
@@ -294,8 +294,8 @@ def _follow(tensor: torch.Tensor, made_of: Origin | None) -> None:
             return
         origin = Origin(made_of.home, storage.nbytes(), made_of.record, is_result=True)
         homes.remember_result(storage, origin)
-    origin.add(tensor)
-    put_away([tensor])
+    if put_away([tensor]) or all(ref() is not tensor for ref in origin.tensors):
+        origin.add(tensor)
 
 
 def _has_bytes_on_the_host(tensor: torch.Tensor) -> bool:

@@ -170,7 +170,8 @@ def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
 def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
     record.register()
     owners = _Owners(held.modules)
-    wakes_whole = isinstance(record.model, nn.Module)
+    tops = _tops(held.modules.values())
+    wakes_whole = isinstance(record.model, nn.Module) or len(tops) == 1
     for move in moves:
         put_away(move.tensors)
         owner = owners.of(move.holding.name)
@@ -178,7 +179,7 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
             wakes_whole = wakes_whole or not all(map(is_looked_after, move.tensors))
         elif sleeping.home_of(owner) is None:
             sleeping.note_home(owner, move.came_from)
-    for top in _tops(held.modules.values()):
+    for top in tops:
         sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
 
 

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .. import devices, homes
 from ..actions import Action
+from ..class_variants import own_class
 from ..devices import Device
 from ..errors import CannotMove, readable_bytes
 from ..interrupts import interrupts_deferred
@@ -220,8 +221,9 @@ def _transform(
     needed = _check_budget(action, held, target, work, casts)
     made: dict[int, nn.Parameter] = {}
     try:
-        # What is made under inference mode could never be trained.
-        with torch.no_grad(), torch.inference_mode(False):
+        # What is made under inference mode could never be trained. A parked weight is read where it
+        # is, and does not come home for it.
+        with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
             changes = [_made(item, action, made) for item in work]
             new_data = [(tensor, tensor.data.to(target, dtype)) for tensor, dtype in casts]
     except torch.OutOfMemoryError as error:
@@ -231,7 +233,8 @@ def _transform(
         for change in changes:
             carry_out(change, undo)
         for tensor, values in new_data:
-            undo.callback(_assign, tensor, tensor.data)
+            with torch._C.DisableTorchFunctionSubclass():
+                undo.callback(_assign, tensor, tensor.data)
             _assign(tensor, values)
         move(model, target)
         undo.pop_all()
@@ -290,7 +293,7 @@ def _roots(held: Inventory) -> list[tuple[nn.Module, torch.dtype | None]]:
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     return (
-        type(parameter) is nn.Parameter
+        own_class(parameter) is nn.Parameter
         and parameter.is_floating_point()
         and parameter.dtype.itemsize > 1
     )
@@ -327,8 +330,9 @@ def _casts_along(
 
 
 def _assign(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-        tensor.data = values
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.data = values
 
 
 def _refuse(action: Action, reasons: Sequence[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import layers
+from tests.builders.places import place_of
 
 
 def test_after_park_the_device_holds_nothing_of_the_model(gpu: GPU) -> None:
@@ -22,7 +23,7 @@ def test_after_park_the_device_holds_nothing_of_the_model(gpu: GPU) -> None:
     assert parked.nbytes == parked.copied_bytes == nbytes
     assert parked.stragglers == []
     assert {str(device) for device in parked.home.values()} == {"cuda:0"}
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert all(place_of(parameter) == "cpu" for parameter in model.parameters())
 
 
 def test_tensors_where_named_parameters_does_not_look_leave_too(gpu: GPU) -> None:

@@ -14,17 +14,18 @@ from tests.builders.link import copies
 from tests.builders.mirrors import BIAS, WEIGHT, WIDTH, digest_bytes, mirrored, round_trip
 from tests.builders.models import layers
 from tests.builders.snapshots import contents, snapshot
+from tests.builders.places import place_of
 
 pytestmark = pytest.mark.simulated
 
 
 def merge_lora(model: nn.Sequential, sign: int = 1) -> None:
-    """Adds a low-rank product to two of the weights, in place, as LoRA loaders do it; whole
-    numbers, so that it can be undone."""
+    """Adds a low-rank product to two of the weights where they lie, in place, as LoRA loaders do
+    it; whole numbers, so that it can be undone."""
     for layer in (model[0], model[2]):
         up, down = (
-            torch.ones(WIDTH, 2, device=layer.weight.device),
-            torch.ones(2, WIDTH, device=layer.weight.device),
+            torch.ones(WIDTH, 2, device=place_of(layer.weight)),
+            torch.ones(2, WIDTH, device=place_of(layer.weight)),
         )
         layer.weight.data += sign * (up @ down)
 

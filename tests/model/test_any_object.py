@@ -19,6 +19,7 @@ from qmove_core.memory import arena
 from tests.builders.device import GPU
 from tests.builders.models import layers, tiny_diffusion
 from tests.builders.snapshots import snapshot
+from tests.builders.places import place_of, places
 
 
 def inputs() -> torch.Tensor:
@@ -184,15 +185,16 @@ def test_an_object_that_was_parked_is_listed_until_it_is_home_or_gone(
     assert arena.bytes_in_use() == 0
 
 
-def test_models_in_a_dict_wake_together(gpu: GPU) -> None:
+def test_a_model_in_a_dict_wakes_alone(gpu: GPU) -> None:
     shelf = {"a": layers(1), "b": {"c": [layers(1)]}}
     expected = shelf["a"](inputs())
     qmove.park(shelf)
 
     assert torch.equal(shelf["a"](inputs()), expected)
 
+    assert places(shelf["a"]) == {"cuda"} and places(shelf["b"]["c"][0]) == {"cpu"}
+    assert torch.equal(shelf["b"]["c"][0](inputs()), expected)
     assert not qmove.is_parked(shelf)
-    assert shelf["b"]["c"][0][0].weight.device == gpu.device
 
 
 def test_a_model_in_a_closure_wakes(gpu: GPU) -> None:
@@ -203,7 +205,7 @@ def test_a_model_in_a_closure_wakes(gpu: GPU) -> None:
 
     expected = predict()
     qmove.park(predict)
-    assert model[0].weight.device.type == "cpu"
+    assert place_of(model[0].weight) == "cpu"
 
     assert torch.equal(predict(), expected)
 
@@ -252,8 +254,8 @@ def test_layers_in_a_plain_list_are_the_models_own(gpu: GPU) -> None:
 
     qmove.park(model)
 
-    assert model.blocks[0][0].weight.device.type == "cpu"
-    assert model.by_name["head"][0][0].weight.device.type == "cpu"
+    assert place_of(model.blocks[0][0].weight) == "cpu"
+    assert place_of(model.by_name["head"][0][0].weight) == "cpu"
     model.blocks[0](inputs())
     assert model[0].weight.device == gpu.device
 
@@ -278,7 +280,7 @@ def test_models_that_a_hook_refers_to_stay(gpu: GPU) -> None:
 
     assert snapshot(second) == before
     assert not qmove.is_parked(second)
-    assert {parameter.device.type for parameter in first.parameters()} == {"cpu"}
+    assert places(first) == {"cpu"}
     with torch.no_grad():
         assert torch.equal(first(sample, 1).sample, expected)
 
@@ -338,7 +340,7 @@ def test_an_optimizer_and_a_cache_leave_and_come_home_with_the_model(
 
     qmove.park(root, extra=[optimizer, {"cache": cache}])
     assert gpu.allocated() == empty
-    assert cache.keys[0].device.type == "cpu"
+    assert place_of(cache.keys[0]) == "cpu"
 
     if how == "restored":
         qmove.restore(root)
@@ -372,4 +374,4 @@ def test_what_comes_to_a_container_while_it_is_parked_stays_where_it_is(gpu: GPU
     qmove.restore(shelf)
 
     assert shelf["a"][0].weight.device == gpu.device
-    assert shelf["b"][0].weight.device.type == "cpu"
+    assert place_of(shelf["b"][0].weight) == "cpu"

@@ -23,6 +23,7 @@ import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import llama_inputs, tiny_llama
 from tests.builders.snapshots import snapshot
+from tests.builders.places import place_of
 
 pytestmark = pytest.mark.usefixtures("avx512_bf16")
 
@@ -144,7 +145,7 @@ def test_the_int8_weight_and_its_state_share_one_storage_everywhere(
     ):
         leave(layer)
         assert holder.CB.untyped_storage()._cdata == layer.weight.untyped_storage()._cdata
-        assert {holder.CB.device.type, holder.SCB.device.type} == {"cpu"}
+        assert {place_of(holder.CB), place_of(holder.SCB)} == {"cpu"}
         come_back(layer)
 
     assert holder.CB.untyped_storage()._cdata == layer.weight.untyped_storage()._cdata

@@ -16,6 +16,7 @@ import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import quanto_layers, torchao_layers
 from tests.builders.snapshots import snapshot
+from tests.builders.places import place_of, places
 
 FORMATS: dict[str, Callable[[], nn.Module]] = {
     **{
@@ -107,7 +108,7 @@ def test_a_parked_format_leaves_no_byte_behind_and_says_it_is_on_the_cpu(gpu: GP
 
     assert gpu.allocated() == before
     assert parked.stragglers == []
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert places(model) == {"cpu"}
     assert all(
         torch.equal(now, then) for now, then in zip(dequantized(model), expected, strict=True)
     )
@@ -192,7 +193,7 @@ def test_wrappers_in_wrappers_in_wrappers(gpu: GPU, requires_grad: bool) -> None
         model.weight.inner.inner,
         model.weight.inner.inner.inner,
     ]
-    assert [level.device.type for level in levels] == ["cpu"] * 4
+    assert [place_of(level) for level in levels] == ["cpu"] * 4
     assert torch.equal(model.weight.dequantize(), value)
     assert gpu.allocated() == before
 
@@ -209,7 +210,7 @@ def test_an_inner_tensor_that_was_met_under_another_name_before(gpu: GPU) -> Non
 
     qmove.park(model)
     assert model.shared is model[0].weight.inner
-    assert (model.shared.device.type, model[0].weight.device.type) == ("cpu", "cpu")
+    assert (place_of(model.shared), place_of(model[0].weight)) == ("cpu", "cpu")
 
     qmove.restore(model)
     assert snapshot(model) == before
@@ -225,7 +226,7 @@ def test_two_wrappers_around_one_inner_tensor(gpu: GPU) -> None:
     before = snapshot(model)
 
     qmove.park(model)
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert places(model) == {"cpu"}
     assert model[0].weight.inner.data_ptr() == model[1].weight.inner.data_ptr()
 
     qmove.restore(model)
@@ -255,7 +256,7 @@ def test_wrappers_that_are_inference_tensors(gpu: GPU, moved_in_inference_mode: 
 
     with torch.inference_mode(moved_in_inference_mode):
         qmove.park(model)
-        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        assert places(model) == {"cpu"}
         qmove.restore(model)
 
     assert snapshot(model) == before
@@ -293,7 +294,7 @@ def test_quantos_packing_for_awq_kernels_moves_though_it_refuses_the_host(gpu: G
     before = snapshot(model)
 
     qmove.park(model)
-    assert model["packed"]._data.device.type == model["packed"].device.type == "cpu"
+    assert place_of(model["packed"]._data) == place_of(model["packed"]) == "cpu"
     qmove.restore(model)
 
     assert snapshot(model) == before
@@ -337,7 +338,7 @@ def test_jagged_nested_tensors(gpu: GPU) -> None:
 
     qmove.park(model)
     assert gpu.allocated() == before
-    assert model["nested"].device.type == "cpu"
+    assert place_of(model["nested"]) == "cpu"
     assert (model["nested"] * 2).values().sum() == 36
 
     qmove.restore(model)
