@@ -219,6 +219,7 @@ def _meet_an_accelerator(
 
 def _target_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
     """Where a move is to, with its index; None for a cast."""
+    device: Any
     if func is _Tensor.cpu:
         return torch.device("cpu")
     if func is _Tensor.to:
@@ -273,9 +274,9 @@ def _on_the_host(
 def _run(
     func: Any, parked: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    own = [own_class(tensor) for tensor in parked]
+    own: list[Any] = [own_class(tensor) for tensor in parked]
     for cls in own:
-        function: Any = cls.__torch_function__
+        function = cls.__torch_function__
         if cls is not torch.Tensor and function is not torch._C._disabled_torch_function_impl:
             return function(func, tuple(dict.fromkeys(own)), args, kwargs)
     with torch._C.DisableTorchFunctionSubclass():

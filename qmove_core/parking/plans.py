@@ -31,7 +31,6 @@ from . import layer_order, sleeping, streaming
 from .away_tensors import is_looked_after, put_away, take_home
 from .records import Record, record_of
 
-
 _REGISTERED = ("parameter", "buffer", "gradient", "quantization state", "inner tensor")
 
 

@@ -26,9 +26,7 @@ class Record:
             arrive while they are used.
     """
 
-    def __init__(
-        self, model: object, extra: Iterable[object], wake: Callable[..., object]
-    ) -> None:
+    def __init__(self, model: object, extra: Iterable[object], wake: Callable[..., object]) -> None:
         self.wake = wake
         self._model, self._extra = _weakly(model), [_weakly(root) for root in extra]
         self._number = next(_numbers)

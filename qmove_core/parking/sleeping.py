@@ -45,9 +45,7 @@ class Waker(Protocol):
     def __call__(self, module: nn.Module) -> None: ...
 
 
-def put_to_sleep(
-    modules: Iterable[nn.Module], waker: Waker
-) -> list[nn.Module]:
+def put_to_sleep(modules: Iterable[nn.Module], waker: Waker) -> list[nn.Module]:
     """Makes each module call `waker` before it is used.
 
     A module that sleeps already keeps the waker it has.

@@ -221,7 +221,9 @@ class StreamingRestore:
 
     def brings(self, storages: set[int]) -> bool:
         """Whether one of these storages (`_cdata`) is a part of it."""
-        return any(part.source._cdata in storages or part.came_to in storages for part in self._parts)
+        return any(
+            part.source._cdata in storages or part.came_to in storages for part in self._parts
+        )
 
     def is_abandoned(self) -> bool:
         """Whether the model is gone."""
@@ -319,7 +321,7 @@ class _Group:
         self._arriving, self._parts = arriving, parts
         self._modules = [weakref.ref(module) for module in modules]
 
-    def __call__(self, _module: nn.Module) -> None:
+    def __call__(self, module: nn.Module) -> None:
         self._arriving.wait_for(self._parts)
         layer_order.note_use(self._living()[0])
         self.wake()

@@ -13,8 +13,8 @@ from tests.builders.device import GPU
 from tests.builders.link import copies
 from tests.builders.mirrors import BIAS, WEIGHT, WIDTH, digest_bytes, mirrored, round_trip
 from tests.builders.models import layers
-from tests.builders.snapshots import contents, snapshot
 from tests.builders.places import place_of
+from tests.builders.snapshots import contents, snapshot
 
 pytestmark = pytest.mark.simulated
 

@@ -18,8 +18,8 @@ import qmove_core as qmove
 from qmove_core.memory import arena
 from tests.builders.device import GPU
 from tests.builders.models import layers, tiny_diffusion
-from tests.builders.snapshots import snapshot
 from tests.builders.places import place_of, places
+from tests.builders.snapshots import snapshot
 
 
 def inputs() -> torch.Tensor:

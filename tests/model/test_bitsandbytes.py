@@ -22,8 +22,8 @@ from torch import nn
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import llama_inputs, tiny_llama
-from tests.builders.snapshots import snapshot
 from tests.builders.places import place_of
+from tests.builders.snapshots import snapshot
 
 pytestmark = pytest.mark.usefixtures("avx512_bf16")
 

@@ -15,8 +15,8 @@ from torch.nested._internal.nested_tensor import NestedTensor
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import quanto_layers, torchao_layers
-from tests.builders.snapshots import snapshot
 from tests.builders.places import place_of, places
+from tests.builders.snapshots import snapshot
 
 FORMATS: dict[str, Callable[[], nn.Module]] = {
     **{

@@ -25,8 +25,8 @@ from tests.builders.models import (
     tiny_llama,
     tiny_stable_diffusion,
 )
-from tests.builders.snapshots import snapshot, traces
 from tests.builders.places import places
+from tests.builders.snapshots import snapshot, traces
 
 
 def places_and_bytes(model: nn.Module) -> dict[str, tuple[str, bytes]]:

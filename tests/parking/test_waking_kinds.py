@@ -16,8 +16,8 @@ from torch import nn
 import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.builders.models import inputs, layers
-from tests.builders.snapshots import snapshot
 from tests.builders.places import place_of
+from tests.builders.snapshots import snapshot
 
 
 class Registering(type):
