@@ -1,13 +1,13 @@
 """Tensors whose bytes are away from home: whoever uses one where they are needed brings them home.
 
-A tensor is in one of four states, and the storage that it looks into knows which (`homes.Origin`):
+A tensor is in one of four states, and the storage it looks into knows which (`homes.Origin`):
 
-| state    | class   | bytes               | asked where it lives | meets an accelerator | alone      |
-|----------|---------|---------------------|----------------------|----------------------|------------|
-| home     | its own | device              | device               |                      |            |
-| parked   | variant | arena               | home                 | comes home           | host       |
-| result   | variant | host, not the arena | home                 | comes home           | host       |
-| arriving | variant | arena, being copied | device it comes to   | waits, is home       | waits      |
+| state    | class   | bytes               | asked where it lives | meets an accelerator | alone |
+|----------|---------|---------------------|----------------------|----------------------|-------|
+| home     | its own | device              | there                |                      |       |
+| parked   | variant | arena               | home                 | comes home           | host  |
+| result   | variant | host, not the arena | home                 | comes home           | host  |
+| arriving | variant | arena, being copied | where it comes to    | waits, is home       | waits |
 
 "Meets an accelerator": an operator has it and a tensor on an accelerator for arguments, or is told
 such a device. "Alone": an operator has only it and tensors of the host. What comes of that looks

@@ -330,8 +330,9 @@ def _casts_along(
 
 
 def _assign(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        with torch.inference_mode(tensor.is_inference()):
+    with torch._C.DisableTorchFunctionSubclass():
+        is_inference = tensor.is_inference()
+        with torch.no_grad(), torch.inference_mode(is_inference):
             tensor.data = values
 
 
