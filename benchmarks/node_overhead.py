@@ -28,7 +28,7 @@ def main() -> None:
     with suppress(simcuda.SimulationError):  # a build of torch for a real GPU needs none
         simcuda.activate()
     from tests.nodes.builders.fake_host import FakeHost
-    from tests.nodes.conftest import executor, settings
+    from tests.nodes.conftest import executor, hooks, settings
 
     host = FakeHost()
     sys.modules.update(host.modules())
@@ -52,7 +52,7 @@ def main() -> None:
             print(
                 f"{name}, auto-parking {'on ' if switch else 'off'}: {extra:6.1f} us for each node"
             )
-        executor.uninstall()
+        hooks.unwrap_all()
 
 
 def _microseconds(host: object, name: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from .actions import Action
 
 
@@ -51,6 +53,30 @@ class NotEnoughMemory(QMoveError):
             f"{place}. Free there: {readable_bytes(free)} ({counted(free, 'byte')}; limit: {limit}"
             f"). {action.nothing_done.capitalize()}. {advice}"
         )
+
+
+class NotEnoughDeviceMemory(NotEnoughMemory, torch.OutOfMemoryError):
+    """The same for an accelerator: also what programs catch that then free VRAM, or use tiles."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, in any of its faces, says that an accelerator has no room.
+
+    PyTorch raises `OutOfMemoryError` from its own allocator; what the driver refuses comes as an
+    AcceleratorError (from 2.8) or a RuntimeError, and what a library of it refuses with its own
+    words ("CUBLAS_STATUS_ALLOC_FAILED").
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, QMoveError):
+        return False
+    if getattr(error, "error_code", None) == _MEMORY_ALLOCATION:
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "alloc_failed" in text
+
+
+_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and HIP's of the same meaning
 
 
 class CorruptedCopy(QMoveError):

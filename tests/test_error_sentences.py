@@ -20,6 +20,7 @@ from qmove_core.errors import (
     CorruptedCopy,
     LiveAutogradGraph,
     MetaTensorsPresent,
+    NotEnoughDeviceMemory,
     NotEnoughMemory,
     OffloadedDataError,
     QMoveError,
@@ -40,6 +41,9 @@ class LlamaForCausalLM:
 # What raises each class takes an action and writes the sentence itself.
 WITH_AN_ACTION: dict[type[QMoveError], Callable[[Action], QMoveError]] = {
     NotEnoughMemory: lambda action: NotEnoughMemory(
+        action, "cuda:0", 3 << 30, 1, "free VRAM", ADVICE
+    ),
+    NotEnoughDeviceMemory: lambda action: NotEnoughDeviceMemory(
         action, "cuda:0", 3 << 30, 1, "free VRAM", ADVICE
     ),
     CorruptedCopy: lambda action: CorruptedCopy(action, ["lm_head.weight"]),

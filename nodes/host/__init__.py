@@ -8,7 +8,7 @@ from . import comfy, routes, settings
 from .guard import never_fails
 from .models import residency
 from .panel import events
-from .stages import auto_parking, executor
+from .stages import auto_parking, executor, needs
 
 
 def start() -> None:
@@ -16,6 +16,7 @@ def start() -> None:
     if comfy.model_management() is None:
         return
     settings.load_stored()
+    needs.use_file_of_host()
     listen_to_core()
     never_fails("follow the stages of a prompt", False)(executor.install)()
     never_fails("serve its state and settings", False)(routes.install)()

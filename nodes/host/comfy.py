@@ -6,6 +6,7 @@ Nothing is imported here: ComfyUI has loaded them, or this is another process.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -55,6 +56,22 @@ def running_node() -> str | None:
     )
     context = get_context() if get_context is not None else None
     return context.node_id if context is not None else None
+
+
+def own_directory() -> Path | None:
+    """qmove's folder in ComfyUI's user folder. Names like it are not served over HTTP."""
+    folder = user_directory()
+    return None if folder is None else Path(folder) / "__qmove"
+
+
+def file_named(name: str) -> Path | None:
+    """A file in one of ComfyUI's model folders; None where there is none of this name."""
+    folder_paths = module("folder_paths")
+    for kind in getattr(folder_paths, "folder_names_and_paths", {}):
+        path = folder_paths.get_full_path(kind, name)  # type: ignore[union-attr]
+        if path is not None:
+            return Path(path)
+    return None
 
 
 def user_directory() -> str | None:

@@ -39,26 +39,33 @@ class HostEntry(Protocol):
     def is_dynamic(self) -> bool: ...  # asked from 0.18.2
 
 
-class LoadedModel(Protocol):
-    """One line of ComfyUI's list of loaded models. `model` is None once its entry has died."""
+class ListedModel(Protocol):
+    """One line of ComfyUI's list of loaded models. `model` is None once its entry has died.
+
+    A line made for an entry is complete after `model_load`, which has the entry load.
+    """
 
     @property
     def model(self) -> HostEntry | None: ...
 
     device: torch.device
+    model_finalizer: Any  # a `weakref.finalize`, or None
+
+    def model_load(self) -> Any: ...
 
 
 class ModelManagement(Protocol):
     """`comfy.model_management`."""
 
-    current_loaded_models: list[LoadedModel]
+    current_loaded_models: list[ListedModel]
+    LoadedModel: Callable[[Any], Any]  # the class of those lines; it is given an entry
     InterruptProcessingException: type[BaseException]  # an Exception up to 0.18.2
 
     def load_models_gpu(
         self, models: Sequence[HostEntry], *, force_full_load: bool = False
     ) -> None: ...
     def free_memory(
-        self, memory_required: float, device: torch.device, keep_loaded: Sequence[LoadedModel] = ()
+        self, memory_required: float, device: torch.device, keep_loaded: Sequence[ListedModel] = ()
     ) -> Any: ...
     def get_free_memory(self, dev: torch.device) -> int: ...
     def get_torch_device(self) -> torch.device: ...
@@ -74,6 +81,9 @@ class DynamicPrompt(Protocol):
 
     def get_node(self, node_id: str) -> Mapping[str, Any]: ...  # {"class_type": ..., "inputs": ...}
 
+    # From the same release on as expansion: get_display_node_id, get_parent_node_id (None for a
+    # node of the prompt).
+
 
 class ExecutionList(Protocol):
     """`comfy_execution.graph.ExecutionList`: which nodes remain, and what they will be given."""
@@ -85,9 +95,8 @@ class ExecutionList(Protocol):
     output_cache: Any
 
     def is_cached(self, node_id: str) -> bool: ...
-    def get_input_info(self, unique_id: str, input_name: str) -> tuple[Any, Any, Any]: ...
 
-    # from 0.3.75: def get_cache(self, from_node_id, to_node_id) -> an entry with .outputs, or None
+    # from 0.3.75: execution_cache: node -> the outputs that it was linked to, by their node
 
 
 class PromptServer(Protocol):

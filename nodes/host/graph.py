@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
 
 from .comfy import node_classes
 from .contract import ExecutionList
+
+MOST_TENSORS = 16  # a wire may carry a thousand pictures
+MOST_DEPTH = 3
+
+_WRITTEN_IN_PROMPTS = (str, int, float, type(None))
 
 Outputs = list[Any]  # one list of values for each output
 
 
 def inputs_of(graph: ExecutionList, node_id: str) -> list[Any]:
-    """All values that will reach the node on wires, as far as they are there."""
-    values: list[Any] = []
+    """All values that will reach the node, as far as they are there: on wires, and objects that an
+    expanding node has put into it."""
+    inputs = graph.dynprompt.get_node(node_id)["inputs"].values()
+    values = [v for v in inputs if not isinstance(v, _WRITTEN_IN_PROMPTS) and not _is_link(v)]
     for source, index in links_of(graph, node_id):
         outputs = _outputs(graph, source, node_id)
         if outputs is not None and index < len(outputs):
@@ -39,13 +49,17 @@ def outputs_of(graph: ExecutionList, node_id: str) -> Outputs:
 def links_of(graph: ExecutionList, node_id: str) -> Iterator[tuple[str, int]]:
     """The node's links, as (source node, index of its output)."""
     for value in graph.dynprompt.get_node(node_id)["inputs"].values():
-        if (
-            isinstance(value, list)
-            and len(value) == 2
-            and isinstance(value[0], str)
-            and isinstance(value[1], (int, float))
-        ):
+        if _is_link(value):
             yield value[0], int(value[1])
+
+
+def _is_link(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], (int, float))
+    )
 
 
 def steps_ahead(graph: ExecutionList) -> dict[str, int]:
@@ -71,15 +85,74 @@ def is_custom(graph: ExecutionList, node_id: str) -> bool:
     return source.startswith("custom_nodes")
 
 
-def choices_of(graph: ExecutionList, node_id: str) -> tuple[Any, ...]:
-    """What was chosen on the node: files, precisions, switches; no prose and no numbers."""
-    chosen = []
-    for name, value in graph.dynprompt.get_node(node_id)["inputs"].items():
-        if isinstance(value, (str, bool)):
-            _type, _category, options = graph.get_input_info(node_id, name)
-            if not (options or {}).get("multiline"):
-                chosen.append((name, value))
-    return tuple(chosen)
+def expanded_from(graph: ExecutionList, node_id: str) -> list[str]:
+    """The nodes that expanded into this one, the nearest first; none for one of the prompt's."""
+    get = getattr(graph.dynprompt, "get_parent_node_id", None)
+    parents: list[str] = []
+    while get is not None and (parent := get(node_id)) is not None and parent not in parents:
+        parents.append(parent)
+        node_id = parent
+    return parents
+
+
+def values_of(graph: ExecutionList, node_id: str) -> dict[str, Any]:
+    """What was chosen on the node: numbers, switches and names; no seeds and no prose."""
+    inputs = graph.dynprompt.get_node(node_id)["inputs"]
+    left_out = _no_choices(class_of(graph, node_id))
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in left_out
+        and (isinstance(value, (bool, int, float)) or (isinstance(value, str) and _is_name(value)))
+    }
+
+
+def _is_name(text: str) -> bool:
+    """Whether it may name a file, a repository or a choice: no prose."""
+    return 0 < len(text) <= 256 and text.isprintable() and len(text.split()) <= 3
+
+
+_left_out: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _no_choices(cls: type | None) -> frozenset[str]:
+    """The inputs of a class that are text or a seed. It is asked once: that may list folders."""
+    if cls is None:
+        return frozenset()
+    known = _left_out.get(cls)
+    if known is None:
+        _left_out[cls] = known = frozenset(_text_and_seeds(cls))
+    return known
+
+
+def _text_and_seeds(cls: Any) -> Iterator[str]:
+    for inputs in cls.INPUT_TYPES().values():
+        for name, description in inputs.items() if isinstance(inputs, dict) else ():
+            kind, *rest = description if isinstance(description, (tuple, list)) else (description,)
+            options = rest[0] if rest and isinstance(rest[0], dict) else {}
+            is_text = kind == "STRING" and options.get("multiline")
+            if is_text or "seed" in name or options.get("control_after_generate"):
+                yield name
+
+
+def shapes_of(values: Iterable[Any]) -> tuple[str, ...]:
+    """Shapes and dtypes of the tensors among values, and in the dicts and lists among them."""
+    return tuple(f"{'x'.join(map(str, t.shape))} {t.dtype}" for t in tensors_in(values))
+
+
+def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The first tensors among values, and in the dicts and lists among them."""
+    tensors: list[torch.Tensor] = []
+    stack = [(value, 0) for value in reversed(list(values))]
+    while stack and len(tensors) < MOST_TENSORS:
+        value, depth = stack.pop()
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif depth < MOST_DEPTH and isinstance(value, dict):
+            stack += [(item, depth + 1) for item in reversed(list(value.values())[:MOST_TENSORS])]
+        elif depth < MOST_DEPTH and isinstance(value, (list, tuple)):
+            stack += [(item, depth + 1) for item in reversed(value[:MOST_TENSORS])]
+    return tensors
 
 
 def _all_before(node_id: str, waits_for: dict[str, set[str]]) -> set[str]:
@@ -94,10 +167,15 @@ def _all_before(node_id: str, waits_for: dict[str, set[str]]) -> set[str]:
 
 
 def _outputs(graph: ExecutionList, source: str, node_id: str) -> Outputs | None:
-    get_cache = getattr(graph, "get_cache", None)  # from 0.3.75
-    if get_cache is not None:
-        return _plain_outputs(get_cache(source, node_id))
-    return _plain_outputs(graph.output_cache.get(source))
+    # What the node waits for is kept here, also where the cache drops it meanwhile. `get_cache`
+    # would put it back there.
+    linked = getattr(graph, "execution_cache", {}).get(node_id, {})
+    outputs = _plain_outputs(linked.get(source))
+    if outputs is None:
+        cache = graph.output_cache
+        get_local = getattr(cache, "get_local", None)  # from 0.18.2 `get` is a coroutine
+        outputs = _plain_outputs((get_local or cache.get)(source))
+    return outputs
 
 
 def _plain_outputs(cached: Any) -> Outputs | None:

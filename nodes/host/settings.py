@@ -25,6 +25,7 @@ AUTO_PARK_WHEN = "qmove.autoParkWhen"
 KEEP_MIRRORS = "qmove.keepMirrors"
 RAM_LIMIT = "qmove.ramLimit"
 VRAM_TO_KEEP_FREE = "qmove.vramToKeepFree"
+RUN_AGAIN = "qmove.runAgain"
 VERIFY = "qmove.verify"
 NOTIFICATIONS = "qmove.notifications"  # only the browser uses it; kept here so that all tabs agree
 NEEDED, STAGE = "needed", "stage"
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     KEEP_MIRRORS: True,
     RAM_LIMIT: 0,
     VRAM_TO_KEEP_FREE: 0,
+    RUN_AGAIN: True,
     VERIFY: False,
     NOTIFICATIONS: True,
 }
@@ -58,6 +60,11 @@ def auto_park() -> bool:
 def parks_each_stage() -> bool:
     """Whether everything that a node does not use is parked before it, needed or not."""
     return bool(_values[AUTO_PARK_WHEN] == STAGE)
+
+
+def runs_again() -> bool:
+    """Whether a node that ran out of memory runs once more when idle models could make room."""
+    return bool(_values[RUN_AGAIN])
 
 
 def vram_to_keep_free() -> int:

@@ -14,7 +14,7 @@ import torch
 
 from .. import devices, hosting
 from ..actions import Action
-from ..errors import NotEnoughMemory
+from ..errors import NotEnoughDeviceMemory, NotEnoughMemory
 from ..settings import settings
 from . import arena, giving_back
 
@@ -87,7 +87,7 @@ def require_device(action: Action, nbytes: int, device: torch.device, advice: st
             or "Park another model first, or choose another device: qmove.restore(model, "
             "device=...)."
         )
-        raise NotEnoughMemory(action, str(device), nbytes, free, "free VRAM", advice)
+        raise NotEnoughDeviceMemory(action, str(device), nbytes, free, "free VRAM", advice)
 
 
 def make_room(needed: Mapping[torch.device, int]) -> bool:
@@ -127,7 +127,7 @@ def out_of_memory(
     """The error for an allocation that failed although the figures said that it fits: what is free
     lies in pieces."""
     free = devices.free_memory(device) or 0
-    return NotEnoughMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
+    return NotEnoughDeviceMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
 
 
 def cgroup_free(

@@ -18,6 +18,7 @@ CHANGES: dict[str, Any] = {
     "qmove.keepMirrors": False,
     "qmove.ramLimit": 3,
     "qmove.vramToKeepFree": 2,
+    "qmove.runAgain": False,
     "qmove.verify": True,
     "qmove.notifications": False,
 }

@@ -34,8 +34,8 @@ def load_pack(name: str = "qmove_pack") -> ModuleType:
 
 load_pack()
 
-from qmove_pack.nodes.host import guard, listen_to_core, settings  # noqa: E402
-from qmove_pack.nodes.host.stages import executor  # noqa: E402
+from qmove_pack.nodes.host import guard, hooks, listen_to_core, settings  # noqa: E402
+from qmove_pack.nodes.host.stages import executor, needs  # noqa: E402
 
 from tests.nodes.builders.fake_host import FakeHost  # noqa: E402
 from tests.nodes.builders.guarded import Guarded  # noqa: E402
@@ -122,7 +122,7 @@ def _hooked_in(fake: FakeHost) -> Iterator[FakeHost]:
     assert executor.install()
     listen_to_core()
     yield fake
-    executor.uninstall()
+    hooks.unwrap_all()
     fake.cache.entries.clear()
 
 
@@ -135,6 +135,11 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     yield caught
     logging.getLogger("qmove").removeHandler(caught)
     caught.check()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "learned", needs.Needs())
 
 
 @pytest.fixture(autouse=True)

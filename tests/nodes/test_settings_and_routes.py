@@ -38,6 +38,7 @@ def test_it_is_on_and_parks_when_needed_unless_told_otherwise() -> None:
         "qmove.keepMirrors": True,
         "qmove.ramLimit": 0,
         "qmove.vramToKeepFree": 0,
+        "qmove.runAgain": True,
         "qmove.verify": False,
         "qmove.notifications": True,
     }

@@ -55,6 +55,16 @@ const DEFINITIONS = [
       "Costs more copies the higher it is. Holds from the next node on.",
   },
   {
+    id: "qmove.runAgain",
+    name: "Run a node again when it was out of memory",
+    type: "boolean",
+    defaultValue: true,
+    group: "Auto-parking",
+    tooltip:
+      "A node that ran out of VRAM while idle models could make room runs once more by itself. Nodes that save or show " +
+      "something never do. Costs the time of its first try.",
+  },
+  {
     id: "qmove.keepMirrors",
     name: "Keep host copies for instant re-parking",
     type: "boolean",

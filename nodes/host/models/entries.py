@@ -44,10 +44,6 @@ class Entry:
         self.offload_device = torch.device("cpu")
         self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
         self.model_options: dict[str, Any] = {}
-        self.leaving = False  # while ComfyUI is asked to drop the entry although the model stays
-        # Why a load did not bring the model home, while a caller waits for it. An error kept for
-        # longer keeps the frames of its traceback, and so the model, alive.
-        self.failures: list[Exception] | None = None
 
     @property
     def model(self) -> Any:
@@ -76,11 +72,10 @@ class Entry:
     ) -> int:
         """Brings the whole model home, however little room is offered: half a model does not run.
 
-        ComfyUI may load it along with models of its own, so a failure is kept for the caller that
-        needs this one.
+        ComfyUI may load it along with models of its own, which a failure of this one must not stop.
         """
         adopted = self._adopted()
-        if adopted is None:
+        if adopted is None or self.load_device not in adopted.parked:
             return 0
         before = self.loaded_size()
         try:
@@ -88,8 +83,6 @@ class Entry:
         except Exception as error:
             if is_interrupt(error):
                 raise
-            if self.failures is not None:
-                self.failures.append(error)
             # A log record may be kept as well: it has the text, not the error with its frames.
             log.warning("%s stays parked: %s", adopted.name, str(error))
         return self.loaded_size() - before
@@ -103,7 +96,7 @@ class Entry:
     def detach(self, unpatch_all: bool = True) -> None:
         """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew."""
         adopted = self._adopted()
-        if unpatch_all and adopted is not None and not self.leaving:
+        if unpatch_all and adopted is not None:
             adopted.park()
 
     # What it asks of its own models, and an entry does not have ----------------------------------

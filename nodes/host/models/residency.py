@@ -8,6 +8,7 @@ does it alone.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import qmove_core as qmove
 
 from .. import comfy, meter, progress
-from ..contract import HostEntry, LoadedModel
+from ..contract import HostEntry, ListedModel
 from .adopted import Adopted, adopt, adopted_models
 from .entries import Entry, entries_of
 
@@ -42,7 +43,11 @@ def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
 
 
 def register(models: Iterable[Adopted]) -> None:
-    """Lists what is resident as loaded in ComfyUI, and takes out what left a device for good."""
+    """Lists what is resident as loaded in ComfyUI, and takes out what left a device for good.
+
+    Only the list changes. ComfyUI's own `load_models_gpu` would make room for computing first, and
+    evict other models for a line in its list.
+    """
     host = comfy.model_management()
     models = list(models)
     if host is None or not models:
@@ -51,9 +56,11 @@ def register(models: Iterable[Adopted]) -> None:
     listed = {id(loaded.model) for loaded in host.current_loaded_models}
     entries = [entry for adopted in models for entry in entries_of(adopted)]
     _drop([entry for entry in entries if id(entry) in listed and not entry.model_size()])
-    missing = [entry for entry in entries if id(entry) not in listed and entry.loaded_size()]
-    if missing:
-        host.load_models_gpu(missing, force_full_load=True)
+    for entry in entries:
+        if id(entry) not in listed and entry.loaded_size():
+            line = host.LoadedModel(entry)
+            line.model_load()
+            host.current_loaded_models.insert(0, line)
 
 
 def note_move() -> None:
@@ -62,40 +69,34 @@ def note_move() -> None:
     _something_moved = True
 
 
-def register_woken() -> None:
-    """Registers models that came onto a device without ComfyUI."""
+def register_woken() -> bool:
+    """Registers models that came onto a device without ComfyUI; returns whether any moved."""
     global _something_moved
-    if _something_moved:
-        _something_moved = False
+    moved, _something_moved = _something_moved, False
+    if moved:
         register(adopted_models())
+    return moved
 
 
-def bring_home(models: Collection[Adopted]) -> None:
-    """Makes the models resident. ComfyUI first evicts what it must, but none of these."""
-    host = comfy.model_management()
-    _alive = [adopted.model for adopted in models]
+def bring_home(models: Collection[Adopted], keep: Collection[Model] = ()) -> None:
+    """Makes the models resident. ComfyUI first evicts what it must, but none of these, nor `keep`.
+
+    Raises:
+        NotEnoughMemory: there is too little room all the same.
+    """
     away = [adopted for adopted in models if adopted.parked]
-    if not away:
-        return
-    if host is None:
+    _alive = [adopted.model for adopted in away]
+    coming: Counter[torch.device] = Counter()
+    for adopted in away:
+        coming.update(adopted.parked)
+    for device, nbytes in coming.items():
+        if (meter.free_bytes(device) or 0) < nbytes:
+            make_room(device, nbytes, [*models, *keep])
+    try:
         for adopted in away:
             adopted.come_home()
-        return
-    # All in one request: two would evict each other's models.
-    entries = [entry for m in models for entry in entries_of(m) if entry.model_size()]
-    failures: list[Exception] = []
-    for entry in entries:
-        entry.failures = failures
-    try:
-        host.load_models_gpu(entries, force_full_load=True)
-    except BaseException:
-        _register_again(models)
-        raise
     finally:
-        for entry in entries:
-            entry.failures = None
-    if failures:
-        raise failures[0]
+        _register_again(models)
 
 
 def swap(leaving: Adopted, coming: Adopted) -> None:
@@ -129,10 +130,14 @@ def _register_again(models: Iterable[Adopted]) -> None:
 
 def park(models: Collection[Model]) -> None:
     """Parks adopted models, and has ComfyUI unload its own ones."""
-    _unload(_entries_of(models))
-    for model in models:
-        if isinstance(model, Adopted):  # ComfyUI may not have known it, or not have let it go
-            model.park()
+    ours = [model for model in models if isinstance(model, Adopted)]
+    try:
+        for adopted in ours:
+            adopted.park()
+    finally:
+        entries = [entry for adopted in ours for entry in entries_of(adopted)]
+        _drop([entry for entry in entries if not entry.loaded_size()])
+        _unload([model for model in models if not isinstance(model, Adopted)])
     host = comfy.model_management()
     if host is not None and models:
         host.soft_empty_cache()
@@ -184,21 +189,21 @@ def _entries_of(models: Iterable[Model]) -> list[HostEntry | Entry]:
     return entries
 
 
-def _unload(entries: Sequence[HostEntry | Entry]) -> None:
+def _unload(patchers: Sequence[HostEntry]) -> None:
     """Has ComfyUI unload exactly these: it is asked for everything, with all others to keep."""
     host = comfy.model_management()
-    wanted, others = _lines_of(entries)
+    wanted, others = _lines_of(patchers)
     if host is not None and wanted:
-        for device in dict.fromkeys(entry.load_device for entry in entries):
+        for device in dict.fromkeys(patcher.load_device for patcher in patchers):
             host.free_memory(EVERYTHING, device, others)
 
 
-def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[LoadedModel], list[LoadedModel]]:
+def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[ListedModel], list[ListedModel]]:
     """Of ComfyUI's list of loaded models the lines of these entries, and all other lines."""
     host = comfy.model_management()
     # Clones of a patcher share its model; an entry speaks only for one device of its model.
     ids = {id(entry) if isinstance(entry, Entry) else id(entry.model) for entry in entries}
-    lines: tuple[list[LoadedModel], list[LoadedModel]] = ([], [])
+    lines: tuple[list[ListedModel], list[ListedModel]] = ([], [])
     for line in host.current_loaded_models if host is not None else []:
         entry = line.model
         key = id(entry) if isinstance(entry, Entry) or entry is None else id(entry.model)
@@ -207,11 +212,14 @@ def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[LoadedModel], 
 
 
 def _drop(entries: Collection[Entry]) -> None:
-    """Takes entries out of ComfyUI's list while their models stay where they are."""
-    for entry in entries:
-        entry.leaving = True
-    try:
-        _unload(list(entries))
-    finally:
-        for entry in entries:
-            entry.leaving = False
+    """Takes entries out of ComfyUI's list. Their models stay where they are."""
+    host = comfy.model_management()
+    if host is None or not entries:
+        return
+    ids = {id(entry) for entry in entries}
+    for index in range(len(host.current_loaded_models) - 1, -1, -1):
+        line = host.current_loaded_models[index]
+        if id(line.model) in ids:
+            del host.current_loaded_models[index]
+            if line.model_finalizer is not None:
+                line.model_finalizer.detach()

@@ -1,15 +1,17 @@
 """Auto-parking: what is parked before a node runs, and what is brought home.
 
 With the switch off only one thing happens: parked models among a node's inputs come home. With it
-on, models that appear on wires are adopted, and room is made for each node: first the models go
-that no remaining node uses, then those that are used farthest ahead.
+on, models that appear on wires are adopted, and room is made for a node that will lack it, and no
+more than it lacks: first the models go that no remaining node uses, then those that are used
+farthest ahead. Where everything fits, nothing moves.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +27,20 @@ from ..guard import never_fails
 from ..models import finding, residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
 from ..models.residency import Model
-from . import needs
+from . import needs, second_try
+from .needs import Measurement, Signature
 
 log = logging.getLogger("qmove")
 
-Needed = dict[torch.device, int] | None  # bytes by device, None for unknown
+Needed = Mapping[torch.device, int]  # bytes by device
 
 _OWN_NODES = __name__.rpartition(".host.")[0]
 _NEVER = 1 << 30  # steps
+_NEXT_ROUND = _NEVER - 1  # of a loop: after every node that is there already
+_WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
+
+# Models that nodes of a loop have used: the prompt, and the nodes that expand into the rounds.
+_used_in_loops: weakref.WeakKeyDictionary[Adopted, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -51,26 +59,69 @@ def has_nothing_to_do() -> bool:
     return not settings.auto_park() and not adopted_models() and not qmove.parked_models()
 
 
-def prepare(nodes: ExecutionList, node_id: str) -> needs.Measurement | None:
+def prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
     """Makes room for a node that is about to run, and brings home what it was given."""
     global in_use
     in_use = NodeInputs()
     # qmove's own nodes move models themselves, or only look at them.
     if getattr(graph.class_of(nodes, node_id), "__module__", "").startswith(_OWN_NODES):
         return None
-    in_use = inputs = _inputs(graph.inputs_of(nodes, node_id))
+    values = graph.inputs_of(nodes, node_id)
+    in_use = inputs = _inputs(values)
     inputs.models += finding.taken_by(graph.class_of(nodes, node_id))
     if not settings.auto_park():
         residency.bring_home(inputs.models)
         return None
-    key = (graph.class_name_of(nodes, node_id), node_id)
-    choices = graph.choices_of(nodes, node_id)
-    needed, is_custom = needs.known(key, choices), graph.is_custom(nodes, node_id)
+    _note_loop(nodes, node_id, inputs.models)
+    is_custom = graph.is_custom(nodes, node_id)
+    signature = _signature(nodes, node_id, values)
+    known = needs.learned.known(signature)
     # For ComfyUI's own nodes no room is made: they ask ComfyUI for it.
-    _make_room(order_to_park(nodes, node_id, inputs), inputs, needed if is_custom else {})
-    residency.bring_home(inputs.models)
-    _prefetch_next(nodes, node_id, inputs, needed)
-    return needs.begin(key, choices) if is_custom or adopted_models() else None
+    needed = _expected(nodes, node_id, known, inputs, values) if is_custom else {}
+    _make_room(nodes, node_id, inputs, needed)
+    residency.bring_home(inputs.models, inputs.patchers)
+    residency.register_woken()  # what moves from here on is the node's doing
+    if known is not None and known[1]:
+        _prefetch_next(nodes, node_id, inputs, known[0])
+    return needs.begin(signature) if is_custom or adopted_models() else None
+
+
+def _signature(nodes: ExecutionList, node_id: str, values: Sequence[Any]) -> Signature:
+    chosen = tuple(sorted(graph.values_of(nodes, node_id).items()))
+    return Signature(graph.class_name_of(nodes, node_id), chosen, graph.shapes_of(values))
+
+
+def _expected(
+    nodes: ExecutionList,
+    node_id: str,
+    known: tuple[Needed, bool] | None,
+    inputs: NodeInputs,
+    values: Sequence[Any],
+) -> Needed:
+    """Bytes by device that a node will take, as far as anybody can say before it runs.
+
+    What nobody knows is not made room for: where the node then runs out of memory, it gets room and
+    runs again (`second_try`). Where it may not run again it gets what ComfyUI itself keeps free.
+    """
+    if known is not None and known[1]:
+        return known[0]
+    host = comfy.model_management()
+    if host is None:
+        return {}
+    home, files = host.get_torch_device(), _file_bytes(graph.values_of(nodes, node_id))
+    needed = dict(known[0]) if known is not None else {}
+    needed[home] = max(needed.get(home, 0), files)
+    is_heavy = bool(inputs.models or inputs.patchers or graph.shapes_of(values))
+    if known is None and is_heavy and not second_try.is_allowed(graph.class_of(nodes, node_id)):
+        needed[home] = max(needed[home], int(host.minimum_inference_memory()))
+    return needed
+
+
+def _file_bytes(values: dict[str, Any]) -> int:
+    """Bytes of the weights that a node names: files in ComfyUI's folders."""
+    names = [v for v in values.values() if isinstance(v, str) and v.endswith(_WEIGHTS)]
+    files = [file for name in names if (file := comfy.file_named(name)) is not None]
+    return sum(file.stat().st_size for file in files)
 
 
 @never_fails("ask ComfyUI for room", None)
@@ -80,39 +131,71 @@ def give_room(device: torch.device, nbytes: int) -> None:
     residency.make_room(device, wanted, [*in_use.models, *in_use.patchers])
 
 
-def finish(nodes: ExecutionList, node_id: str, measurement: needs.Measurement | None) -> None:
+def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) -> None:
     """After a node has run: what it gave is adopted, what it took is remembered."""
-    if measurement is not None:
-        needs.learn(measurement)
-    residency.register_woken()
+    moved = residency.register_woken()
+    outputs = graph.outputs_of(nodes, node_id)
+    given: list[Adopted] = []
     if settings.auto_park():
-        residency.take_in(wires.find_models(graph.outputs_of(nodes, node_id)).modules)
+        known = {adopted.number for adopted in adopted_models()}
+        taken = residency.take_in(wires.find_models(outputs).modules)
+        given = [adopted for adopted in taken if adopted.number not in known]
         finding.look()
+    if measurement is not None and measurement.allocated and not moved:
+        kept = Counter(needs.left(measurement))
+        for adopted in given:
+            kept.subtract(adopted.resident)
+        kept.subtract(_bytes_of_tensors(outputs))
+        needs.learned.learn(measurement.signature, needs.peak(measurement), +kept)
 
 
-def out_of_memory(
-    node_id: str, class_name: str, measurement: needs.Measurement | None, error: BaseException
-) -> None:
-    """Parks all that is idle, so that the next try has the room, and logs what was lacking."""
-    took: dict[torch.device, int] = {}
+def _bytes_of_tensors(outputs: Iterable[Any]) -> Needed:
+    totals: Counter[torch.device] = Counter()
+    for tensor in graph.tensors_in(outputs):
+        totals[tensor.device] += tensor.untyped_storage().nbytes()
+    return totals
+
+
+def make_room_again(
+    node_id: str, class_name: str, measurement: Measurement | None, error: BaseException
+) -> bool:
+    """Parks what is idle on the device that was full, and notes what the node lacked.
+
+    Returns:
+        Whether there was anything to park.
+    """
+    full = second_try.full_devices(error)
+    took: Needed = {}
     if measurement is not None:
         took = needs.peak(measurement)
-        needs.forget(measurement.key)
+        # More than was free when it began.
+        least = {device: free for device, free in measurement.free.items() if device in full}
+        needs.learned.learn(measurement.signature, least, {})
+    finding.look()
+    idle = [m for m in order_to_park(None, None, in_use) if any(is_on(m, d) for d in full)]
+    parked = [model for model in idle if _parks(model)]
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
+    for device, free in measurement.free.items() if measurement is not None else ():
+        free_now = meter.free_bytes(device) or 0
+        if took[device] or free != free_now:
+            lines.append(
+                f"  {device}: the node began with {readable_bytes(free)} free, and had taken "
+                f"{readable_bytes(took[device])} when that was not enough. Idle models were "
+                f"parked: {readable_bytes(free_now)} are free now."
+            )
+    log.error("\n".join(lines))
+    return bool(parked)
+
+
+def _parks(model: Model) -> bool:
+    """Parks a model, or says why it stays: RAM is short, or it cannot be moved."""
     try:
-        finding.look()
-        residency.park([*residency.idle_models([]), *residency.idle_patchers([])])
-    finally:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
-        for device, free in measurement.free.items() if measurement is not None else ():
-            free_now = meter.free_bytes(device) or 0
-            if took[device] or free != free_now:
-                lines.append(
-                    f"  {device}: the node began with {readable_bytes(free)} free, and had taken "
-                    f"{readable_bytes(took[device])} when that was not enough. Idle models were "
-                    f"parked: {readable_bytes(free_now)} are free now."
-                )
-        log.error("\n".join(lines))
+        residency.park([model])
+    except qmove.QMoveError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def order_to_park(
@@ -130,6 +213,8 @@ def order_to_park(
     def usefulness(model: Model) -> tuple[int, int, int]:
         steps = uses.get(_identity(model), _NEVER)
         if isinstance(model, Adopted):
+            if steps == _NEVER and nodes is not None and _runs_on(nodes, model):
+                steps = _NEXT_ROUND
             return -steps, model.last_used, -sum(model.resident.values())
         return -steps, 0, -model.loaded_size()
 
@@ -163,22 +248,36 @@ def _parked_objects() -> list[Any]:
     return objects
 
 
-def _make_room(order: list[Model], inputs: NodeInputs, needed: Needed) -> None:
-    """Parks idle models, in this order, until the node and what it was given have room."""
-    if not order:
-        return
+def _make_room(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: Needed) -> None:
+    """Parks idle models, the least useful first, where the node and its models lack room."""
     coming: Counter[torch.device] = Counter()
     for adopted in inputs.models:
         coming.update(adopted.parked)
-    if settings.parks_each_stage():
-        needed = None
+    order: list[Model] | None = None
     for device in meter.devices():
-        there = [model for model in order if is_on(model, device)]
-        if not there:
+        wanted: float = _room_for(device, coming[device], needed)
+        if settings.parks_each_stage() and _computes_on(device, inputs, needed):
+            wanted = residency.EVERYTHING
+        if not wanted or (free := meter.free_bytes(device)) is None or free >= wanted:
             continue
-        wanted = _room_for(device, coming[device], needed)
-        if not _swap(device, there, inputs.models, wanted):
+        if order is None:
+            order = order_to_park(nodes, node_id, inputs)
+        there = [model for model in order if is_on(model, device)]
+        if there and not _swap(device, there, inputs.models, wanted):
             residency.park_until_free(there, device, wanted)
+
+
+def _computes_on(device: torch.device, inputs: NodeInputs, needed: Needed) -> bool:
+    """Whether a node uses a device, as far as one can see: its models are there, or it took VRAM
+    there before. One that shows nothing uses ComfyUI's own."""
+    places = {device for device, nbytes in needed.items() if nbytes}
+    for adopted in inputs.models:
+        places.update(adopted.resident, adopted.parked)
+    places.update(patcher.load_device for patcher in inputs.patchers)
+    host = comfy.model_management()
+    return device in places or (
+        not places and host is not None and device == host.get_torch_device()
+    )
 
 
 def _swap(
@@ -214,7 +313,7 @@ def _swap(
 def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: Needed) -> None:
     """Starts to bring home the model that is needed next, while this node computes, if both fit."""
     parked = {_identity(adopted): adopted for adopted in adopted_models() if adopted.parked}
-    if not parked or needed is None:
+    if not parked:
         return
     uses = _next_uses(nodes, node_id)
     soonest = min(parked.keys() & uses.keys(), key=lambda identity: uses[identity], default=None)
@@ -231,16 +330,22 @@ def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, neede
         residency.register([model])
 
 
-def _room_for(device: torch.device, coming: int, needed: Needed) -> float:
+def _room_for(device: torch.device, coming: int, needed: Needed) -> int:
     """Bytes that should be free on `device` before the node's models come home and it runs."""
-    if needed is None or (needed and device not in needed):  # it may need anything
-        return residency.EVERYTHING
-    host = comfy.model_management()
-    node = needed.get(device, 0)
-    if coming and host is not None:
-        # What ComfyUI asks for when the models come home, so that our order decides, not its own.
-        node = max(node, int(0.1 * coming + host.minimum_inference_memory()))
-    return coming + node + settings.vram_to_keep_free()
+    return coming + needed.get(device, 0) + settings.vram_to_keep_free()
+
+
+def _note_loop(nodes: ExecutionList, node_id: str, models: Iterable[Adopted]) -> None:
+    """Notes that a loop uses these models: its next round has nodes that are not there yet."""
+    loops = graph.expanded_from(nodes, node_id)
+    for adopted in models if loops else ():
+        _used_in_loops[adopted] = weakref.ref(nodes), frozenset(loops)
+
+
+def _runs_on(nodes: ExecutionList, model: Adopted) -> bool:
+    """Whether a loop that has used a model still runs."""
+    of_nodes, loops = _used_in_loops.get(model, (None, frozenset()))
+    return of_nodes is not None and of_nodes() is nodes and not loops.isdisjoint(nodes.pendingNodes)
 
 
 def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:

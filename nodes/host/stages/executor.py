@@ -15,16 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from qmove_core import NotEnoughMemory
-
-from .. import comfy, graph, progress
+from .. import comfy, graph, hooks, progress
 from ..contract import ExecutionList
 from ..guard import is_interrupt, never_fails
 from ..models import node_models
 from ..panel import events, history
-from . import auto_parking, job_queue
+from . import auto_parking, job_queue, needs, second_try
 from .needs import Measurement
 
 log = logging.getLogger("qmove")
@@ -38,11 +34,13 @@ class _Run:
         unfinished: nodes that were staged and put back: they wait for a task, for nodes they
             expanded into, or for a lazy input.
         node: the one that runs, with its class.
+        tried: nodes that ran out of memory and had their second try.
         measurement: of that node.
     """
 
     unfinished: set[str] = field(default_factory=set)
     node: tuple[str, str] | None = None
+    tried: set[str] = field(default_factory=set)
     measurement: Measurement | None = None
 
 
@@ -63,6 +61,7 @@ def install() -> bool:
         return False
     _wrap(cls, "stage_node_execution", _wrap_stage)
     _wrap(cls, "complete_node_execution", _wrap_complete)
+    second_try.install(_give_room)
     executor = comfy.prompt_executor_class()
     if _has_method(executor, "handle_execution_error", parameters=7):
         _wrap(executor, "handle_execution_error", _wrap_error)
@@ -83,24 +82,13 @@ def _has_method(cls: Any, name: str, *, is_async: bool = False, parameters: int 
 
 def _wrap(cls: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     method = getattr(cls, name)
-    if not hasattr(method, "_qmove_wraps"):
-        wrapped = functools.wraps(method)(wrapper(method))
-        wrapped._qmove_wraps = method  # type: ignore[attr-defined]
-        setattr(cls, name, wrapped)
+    hooks.wrap(cls, name, functools.wraps(method)(wrapper(method)))
 
 
 def running_graph() -> ExecutionList | None:
     """The graph of the prompt that runs now, None between prompts."""
     nodes = _latest() if _latest is not None else None
     return nodes if nodes is not None and nodes in _runs else None
-
-
-def uninstall() -> None:
-    """Puts ComfyUI's own methods back."""
-    for cls in (comfy.execution_list_class(), comfy.prompt_executor_class()):
-        for name, method in list(vars(cls).items()) if cls is not None else []:
-            if hasattr(method, "_qmove_wraps"):
-                setattr(cls, name, method._qmove_wraps)
 
 
 def _wrap_stage(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -191,32 +179,30 @@ def _fail(error: BaseException | None) -> None:
     nodes = _latest() if _latest is not None else None
     run = _runs.get(nodes) if nodes is not None else None
     try:
-        if run is not None and run.node is not None and error and is_out_of_memory(error):
-            auto_parking.out_of_memory(*run.node, run.measurement, error)
+        is_full = second_try.is_out_of_memory(error)
+        if run is not None and run.node is not None and error is not None and is_full:
+            auto_parking.make_room_again(*run.node, run.measurement, error)
     finally:
         _end(nodes)
+
+
+@never_fails("make room for a second try", False)
+def _give_room(node_id: str, error: BaseException) -> bool:
+    """Parks what is idle for a node that ran out of memory, once in a prompt."""
+    nodes = running_graph()
+    run = _runs.get(nodes) if nodes is not None else None
+    if run is None or run.node is None or run.node[0] != node_id or node_id in run.tried:
+        return False
+    run.tried.add(node_id)
+    return auto_parking.make_room_again(*run.node, run.measurement, error)
 
 
 @never_fails("end a prompt", None)
 def _end(nodes: Any) -> None:
     if nodes is not None:
+        needs.save()
         _runs.pop(nodes, None)
         history.run_ends(nodes)
     auto_parking.in_use = auto_parking.NodeInputs()
     job_queue.node_ended()
     events.send_if_changed()
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a device has no room."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        if isinstance(error, NotEnoughMemory) and error.place != "cpu":
-            return True
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -38,10 +38,13 @@ class Load(_Node):
     INPUTS: ClassVar[dict[str, Any]] = {
         "mib": ("INT", {}),
         "shape": (["plain", "list", "dict", "pipeline"], {}),
+        "device": (["cuda:0", "cuda:1"], {}),
     }
 
-    def run(self, mib: int, shape: str = "plain", after: Any = None) -> tuple[Any]:
-        model = model_of(mib)
+    def run(
+        self, mib: int, shape: str = "plain", after: Any = None, device: str = "cuda:0"
+    ) -> tuple[Any]:
+        model = model_of(mib, device)
         seen.append(("load", mib))
         return (wrap(model, shape),)
 
@@ -107,6 +110,40 @@ class Scratch(_Node):
         return (seed,)
 
 
+class Text(_Node):
+    """Gives out a text, and uses nothing."""
+
+    INPUTS: ClassVar[dict[str, Any]] = {"text": ("STRING", {"multiline": True})}
+
+    def run(self, text: str) -> tuple[Any]:
+        return (len(text),)
+
+
+class Loop(_Node):
+    """Runs two models in turn: each round is nodes of its own, made while the prompt runs."""
+
+    INPUTS: ClassVar[dict[str, Any]] = {
+        "first": ("*", {}),
+        "second": ("*", {}),
+        "rounds": ("INT", {}),
+        "seed": ("INT", {}),
+    }
+
+    def run(
+        self, first: Any, second: Any, rounds: int, seed: int = 0, after: Any = None
+    ) -> dict[str, Any]:
+        graph: dict[str, Any] = {}
+        for name, model in (("a", first), ("b", second)):
+            graph[name] = node("Use", model=model, seed=seed)
+        graph["b"]["inputs"]["after"] = ["a", 0]
+        last = "b"
+        if rounds > 1:
+            last = "next"
+            graph[last] = node("Loop", first=first, second=second, rounds=rounds - 1, seed=seed + 1)
+            graph[last]["inputs"]["after"] = ["b", 0]
+        return {"result": [[last, 0]], "expand": graph}
+
+
 class Fail(_Node):
     INPUTS: ClassVar[dict[str, Any]] = {"model": ("*", {}), "after": ("*", {})}
 
@@ -125,7 +162,7 @@ class Both(_Node):
         return (1,)
 
 
-ALL = (Load, Use, Scratch, Fail, Both)
+ALL = (Load, Use, Scratch, Text, Loop, Fail, Both)
 
 
 def node(name: str, **inputs: Any) -> dict[str, Any]:

@@ -23,23 +23,38 @@ INFERENCE = 16 << 20  # bytes the host keeps free for computing; the real one ha
 
 
 class Line:
-    """One line of the list of loaded models: it holds the entry weakly, and watches the real model
-    die."""
+    """`LoadedModel`, one line of the list of loaded models: it holds the entry weakly, and once
+    loaded it watches the real model die."""
 
-    def __init__(self, entry: Any, management: FakeModelManagement) -> None:
+    management: FakeModelManagement  # of the host whose class it is
+
+    def __init__(self, entry: Any) -> None:
         self._entry = weakref.ref(entry)
         self.device = entry.load_device
         self.currently_used = True
-        real = entry.model
-        self.real_model = weakref.ref(real)
-        self._finalizer = weakref.finalize(real, management.drop_dead_lines)
+        self.real_model: Any = None
+        self.model_finalizer: Any = None
 
     @property
     def model(self) -> Any:
         return self._entry()
 
-    def close(self) -> None:
-        self._finalizer.detach()
+    def model_load(self) -> Any:
+        self.model.model_patches_to(self.device)
+        self.model.model_patches_to(self.model.model_dtype())
+        self.model.partially_load(self.device, 1e32, force_patch_weights=False)
+        real = self.model.model
+        self.real_model = weakref.ref(real)
+        self.model_finalizer = weakref.finalize(real, self.management.drop_dead_lines)
+        return real
+
+    def is_dead(self) -> bool:
+        return self.real_model() is not None and self.model is None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Line) and self.model is other.model
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class FakeModelManagement(ModuleType):
@@ -48,6 +63,7 @@ class FakeModelManagement(ModuleType):
     def __init__(self, old: bool) -> None:
         super().__init__("comfy.model_management")
         self.current_loaded_models: list[Line] = []
+        self.LoadedModel = type("LoadedModel", (Line,), {"management": self})
         self.InterruptProcessingException = type(
             "InterruptProcessingException", (Exception if old else BaseException,), {}
         )
@@ -81,17 +97,16 @@ class FakeModelManagement(ModuleType):
             for line in [line for line in self.current_loaded_models if entry.is_clone(line.model)]:
                 self.current_loaded_models.remove(line)
                 line.model.detach(unpatch_all=False)
-                line.close()
+                line.model_finalizer.detach()
         for device in {entry.load_device for entry in models}:
             missing = sum(
                 e.model_size() - e.loaded_size() for e in models if e.load_device == device
             )
             self.free_memory(missing * 1.1 + max(INFERENCE, memory_required), device)
         for entry in models:
-            entry.model_patches_to(entry.load_device)
-            entry.model_patches_to(entry.model_dtype())
-            entry.partially_load(entry.load_device, 1e32, force_patch_weights=False)
-            self.current_loaded_models.insert(0, Line(entry, self))
+            line = self.LoadedModel(entry)
+            line.model_load()
+            self.current_loaded_models.insert(0, line)
 
     def free_memory(
         self, memory_required: float, device: torch.device, keep_loaded: Iterable[Any] = ()
@@ -113,11 +128,10 @@ class FakeModelManagement(ModuleType):
             ):
                 continue
             line.model.detach(True)
-            line.close()
+            line.model_finalizer.detach()
             gone.append(line)
-        self.current_loaded_models = [
-            line for line in self.current_loaded_models if line not in gone
-        ]
+        ids = {id(line) for line in gone}
+        self.current_loaded_models = [x for x in self.current_loaded_models if id(x) not in ids]
         if gone:
             self.soft_empty_cache()
         return gone
@@ -210,6 +224,49 @@ class Cache:
     def put(self, node_id: str, outputs: list[Any]) -> None:
         self.entries[node_id] = outputs if self._old else SimpleNamespace(outputs=outputs)
 
+    def forget(self, node_ids: Iterable[str]) -> None:
+        for node_id in node_ids:
+            self.entries.pop(node_id, None)
+
+
+class DynamicPrompt:
+    """The prompt's nodes, and those that they have expanded into."""
+
+    def __init__(self, prompt: Mapping[str, Any]) -> None:
+        self._prompt = prompt
+        self.ephemeral: dict[str, Any] = {}
+        self._parents: dict[str, str] = {}
+        self._display: dict[str, str] = {}
+
+    def get_node(self, node_id: str) -> Any:
+        return self.ephemeral[node_id] if node_id in self.ephemeral else self._prompt[node_id]
+
+    def has_node(self, node_id: str) -> bool:
+        return node_id in self.ephemeral or node_id in self._prompt
+
+    def all_node_ids(self) -> set[str]:
+        return {*self.ephemeral, *self._prompt}
+
+    def get_parent_node_id(self, node_id: str) -> str | None:
+        return self._parents.get(node_id)
+
+    def get_display_node_id(self, node_id: str) -> str:
+        while node_id in self._display:
+            node_id = self._display[node_id]
+        return node_id
+
+    def get_real_node_id(self, node_id: str) -> str:
+        while node_id in self._parents:
+            node_id = self._parents[node_id]
+        return node_id
+
+    def add_ephemeral_node(
+        self, node_id: str, node_info: Any, parent_id: str, display_id: str
+    ) -> None:
+        self.ephemeral[node_id] = node_info
+        self._parents[node_id] = parent_id
+        self._display[node_id] = display_id
+
 
 class FakeServer:
     """`server.PromptServer.instance`: keeps what was sent."""
@@ -244,6 +301,14 @@ class FakeHost:
             "PromptExecutor", (), {"handle_execution_error": self._keep_error()}
         )
         self.classes: dict[str, type] = {}
+        self.instances: dict[tuple[str, type], Any] = {}  # of nodes: kept from prompt to prompt
+        self.execution: Any = _module(
+            "execution",
+            PromptExecutor=self.executor_class,
+            get_output_data=_function_of(self._get_output_data),
+        )
+        self.user_directory: str | None = None
+        self.model_files: dict[str, str] = {}  # name -> path
 
     def modules(self) -> dict[str, ModuleType]:
         """By the names under which the host imports them."""
@@ -259,7 +324,13 @@ class FakeHost:
             "comfy_execution.utils": _module(
                 "comfy_execution.utils", get_executing_context=self._running.get
             ),
-            "execution": _module("execution", PromptExecutor=self.executor_class),
+            "execution": self.execution,
+            "folder_paths": _module(
+                "folder_paths",
+                get_user_directory=lambda: self.user_directory,
+                folder_names_and_paths={"checkpoints": ([], set())},
+                get_full_path=lambda kind, name: self.model_files.get(name),
+            ),
             "nodes": _module("nodes", NODE_CLASS_MAPPINGS=self.classes),
             "server": _module("server", PromptServer=SimpleNamespace(instance=self.server)),
         }
@@ -298,16 +369,17 @@ class FakeHost:
             self._running.reset(token)
 
     async def _run(self, prompt: Mapping[str, Any]) -> None:
-        nodes = self.list_class(
-            SimpleNamespace(get_node=prompt.__getitem__), self.cache, self.classes
-        )
+        dynprompt = DynamicPrompt(prompt)
+        nodes = self.list_class(dynprompt, self.cache, self.classes)
+        self.instances = {key: x for key, x in self.instances.items() if key[0] in prompt}
+        pending: dict[str, Any] = {}
         for node_id in prompt:
             nodes.add_node(node_id)
         while nodes.pendingNodes:
             node_id, _error, _exception = await nodes.stage_node_execution()
             if not nodes.is_cached(node_id):
                 try:
-                    self._run_node(prompt, nodes, node_id)
+                    done = await self._run_node(nodes, node_id, pending)
                 except (Exception, self.management.InterruptProcessingException) as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         self.management.unload_all_models()
@@ -315,30 +387,83 @@ class FakeHost:
                         "prompt", prompt, {}, set(), {"node_id": node_id}, error
                     )
                     return
+                if not done:
+                    nodes.unstage_node_execution()
+                    continue
             nodes.complete_node_execution()
+        self.cache.forget(dynprompt.ephemeral)
 
-    def _run_node(self, prompt: Mapping[str, Any], nodes: Any, node_id: str) -> None:
+    async def _run_node(self, nodes: Any, node_id: str, pending: dict[str, Any]) -> bool:
+        """Runs a node, or puts together what came of the nodes that it expanded into.
+
+        Returns:
+            False where it has expanded, and waits for them.
+        """
         self.management.throw_exception_if_processing_interrupted()
-        arguments = {}
-        for name, value in prompt[node_id]["inputs"].items():
-            arguments[name] = self.cache.get(value[0]) if isinstance(value, list) else value
-            if isinstance(value, list):
-                arguments[name] = getattr(arguments[name], "outputs", arguments[name])[value[1]][0]
-        cls = self.classes[prompt[node_id]["class_type"]]
-        self.ran.append(node_id)
-        with self.node_runs(node_id):
-            result = getattr(cls(), cls.FUNCTION)(**arguments)  # type: ignore[attr-defined]
+        if node_id in pending:
+            outputs = [self._value(nodes, item) for item in pending.pop(node_id)]
+            self.cache.put(node_id, [[value] for value in outputs])
+            return True
+        node = nodes.dynprompt.get_node(node_id)
+        cls = self.classes[node["class_type"]]
+        if (node_id, cls) not in self.instances:
+            self.instances[node_id, cls] = cls()
+        inputs = {name: [self._value(nodes, item)] for name, item in node["inputs"].items()}
+        # Looked up in its module, as the host does.
+        result = (
+            await self.execution.get_output_data(
+                "prompt",
+                node_id,
+                self.instances[node_id, cls],
+                inputs,
+                execution_block_cb=None,
+                pre_execute_cb=lambda index: None,
+            )
+        )[0]
+        if isinstance(result, dict) and "expand" in result:
+            names = nodes.expand(node_id, result["expand"])
+            waits_for = [[names[name], index] for name, index in result["result"]]
+            for source, _index in waits_for:
+                nodes.blocking.setdefault(source, {})[node_id] = True
+            pending[node_id] = waits_for
+            return False
         result = result["result"] if isinstance(result, dict) else result
         self.cache.put(node_id, [[value] for value in result])
+        return True
+
+    def _value(self, nodes: Any, item: Any) -> Any:
+        if not is_link(item):
+            return item
+        entry = self.cache.get(item[0])
+        return getattr(entry, "outputs", entry)[item[1]][0]
+
+    async def _get_output_data(
+        self,
+        prompt_id: str,
+        unique_id: str,
+        obj: Any,
+        input_data_all: Mapping[str, list[Any]],
+        execution_block_cb: Any = None,
+        pre_execute_cb: Any = None,
+        v3_data: Any = None,
+    ) -> Any:
+        """Calls a node once for each element of its lists."""
+        results = []
+        for index in range(max(map(len, input_data_all.values()), default=1)):
+            arguments = {k: v[min(index, len(v) - 1)] for k, v in input_data_all.items()}
+            if pre_execute_cb is not None and input_data_all:
+                pre_execute_cb(index)
+            self.ran.append(unique_id)
+            with self.node_runs(unique_id):
+                results.append(getattr(obj, obj.FUNCTION)(**arguments))
+        return results
 
     def _forget_changed(self, prompt: Mapping[str, Any]) -> None:
         signatures: dict[str, Any] = {}
 
         def signature(node_id: str) -> Any:
             node = prompt[node_id]
-            parts = {
-                n: signature(v[0]) if isinstance(v, list) else v for n, v in node["inputs"].items()
-            }
+            parts = {n: signature(v[0]) if is_link(v) else v for n, v in node["inputs"].items()}
             return node["class_type"], tuple(sorted(parts.items()))
 
         for node_id in prompt:
@@ -376,6 +501,16 @@ class FakeHost:
         return ProgressBar
 
 
+def is_link(value: Any) -> bool:
+    """Whether an input of a prompt's node is another node's output: [node, index]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+    )
+
+
 def _execution_list_class(host: FakeHost) -> Any:
     class ExecutionList:
         """Gives out nodes whose inputs are there; of several, output nodes first."""
@@ -400,7 +535,7 @@ def _execution_list_class(host: FakeHost) -> Any:
             self.pendingNodes[node_id] = True
             self.blocking.setdefault(node_id, {})
             for value in self.dynprompt.get_node(node_id)["inputs"].values():
-                if isinstance(value, list) and not self.is_cached(value[0]):
+                if is_link(value) and not self.is_cached(value[0]):
                     self.blocking.setdefault(value[0], {})[node_id] = True
 
         async def stage_node_execution(self) -> tuple[str | None, Any, Any]:
@@ -409,6 +544,31 @@ def _execution_list_class(host: FakeHost) -> Any:
             ready.sort(key=lambda node_id: not getattr(self._class(node_id), "OUTPUT_NODE", False))
             self.staged_node_id = ready[0]
             return self.staged_node_id, None, None
+
+        def unstage_node_execution(self) -> None:
+            assert self.staged_node_id is not None
+            self.staged_node_id = None
+
+        def expand(self, node_id: str, graph: Mapping[str, Any]) -> dict[str, str]:
+            """Puts the nodes of a graph into the prompt, under ids of their own, which it returns.
+
+            A node may say in "display" which node people see for it: the one that expanded, without.
+            """
+            names = {name: f"{node_id}.0.0.{name}" for name in graph}
+            for name, node in graph.items():
+                inputs = {
+                    key: [names.get(value[0], value[0]), value[1]] if is_link(value) else value
+                    for key, value in node["inputs"].items()
+                }
+                self.dynprompt.add_ephemeral_node(
+                    names[name],
+                    {"class_type": node["class_type"], "inputs": inputs},
+                    node_id,
+                    node.get("display", node_id),
+                )
+            for child in names.values():
+                self.add_node(child)
+            return names
 
         def complete_node_execution(self) -> None:
             assert self.staged_node_id is not None
@@ -419,9 +579,26 @@ def _execution_list_class(host: FakeHost) -> Any:
         def _class(self, node_id: str) -> type:
             return self._classes[self.dynprompt.get_node(node_id)["class_type"]]
 
-    if not host.old:
-        ExecutionList.get_cache = lambda self, source, node_id: self.output_cache.get(source)  # type: ignore[attr-defined]
     return ExecutionList
+
+
+def _function_of(method: Any) -> Any:
+    """A plain coroutine function of a module, as the host has it."""
+
+    async def get_output_data(
+        prompt_id: str,
+        unique_id: str,
+        obj: Any,
+        input_data_all: Any,
+        execution_block_cb: Any = None,
+        pre_execute_cb: Any = None,
+        v3_data: Any = None,
+    ) -> Any:
+        return await method(
+            prompt_id, unique_id, obj, input_data_all, execution_block_cb, pre_execute_cb, v3_data
+        )
+
+    return get_output_data
 
 
 def _module(name: str, **members: Any) -> ModuleType:

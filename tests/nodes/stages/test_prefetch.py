@@ -24,7 +24,6 @@ pytestmark = pytest.mark.simulated
 @pytest.fixture(autouse=True)
 def _small_gpu(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     careless_nodes.forget_all()
-    monkeypatch.setattr(needs, "_learned", {})
     simcuda.set_memory(128 * MIB)
     host.add(*careless_nodes.ALL)
 
@@ -48,7 +47,7 @@ def run_again_with_the_model_parked(
     model = getattr(entry, "outputs", entry)[0][0]
     qmove.park(model)
     if not learned:
-        needs._learned.clear()
+        needs.learned = needs.Needs()
     simcuda.set_memory(memory_mib * MIB)
     host.run(scratch_then_use(host, scratch_mib, seed=2))
     assert host.errors == []
@@ -132,7 +131,9 @@ def test_comfyuis_own_model_that_a_node_is_about_to_load_is_part_of_its_need(
     qmove.park(careless_nodes.model_in(host, "load"))
     host.management.unload_all_models()
     simcuda.set_memory(104 * MIB)
-    needs._learned["Sampler", "scratch"] = needs.Need((), {gpu.device: 8 * MIB})  # own was loaded
+    signature = needs.Signature("Sampler", (("mib", 8),))
+    needs.learned = needs.Needs()
+    needs.learned.learn(signature, {gpu.device: 8 * MIB}, {})  # own was loaded then
     for name in ("scratch", "use"):
         prompt[name]["inputs"]["seed"] = 2
     host.run(prompt)

@@ -4,14 +4,14 @@ qmove."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from qmove_pack.nodes.host import comfy, settings
+from qmove_pack.nodes.host import comfy, hooks, settings
 from qmove_pack.nodes.host.models import residency
 from qmove_pack.nodes.host.stages import auto_parking, executor, job_queue
 
@@ -19,7 +19,7 @@ import qmove_core as qmove
 from tests.builders.device import GPU
 from tests.nodes.builders import careless_nodes
 from tests.nodes.builders.careless_nodes import model_in, noted
-from tests.nodes.builders.fake_host import FakeHost
+from tests.nodes.builders.fake_host import DynamicPrompt, FakeHost
 from tests.nodes.builders.guarded import Guarded
 
 node = careless_nodes.node
@@ -166,7 +166,7 @@ def test_a_request_waits_for_the_node_that_runs_also_where_qmove_could_not_prepa
 def test_a_host_that_runs_nodes_in_another_way_is_left_alone_and_the_log_says_so(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executor.uninstall()
+    hooks.unwrap_all()
     untouched = host.list_class.complete_node_execution
     del host.list_class.stage_node_execution
 
@@ -176,12 +176,38 @@ def test_a_host_that_runs_nodes_in_another_way_is_left_alone_and_the_log_says_so
     assert host.list_class.complete_node_execution is untouched
 
 
-def test_hooks_are_put_in_once_and_come_out_again(host: FakeHost) -> None:
-    assert executor.install()
-    executor.uninstall()
+def hooked(host: FakeHost) -> list[Any]:
+    return [
+        host.list_class.stage_node_execution,
+        host.list_class.complete_node_execution,
+        host.executor_class.handle_execution_error,
+        host.execution.get_output_data,
+    ]
 
-    for method in (host.list_class.stage_node_execution, host.list_class.complete_node_execution):
-        assert not hasattr(method, "_qmove_wraps")
+
+def test_hooks_are_put_in_once_and_come_out_again(host: FakeHost) -> None:
+    ours = hooked(host)
+    assert executor.install()
+    assert hooked(host) == ours
+    originals = [method.__wrapped__ for method in ours]
+
+    hooks.unwrap_all()
+
+    assert hooked(host) == originals
+
+
+def test_a_hook_that_another_pack_has_wrapped_stays_below_it(host: FakeHost) -> None:
+    ours = host.list_class.complete_node_execution
+
+    @functools.wraps(ours)
+    def of_another_pack(self: Any) -> Any:
+        return ours(self)
+
+    host.list_class.complete_node_execution = of_another_pack
+
+    hooks.unwrap_all()
+
+    assert host.list_class.complete_node_execution is of_another_pack
 
 
 def test_a_host_that_keeps_no_outputs_leaves_nothing_in_memory(
@@ -222,7 +248,7 @@ def test_a_node_that_is_staged_again_to_collect_its_results_brings_nothing_home(
         "use": node("Use", model=("load", 0), seed=1),
     }
     host.run({"load": prompt["load"]})
-    nodes = host.list_class(SimpleNamespace(get_node=prompt.__getitem__), host.cache, host.classes)
+    nodes = host.list_class(DynamicPrompt(prompt), host.cache, host.classes)
     nodes.add_node("use")
     asyncio.run(nodes.stage_node_execution())
     nodes.staged_node_id = None  # the host puts it back until its results are there

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from qmove_pack.nodes.host import browser, settings
-from qmove_pack.nodes.host.stages import needs
 
 import qmove_core as qmove
 import simcuda
@@ -25,7 +24,6 @@ LOADS = {f"load{i}": node("Load", mib=mib, shape="plain") for i, mib in ((1, 100
 def swaps(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """What is swapped: (leaving, coming). The device has room for one of the two models."""
     careless_nodes.forget_all()
-    monkeypatch.setattr(needs, "_learned", {})
     simcuda.set_memory(150 * MIB)
     host.add(*careless_nodes.ALL)
     done: list[tuple[Any, Any]] = []
