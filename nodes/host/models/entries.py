@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import qmove_core as qmove
+
 from ..guard import is_interrupt, never_fails
 from .adopted import Adopted
 
@@ -97,7 +99,10 @@ class Entry:
         """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew."""
         adopted = self._adopted()
         if unpatch_all and adopted is not None:
-            adopted.park()
+            try:
+                adopted.park()
+            except qmove.NotEnoughMemory as error:  # RAM is short: the model stays
+                log.warning("%s", error)
 
     # What it asks of its own models, and an entry does not have ----------------------------------
 
