@@ -1,20 +1,19 @@
 """Two models change places: one leaves the device while the other comes, both directions at once.
 
-It goes in rounds. In each round some storages of both are copied; those that left give up their
-place on the device, which the next round fills. So each device holds no more than the larger model
-and one round.
+It goes in rounds (`rounds.py`). In each round some storages of both are copied; those that left
+give up their place on the device, which the next round fills. So each device holds no more than the
+larger model and one round.
 
 Where the host has room for both models as well, the one that comes keeps its host copy until the
 commit. Where it has not, what leaves is written to where the coming model's storages were: then
-those are committed round by round too. Both models are asleep meanwhile, so whoever uses one waits
-for the end.
+those are committed round by round too. Whether this can go on to its end is tried before the first
+byte moves. Both models are asleep meanwhile, so whoever uses one waits for the end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-from collections import defaultdict, deque
-from collections.abc import Sequence
 
 import torch
 
@@ -23,12 +22,11 @@ from ..errors import NotEnoughMemory
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mirrors
 from ..settings import settings
-from ..storages import use_count
+from ..storages import rebind, use_count
 from .copies import Progress, bytes_of
 from .moves import Done, MovePlan, StorageMove
+from .rounds import ROUND, Item, Place, Rounds, Slide
 from .transaction import MoveTransaction
-
-ROUND = 32 << 20  # bytes of each direction in one round
 
 
 def exchange(
@@ -45,10 +43,10 @@ def exchange(
     asleep = dataclasses.replace(leaving, on_commit=lambda: None)
     with MoveTransaction(asleep, coming) as transaction:
         transaction.use_mirrors()
-        rounds = _Rounds(transaction, leaving, coming)
+        swap = _Swap(transaction, leaving, coming)
         with interrupts_deferred():
             leaving.on_commit()
-        rounds.run(progress)
+        swap.run(progress)
         if settings.keep_mirrors:
             uncommitted = [move for move in coming.moves if not move.is_committed]
             targets = [move.target for move in uncommitted if move.target is not None]
@@ -59,26 +57,23 @@ def exchange(
         return Done(leaving.copied_bytes, stragglers, False), Done(coming.copied_bytes, [], False)
 
 
-class _Rounds:
-    """Which storages are copied next."""
+class _Swap:
+    """The rounds of a swap, and the host memory that they write to."""
 
     def __init__(self, transaction: MoveTransaction, leaving: MovePlan, coming: MovePlan) -> None:
-        self._transaction = transaction
-        self._leaving, self._coming = deque(leaving.moves), deque(coming.moves)
-        self._present = defaultdict(int, leaving.departing)
-        wanted = coming.arriving
-        self._most = {
-            device: max(nbytes, self._present[device]) for device, nbytes in wanted.items()
-        }
-        more = {device: self._most[device] - self._present[device] for device in wanted}
+        self._transaction, self._action = transaction, leaving.action
+        self._leaving, self._coming = leaving.moves, coming.moves
+        present, wanted = leaving.departing, coming.arriving
+        more = {device: max(0, wanted[device] - present.get(device, 0)) for device in wanted}
         budget.require(coming.action, more)
-        self._host_room: _HostRoom | None = None
+        self._room = more  # no more on each device than the larger of the two takes there
+        self._blocks: dict[int, arena.Block] = {}  # that may be written to where a gap is
+        self._kept_in_use: list[torch.Tensor] = []
         try:
             transaction.allocate_on_host(leaving)
+            self._rounds = self._planned([])
         except NotEnoughMemory:
-            self._host_room = _HostRoom(leaving, coming, min(more.values()))
-        if self._host_room is not None:
-            self._coming = deque(sorted(coming.moves, key=_place_on_host))
+            self._rounds = self._into_gaps(leaving)
 
     def run(self, progress: Progress | None) -> None:
         """Copies everything that has to be copied."""
@@ -89,139 +84,165 @@ class _Rounds:
             if progress is not None:
                 progress(copied + done, total)
 
-        while self._leaving or self._coming:
-            out, into = self._next()
+        while not self._rounds.is_done:
+            this = self._rounds.next()
+            if not this.out and not this.into:
+                slides = self._rounds.close_gaps()
+                for slide in slides:
+                    self._slide(
+                        (self._coming if slide.is_coming else self._leaving)[slide.number], slide
+                    )
+                if not slides:  # what has moved left less behind than it seemed
+                    self._rounds.add(self._new_block(self._rounds.lacking))
+                continue
+            out, into = (
+                [self._leaving[n] for n, _ in this.out],
+                [self._coming[n] for n in this.into],
+            )
+            for move, (_, place) in zip(out, this.out, strict=True):
+                if place is not None:
+                    move.target = self._storage_at(place, move.nbytes)
             to_copy = [move for move in (*out, *into) if not move.is_unchanged]
             self._transaction.copy(to_copy, so_far, digests=False)
             copied += bytes_of(to_copy)
-            for move in out:
+            for move, (number, _) in zip(out, this.out, strict=True):
                 if self._transaction.commit_early(move).expired():
-                    self._present[move.came_from] -= move.nbytes
-            if self._host_room is not None:
-                for move in into:
-                    self._host_room.free(move, self._transaction)
+                    self._rounds.has_left(number)
+            if self._blocks:
+                for move, number in zip(into, this.into, strict=True):
+                    if self._transaction.commit_early(move).expired():
+                        self._rounds.has_come(number)
+                    else:
+                        self._rounds.stays(number)
 
-    def _next(self) -> tuple[list[StorageMove], list[StorageMove]]:
-        out: list[StorageMove] = []
-        while self._leaving and bytes_of(m for m in out if not m.is_unchanged) < ROUND:
-            move = self._leaving[0]
-            if move.target is None and not (self._host_room and self._host_room.take(move)):
-                break
-            out.append(self._leaving.popleft())
-        into: list[StorageMove] = []
-        while self._coming and (bytes_of(into) < ROUND or not self._leaving):
-            move = self._coming[0]
-            has_room = self._present[move.device] + move.nbytes <= self._most[move.device]
-            # Where nothing is left to leave, the allocation itself decides.
-            if not has_room and (out or into or self._leaving):
-                break
-            self._present[move.device] += move.nbytes
-            into.append(self._coming.popleft())
-        if not out and not into:
-            if self._coming:
-                into.append(self._coming.popleft())
-            else:  # what came left less behind than it seemed
-                assert self._host_room is not None
-                self._host_room.add_block([move.nbytes for move in self._leaving])
-        return out, into
-
-
-class _HostRoom:
-    """Host memory for what leaves where there is too little for both models.
-
-    One block of its own, as small as it can be, and what the storages of the coming model leave
-    behind.
-    """
-
-    def __init__(self, leaving: MovePlan, coming: MovePlan, spare_on_device: int) -> None:
-        lacking = [move.nbytes for move in leaving.moves if move.target is None]
-        reused = [
-            move.nbytes
-            for move in coming.moves
-            if _place_in_arena(move.source) and use_count(move.source) == len(move.tensors) + 1
+    def _planned(self, gaps: list[Place]) -> Rounds:
+        """The rounds of the moves as they are now."""
+        leaving = [
+            Item(
+                move.nbytes,
+                move.came_from,
+                wanted=arena.bytes_for([move.nbytes]) if move.target is None else 0,
+                is_copied=not move.is_unchanged,
+            )
+            for move in self._leaving
         ]
+        coming = [Item(move.nbytes, move.device, place=_place_of(move)) for move in self._coming]
+        return Rounds(leaving, coming, self._room, gaps)
+
+    # Where RAM has too little room for both models ------------------------------------------------
+
+    def _into_gaps(self, leaving: MovePlan) -> Rounds:
+        """Host memory for what leaves: what the coming model leaves behind, and if that is too
+        little a block, as small as it must be.
+
+        Raises:
+            NotEnoughMemory: the swap could not go on to its end.
+        """
+        self._coming = sorted(self._coming, key=_address)  # so that gaps grow
         # A part of the leaving model may lie on the host as well: on the way back of such a swap.
         on_host = [h.storage for h in leaving.held.holdings if h.device.type == "cpu"]
-        places = map(_place_in_arena, [*on_host, *(move.source for move in coming.moves)])
-        blocks = {id(place[0]): place[0] for place in places if place is not None}
-        self._action = leaving.action
-        self._keep_in_use = [block.bytes() for block in blocks.values()]
-        self._free = [
-            _Gap(block, *gap) for block in blocks.values() for gap in arena.gaps_in(block)
+        for storage in [*on_host, *(move.source for move in self._coming)]:
+            block = _block_of(storage)
+            if block is not None and id(block) not in self._blocks:
+                self._keep(block)
+        for device, more in self._room.items():  # what a round may take beyond the larger one
+            free = devices.free_memory(device) or 0
+            self._room[device] += max(0, min(ROUND, free - more))
+        gaps = [
+            Place(key, start, end)
+            for key, block in self._blocks.items()
+            for start, end in arena.gaps_in(block)
         ]
+        rounds, sizes = self._planned(gaps), self._sizes_of_a_block(gaps)
+        for nbytes in sizes:
+            more_host = [Place("more", 0, nbytes)] if nbytes else []
+            if budget.has_room_on_host(nbytes) and rounds.can_finish(more_host):
+                if nbytes:
+                    rounds.add(self._new_block(nbytes))
+                return rounds
+        budget.require(self._action, {devices.CPU: sizes[2]})
+        raise NotEnoughMemory(
+            self._action, "cpu", sizes[2], _free_on_host(), "available RAM, in pieces", _HOST_ADVICE
+        )
+
+    def _sizes_of_a_block(self, gaps: list[Place]) -> list[int]:
+        """Bytes of a block of our own, that which makes the swap fastest first."""
+        lacking = [move.nbytes for move in self._leaving if move.target is None]
+        reused = [move.nbytes for move in self._coming if _place_of(move)]
         in_all = arena.bytes_for(lacking)
         beyond = max(0, in_all - arena.bytes_for(reused))
-        # With the largest storage of each ahead, one of the two directions can go on. With twice as
-        # much it always can: a storage does not fit into what is left at the end of a gap.
         ahead = arena.bytes_for([max(lacking), max(reused, default=0)])
-        # Room on the device is as good: then the coming model goes first. And so is what an earlier
-        # swap left free in these blocks, where it is not in small pieces.
-        there = spare_on_device + sum(
-            gap.nbytes for gap in self._free if gap.nbytes >= arena.bytes_for([max(lacking)])
+        # Room on the device is as good: then the coming model goes first.
+        there = min(self._room.values()) + sum(
+            gap.nbytes for gap in gaps if gap.nbytes >= arena.bytes_for([max(lacking)])
         )
-        for wanted in (max(2 * ahead, 2 * ROUND), 2 * ahead, ahead):
-            nbytes = min(in_all, beyond + wanted) - there
-            if budget.has_room_on_host(nbytes):
-                break
-        if nbytes > 0:
-            self.add_block([nbytes])
+        sizes = [
+            max(0, min(in_all, beyond + wanted) - there)
+            for wanted in (max(2 * ahead, 2 * ROUND), 2 * ahead, ahead)
+        ]
+        all_there_is = _free_on_host() // arena.ALIGNMENT * arena.ALIGNMENT
+        return [*sizes, min(in_all, all_there_is), 0]
 
-    def add_block(self, sizes: Sequence[int]) -> None:
-        """Allocates a block in which storages of these sizes fit.
+    def _new_block(self, nbytes: int) -> Place:
+        """Host memory of its own.
 
         Raises:
             NotEnoughMemory: the host has too little room.
         """
-        nbytes = arena.bytes_for(sizes)
         budget.require(self._action, {devices.CPU: nbytes})
         (own,) = arena.allocate([nbytes], homes.forget)
-        block, start = _place_in_arena(own) or (None, 0)
+        block = _block_of(own)
         assert block is not None
-        self._keep_in_use.append(block.bytes())
-        self._free.append(_Gap(block, start, start + nbytes))
+        self._keep(block)
+        return Place(id(block), 0, nbytes)
 
-    def take(self, move: StorageMove) -> bool:
-        """Gives the move a target, if there is a gap that is large enough."""
-        nbytes = arena.bytes_for([move.nbytes])
-        for gap in self._free:
-            if gap.nbytes >= nbytes:
-                move.target = arena.storage_at(gap.block, gap.start, move.nbytes, homes.forget)
-                gap.start += nbytes
-                return True
-        return False
+    def _keep(self, block: arena.Block) -> None:
+        self._blocks[id(block)] = block
+        self._kept_in_use.append(block.bytes())
 
-    def free(self, move: StorageMove, transaction: MoveTransaction) -> None:
-        """Commits a storage that came, and takes over its place on the host, if nobody uses it."""
-        place = _place_in_arena(move.source)
-        if transaction.commit_early(move).expired() and place is not None:
-            block, start = place
-            end = start + arena.bytes_for([move.nbytes])
-            for gap in self._free:
-                if gap.block is block and gap.end == start:
-                    gap.end = end
-                    return
-            self._free.append(_Gap(block, start, end))
+    def _storage_at(self, place: Place, nbytes: int) -> torch.UntypedStorage:
+        return arena.storage_at(self._blocks[place.block], place.start, nbytes, homes.forget)
 
-
-@dataclasses.dataclass
-class _Gap:
-    """Free bytes of a block, from `start` to `end`."""
-
-    block: arena.Block
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
+    def _slide(self, move: StorageMove, slide: Slide) -> None:
+        """Moves a parked storage of a sleeping model within its block; the places may overlap."""
+        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+            before = move.source if slide.is_coming else move.target
+            assert before is not None
+            after = self._storage_at(slide.to, move.nbytes)
+            ctypes.memmove(after.data_ptr(), before.data_ptr(), move.nbytes)
+            rebind(move.tensors, after)
+            origin = homes.origin_of(before)
+            if origin is not None:
+                homes.remember(after, origin)
+            if slide.is_coming:
+                move.source = after
+            else:
+                move.target = after
 
 
-def _place_in_arena(storage: torch.UntypedStorage) -> tuple[arena.Block, int] | None:
+_HOST_ADVICE = "Restore or delete another parked model, close other programs, or raise the limit."
+
+
+def _free_on_host() -> int:
+    return budget.host_limits(settings.ram_limit, arena.bytes_held())[0].free
+
+
+def _block_of(storage: torch.UntypedStorage) -> arena.Block | None:
     place = arena.place_of(storage)
-    return (place[0], place[1]) if place is not None and isinstance(place[0], arena.Block) else None
+    return place[0] if place is not None and isinstance(place[0], arena.Block) else None
 
 
-def _place_on_host(move: StorageMove) -> tuple[int, int]:
-    """Sorts by place, so that gaps grow."""
+def _place_of(move: StorageMove) -> Place | None:
+    """The host memory that a storage gives up when it has come; None if others look into it."""
+    place = arena.place_of(move.source)
+    if place is None or not isinstance(place[0], arena.Block):
+        return None
+    if use_count(move.source) != len(move.tensors) + 1:
+        return None
+    return Place(id(place[0]), place[1], place[1] + arena.bytes_for([move.nbytes]))
+
+
+def _address(move: StorageMove) -> tuple[int, int]:
+    """Sorts by place."""
     place = arena.place_of(move.source)
     return (0, 0) if place is None else (place[0].address, place[1])

@@ -15,6 +15,7 @@ import qmove_core as qmove
 import simcuda
 from qmove_core.memory import arena
 from qmove_core.storages import as_bytes
+from qmove_core.transfer import exchange
 from tests.builders.device import GPU
 from tests.builders.interrupts import Interrupted
 from tests.builders.models import layers
@@ -72,6 +73,32 @@ def test_two_models_of_40_where_ram_and_vram_have_room_for_one(
         assert arena.bytes_held() <= nbytes[1] + 5 * MIB
         qmove.swap(coming, leaving)
         assert snapshot(leaving) == before
+
+
+def test_a_few_large_storages_take_turns_for_ever_in_room_for_one_model_and_two_of_them(
+    gpu: GPU, keep_mirrors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gaps that earlier swaps left are closed; no swap takes more memory than the first."""
+    first, second = layers(4, width=512), layers(4, width=513)
+    homes_of = {model: snapshot(model) for model in (first, second)}
+    qmove.park(first)
+    larger = qmove.inventory(second).nbytes
+    simcuda.set_memory(larger + torch.cuda.memory_allocated() - larger, device=0)
+    qmove.configure(ram_limit=larger + 2 * qmove.inventory(second).holdings[0].nbytes)
+    slides: list[int] = []
+    move_memory = exchange.ctypes.memmove
+    monkeypatch.setattr(
+        exchange.ctypes, "memmove", lambda *args: (slides.append(args[2]), move_memory(*args))
+    )
+    parked, resident = first, second
+
+    for _swap in range(8):
+        qmove.swap(resident, parked)
+        parked, resident = resident, parked
+        assert snapshot(resident) == homes_of[resident]
+
+    assert slides
+    assert arena.bytes_held() <= larger + 2 * qmove.inventory(second).holdings[0].nbytes
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, Interrupted])

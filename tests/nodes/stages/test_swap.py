@@ -61,9 +61,6 @@ def test_without_mirrors_the_one_that_leaves_and_the_one_that_comes_are_swapped(
     assert [(a is first, b is second) for a, b in swaps] == [(False, False), (True, True)] * 2
 
 
-@pytest.mark.skip(
-    reason="these models have two storages of 50 MiB each: a swap needs that much RAM ahead, twice"
-)
 def test_two_models_run_in_turn_where_ram_has_room_for_one_of_them(
     host: FakeHost, gpu: GPU, swaps: list[tuple[Any, Any]]
 ) -> None:
