@@ -27,9 +27,9 @@ def swap(
 
     Each device holds no more meanwhile than the larger of what they have there, and 64 MiB. What
     qmove's host copy of `leaving` still holds unchanged is not copied. RAM need not hold both
-    models: where it has too little room, `leaving` takes over the memory that `coming` lay in. RAM for
-    the larger of the two and twice the largest storage of each is then always enough, however often
-    they take turns; often the largest storage of one is.
+    models: where it has too little room, `leaving` takes over the memory that `coming` lay in.
+    RAM for the larger of the two and twice the largest storage of each is then enough, however
+    often they take turns; often the largest storage of one is.
 
     Args:
         leaving, coming: two models, as for `park` and `restore`.

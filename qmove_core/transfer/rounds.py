@@ -14,8 +14,9 @@ block moves to its start.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 ROUND = 32 << 20  # bytes of each direction in one round
 
@@ -24,7 +25,7 @@ ROUND = 32 << 20  # bytes of each direction in one round
 class Place:
     """Host memory: bytes [start, end) of a block."""
 
-    block: Hashable
+    block: Any
     start: int
     end: int
 
@@ -46,7 +47,7 @@ class Item:
     """
 
     nbytes: int
-    device: Hashable
+    device: Any
     place: Place | None = None
     wanted: int = 0
     is_copied: bool = True
@@ -87,7 +88,7 @@ class Rounds:
         self,
         leaving: Sequence[Item],
         coming: Sequence[Item],
-        room: Mapping[Hashable, int],
+        room: Mapping[Any, int],
         gaps: Sequence[Place] = (),
     ) -> None:
         self._leaving, self._coming = leaving, coming
