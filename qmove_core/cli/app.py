@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import QMoveError, readable_bytes
 
@@ -34,7 +34,11 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        console.print(f"qmove {_installed_version()}", highlight=False)
+        from .doctor import installed_version
+
+        # A checkout, or a folder in ComfyUI's custom_nodes, is not installed.
+        said = installed_version("qmove") or "(not installed as a package)"
+        console.print(f"qmove {said}", highlight=False)
         raise typer.Exit
 
 
@@ -48,25 +52,23 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
     host = report.host
-    table = Table(title="qmove doctor", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("system", host.system + (" (WSL)" if host.wsl else ""))
-    table.add_row("python", host.python)
+    rows = {"system": host.system + (" (WSL)" if host.wsl else ""), "python": host.python}
     for device in report.devices:
         free = f"{_bytes(device.free)} free of {_bytes(device.total)}"
-        table.add_row(device.name, f"{device.model}: {free}")
+        rows[device.name] = f"{device.model}: {free}"
     if not report.devices:
-        table.add_row("devices", "no accelerator")
-    table.add_row("RAM", f"{_bytes(host.ram_available)} available of {_bytes(host.ram_total)}")
-    table.add_row("for parked models", f"{_bytes(host.usable)}, limited by: {host.usable_limit}")
-    no_cgroup = host.cgroup_free is None
-    cgroup = "none" if no_cgroup else f"{_bytes(host.cgroup_free)} free under it"
-    table.add_row("cgroup limit", cgroup)
-    table.add_row("memlock limit", "none" if host.memlock is None else _bytes(host.memlock))
-    for name, version in report.versions.items():
-        build = f" ({report.torch_build})" if name == "torch" else ""
-        table.add_row(name, f"{version}{build}" if version else "[yellow]not installed[/]")
+        rows["devices"] = "no accelerator"
+    rows |= {
+        "RAM": f"{_bytes(host.ram_available)} available of {_bytes(host.ram_total)}",
+        "for parked models": f"{_bytes(host.usable)}, limited by: {host.usable_limit}",
+        "free in the cgroup": _bytes(host.cgroup_free, "no limit"),
+        "memlock limit": _bytes(host.memlock, "none"),
+        **{name: version or "not installed" for name, version in report.versions.items()},
+    }
+    rows["torch"] += f" ({report.torch_build})"
+    table = Table(title="qmove doctor", title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name, "bold"), Text(value))
     console.print(table)
     for finding in report.findings:
         console.print(f"- {finding}", markup=False, highlight=False)
@@ -138,12 +140,5 @@ def _failed(error: QMoveError) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _bytes(nbytes: int | None) -> str:
-    return "unknown" if nbytes is None else readable_bytes(nbytes)
-
-
-def _installed_version() -> str:
-    try:
-        return importlib.metadata.version("qmove")
-    except importlib.metadata.PackageNotFoundError:  # a checkout, or in ComfyUI's custom_nodes
-        return "(not installed as a package)"
+def _bytes(nbytes: int | None, without: str = "unknown") -> str:
+    return without if nbytes is None else readable_bytes(nbytes)

@@ -81,16 +81,9 @@ class Report:
 def examine() -> Report:
     """Looks at this machine and process. Allocates nothing and changes nothing."""
     found = [_device(torch.device(name)) for name in devices.known()[1:]]
-    host = _host(simulated=any("simcuda" in device.model for device in found))
-    versions = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
-    build = _torch_build(host)
-    return Report(host, build, found, versions, _findings(host, build, found, versions))
-
-
-def _host(simulated: bool) -> Host:
     tightest = budget.host_limits(settings.ram_limit, arena.bytes_held())[0]
     memory = psutil.virtual_memory()
-    return Host(
+    host = Host(
         system=platform.platform(),
         python=platform.python_version(),
         ram_total=memory.total,
@@ -100,8 +93,19 @@ def _host(simulated: bool) -> Host:
         cgroup_free=budget.cgroup_free(),
         memlock=pinning.memlock_limit(),
         wsl=pinning.is_wsl(),
-        simulated=simulated,
+        simulated=any("simcuda" in device.model for device in found),
     )
+    versions = {name: installed_version(name) for name in (*REQUIRED, *OPTIONAL)}
+    build = _torch_build(host)
+    return Report(host, build, found, versions, _findings(host, build, found, versions))
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed package; None for one that is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _device(device: torch.device) -> Device:
@@ -126,13 +130,6 @@ def _torch_build(host: Host) -> str:
     return "CPU build" if accelerator is None else f"{accelerator.type} build"
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _findings(
     host: Host, build: str, found: list[Device], versions: Mapping[str, str | None]
 ) -> list[str]:
@@ -141,7 +138,6 @@ def _findings(
     return [
         *_about_devices(host, build, found),
         *_about_memory(host, found),
-        _about_pinning(host),
         *(f"{name} is not installed: {OPTIONAL[name]}." for name in missing),
     ]
 
@@ -178,18 +174,16 @@ def _about_memory(host: Host, found: list[Device]) -> Iterator[str]:
             f"{readable_bytes(host.ram_available)} available RAM. Raise it there, for example "
             "`docker run --memory`."
         )
-
-
-def _about_pinning(host: Host) -> str:
-    """How many of the parked bytes can be page-locked, and which limit decides."""
     windows = host.system.startswith("Windows")
     limit = pinning.pin_limit(windows=windows, wsl=host.wsl, ram=host.ram_total)
-    said = (
+    memlock = (
+        ""
+        if host.memlock is None
+        else f" memlock (`ulimit -l`) is {readable_bytes(host.memlock)}; the drivers known do not "
+        "count it."
+    )
+    yield (
         f"Up to {readable_bytes(limit.nbytes)} of parked bytes are page-locked ({limit.name}); "
         "what is beyond that, or what the driver refuses, lies in pageable memory, and copying it "
-        "takes several times as long."
+        f"takes several times as long.{memlock}"
     )
-    if host.memlock is None:
-        return said
-    memlock = readable_bytes(host.memlock)
-    return f"{said} memlock (`ulimit -l`) is {memlock}; the drivers known do not count it."

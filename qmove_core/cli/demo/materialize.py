@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
 from ... import devices
 from ...errors import readable_bytes
+from ...integrations.description import describe
 from ...materialize.materialize import materialize_meta_tensors
 from ...materialize.undo import materialized
 from ...model.inventory import inventory
@@ -22,16 +20,18 @@ from .setting import Setting
 
 def materialize_dispatched(setting: Setting) -> bool:
     """Materializes, moves, parks and wakes a dispatched model. Returns whether all was right."""
-    console, device = setting.console, setting.device
+    device = setting.device
+    first, second = str(device), devices.known()[-1]
+    layers = (first, second, "cpu", "cpu", "disk", "disk")
+    places = {f"encoder.layer.{index}": place for index, place in enumerate(layers)}
+    places |= {"embeddings": first, "pooler": "disk"}
     with tempfile.TemporaryDirectory(prefix="qmove-demo-") as offload_folder:
-        model = _dispatched(setting, offload_folder)
-        console.print(
-            "\n[bold]all-MiniLM-L6-v2 as accelerate dispatches it[/bold]", _places(model), sep="\n"
-        )
+        model = setting.load(places, offload_folder=offload_folder)
+        _say(setting, "\nall-MiniLM-L6-v2 as accelerate dispatches it", _places(model))
         expected = setting.embed(model, device)
         checks: dict[str, bool] = {}
 
-        def embeds_the_same(model: Any) -> bool:
+        def embeds_the_same() -> bool:
             return torch.equal(setting.embed(model, device), expected)
 
         before = _identities(model)
@@ -40,64 +40,38 @@ def materialize_dispatched(setting: Setting) -> bool:
         checks["with qmove.materialized(model): whole inside, the very same dispatch after it"] = (
             inside and _identities(model) == before
         )
-        checks["its outputs are the same"] = embeds_the_same(model)
-        console.print(f"  model.to('cpu')   [red]{_refusal(model)}[/red]")
+        checks["its outputs are the same"] = embeds_the_same()
+        _say(setting, "model.to('cpu')", _refusal(model))
 
-        peak = _reset_peak(device)
-        seconds = _materialize(setting, model)
-        checks["no byte more in VRAM on the way to RAM"] = _peak(device) == peak
+        peak = setting.peak(reset=True)
+        seconds = setting.seconds(lambda: materialize_meta_tensors(model))
+        checks["no byte more in VRAM on the way to RAM"] = setting.peak() == peak
         checks["no meta tensor left"] = not inventory(model).meta
-        console.print(
-            f"  after qmove.materialize_meta_tensors(model), {seconds:.2f} s",
-            _places(model),
-            sep="\n",
-        )
+        _say(setting, f"qmove.materialize_meta_tensors(model), {seconds:.2f} s", _places(model))
 
         move(model, device)
         checks[f"moved to {device}: the outputs are those of the dispatched model"] = (
-            embeds_the_same(model)
+            embeds_the_same()
         )
         park(model)
         checks["parked: 0 bytes of it in VRAM"] = inventory(model).by_device.keys() == {"cpu"}
-        checks["woken: the same outputs"] = embeds_the_same(model)
+        checks["woken: the same outputs"] = embeds_the_same()
         for what, is_so in checks.items():
-            console.print(f"  {'[green]yes[/]' if is_so else '[red]NO [/]'}  {what}")
+            setting.console.print(f"  {'[green]yes[/]' if is_so else '[red]NO [/]'}  {what}")
         del model
         gc.collect()
     return all(checks.values())
 
 
-def _dispatched(setting: Setting, offload_folder: str) -> Any:
-    first, second = str(setting.device), devices.known()[-1]
-    places = {"embeddings": first, "pooler": "disk"}
-    layers = (first, second, "cpu", "cpu", "disk", "disk")
-    places |= {f"encoder.layer.{index}": place for index, place in enumerate(layers)}
-    return setting.load(places, offload_folder=offload_folder)
+def _say(setting: Setting, what: str, follows: str) -> None:
+    setting.console.print(f"{what}: {follows}", markup=False, highlight=False)
 
 
-def _materialize(setting: Setting, model: Any) -> float:
-    columns = (TextColumn("  materializing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=setting.console) as bar:
-        task = bar.add_task("")
-        started = time.perf_counter()
-        materialize_meta_tensors(
-            model, progress=lambda done, in_all: bar.update(task, completed=done, total=in_all)
-        )
-        return time.perf_counter() - started
-
-
-def _places(model: Any) -> Table:
-    """Bytes by place. Meta tensors count as RAM where hooks keep their data there, else as disk."""
+def _places(model: Any) -> str:
+    """Bytes by place; what hooks keep in RAM counts there."""
     held = inventory(model)
-    captured = [holding for holding in held.holdings if holding.kind == "captured"]
-    in_ram = {name for holding in captured for name in holding.names}
-    on_disk = [m for m in held.meta if not any(name.endswith(f".{m.name}") for name in in_ram)]
-    sizes = dict(sorted(held.by_device.items())) | {"disk": sum(m.nbytes for m in on_disk)}
-    table = Table()
-    for place in sizes:
-        table.add_column(place, justify="right")
-    table.add_row(*map(readable_bytes, sizes.values()))
-    return table
+    sizes = held.by_device | {"disk": describe(held).on_disk}
+    return ", ".join(f"{readable_bytes(n)} on {place}" for place, n in sorted(sizes.items()))
 
 
 def _refusal(model: Any) -> str:
@@ -111,14 +85,3 @@ def _refusal(model: Any) -> str:
 def _identities(model: Any) -> list[int]:
     hooks = [id(module.__dict__.get("_hf_hook")) for module in model.modules()]
     return hooks + [id(parameter) for parameter in model.parameters()]
-
-
-def _reset_peak(device: torch.device) -> int:
-    gc.collect()
-    backend = torch.get_device_module(device)
-    backend.reset_peak_memory_stats(device)
-    return int(backend.memory_allocated(device))
-
-
-def _peak(device: torch.device) -> int:
-    return int(torch.get_device_module(device).max_memory_allocated(device))

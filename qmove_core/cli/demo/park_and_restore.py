@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from rich.table import Table
 
 from ...errors import MissingDependency, readable_bytes
@@ -49,7 +47,7 @@ class Round:
     seconds_back: float | None = None
     same_bytes: bool | None = None
     same_embeddings: bool | None = None
-    used: str = ""
+    used: str | None = None
     same_after_use: bool | None = None
     error: str = ""
 
@@ -60,22 +58,38 @@ class Round:
         return bool(equal) and self.away == 0 and self.after == self.before
 
 
+_ROWS = {
+    "MiB VRAM before": "before",
+    "         while away": "away",
+    "         after": "after",
+    "MiB RAM  while away": "ram",
+    "MiB copied": "copied",
+    "seconds  out": "seconds_out",
+    "         back": "seconds_back",
+    "equal    every byte": "same_bytes",
+    "         embeddings": "same_embeddings",
+    "used while away": "used",
+    "         then equal": "same_after_use",
+}
+
+
 def park_and_restore(setting: Setting, picture_file: Path) -> bool:
     """Plays both ways in three precisions. Returns whether every round of qmove was perfect."""
     console, timelines, rounds = setting.console, dict[str, Timeline](), list[Round]()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=3 * len(PRECISIONS))
-        for precision in PRECISIONS:
-            progress.update(task, description=f"{precision}: warming up")
+    for precision in PRECISIONS:
+        with console.status(f"{precision}: plain .to(), then qmove"):
             setting.embed(_load(setting, precision))
             setting.note_baseline()
-            progress.update(task, description=f"{precision}: plain .to()", advance=1)
             rounds.append(_by_to(setting, precision))
-            progress.update(task, description=f"{precision}: qmove", advance=1)
             timelines[precision] = Timeline(setting.vram, arena.bytes_in_use)
             rounds.append(_by_qmove(setting, precision, timelines[precision]))
-            progress.advance(task)
-    console.print(_table(setting, rounds))
+    kind = "a simulated GPU" if setting.simulated else setting.device_name
+    table = Table("", title=f"all-MiniLM-L6-v2 out of VRAM and back, on {kind}")
+    for played in rounds:
+        table.add_column(f"{played.precision}\n{played.way}", justify="right", no_wrap=True)
+    for label, figure in _ROWS.items():
+        table.add_row(label, *(_shown(getattr(played, figure)) for played in rounds))
+    console.print(table)
     for line in _remarks(setting, rounds):
         console.print(line, highlight=False, markup=False)
     left_by_to = {played.precision: played.away for played in rounds if played.way == ".to()"}
@@ -120,42 +134,30 @@ def _by_qmove(setting: Setting, precision: str, line: Timeline) -> Round:
     model = _load(setting, precision)
     expected, content = setting.embed(model), _digests(model)
     played = Round(precision, "qmove", before=setting.vram(), used="wakes")
-
-    def note(*_progress: object) -> None:
-        line.note()
-
     with line.stage("embed"):
         setting.embed(model)
     with line.stage("park"):
-        out = park(model, progress=note)
+        out = park(model, progress=line.note)
     line.state("parked")
     played.away, played.ram = setting.vram(), arena.bytes_in_use()
     with line.stage("restore"):
-        back = restore(model, progress=note)
+        back = restore(model, progress=line.note)
     played.after = setting.vram()
     played.seconds_out, played.seconds_back = out.seconds, back.seconds
     played.copied = out.copied_bytes + back.copied_bytes
     played.same_bytes = _digests(model) == content
     with line.stage("embed"):
-        embeddings = setting.embed(model)
-    played.same_embeddings = torch.equal(embeddings, expected)
+        played.same_embeddings = torch.equal(setting.embed(model), expected)
     with line.stage("park"):
-        park(model, progress=note)
+        park(model, progress=line.note)
     line.state("parked")
-    with line.stage("embed, wakes"), _at_first_part(model, note):
+    # A sample when the forward reaches the first part: a parked model has woken by then.
+    hook = next(model.children()).register_forward_pre_hook(line.note)
+    with line.stage("embed, wakes"):
         embeddings = setting.embed(model)
+    hook.remove()
     played.same_after_use = torch.equal(embeddings, expected) and _digests(model) == content
     return played
-
-
-@contextmanager
-def _at_first_part(model: Any, note: Callable[..., None]) -> Iterator[None]:
-    """Calls `note` when a forward reaches the first part: a parked model has woken by then."""
-    hook = next(model.children()).register_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _load(setting: Setting, precision: str) -> Any:
@@ -185,30 +187,6 @@ def _digests(model: Any) -> dict[str, tuple[str, str]]:
     return result
 
 
-def _table(setting: Setting, rounds: list[Round]) -> Table:
-    kind = "a simulated GPU" if setting.simulated else setting.device_name
-    table = Table(title=f"all-MiniLM-L6-v2 out of VRAM and back, on {kind}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for played in rounds:
-        table.add_column(f"{played.precision}\n{played.way}", justify="right", no_wrap=True)
-    rows: tuple[tuple[str, Callable[[Any], str], str], ...] = (
-        ("MiB VRAM before", _mebibytes, "before"),
-        ("         while away", _mebibytes, "away"),
-        ("         after", _mebibytes, "after"),
-        ("MiB RAM  while away", _mebibytes, "ram"),
-        ("MiB copied", _mebibytes, "copied"),
-        ("seconds  out", _time, "seconds_out"),
-        ("         back", _time, "seconds_back"),
-        ("equal    every byte", _verdict, "same_bytes"),
-        ("         embeddings", _verdict, "same_embeddings"),
-        ("used while away", _use, "used"),
-        ("         then equal", _verdict, "same_after_use"),
-    )
-    for label, written, attribute in rows:
-        table.add_row(label, *(written(getattr(played, attribute)) for played in rounds))
-    return table
-
-
 def _remarks(setting: Setting, rounds: list[Round]) -> Iterator[str]:
     """What the table means, from its own figures."""
     if setting.simulated:
@@ -230,22 +208,15 @@ def _remarks(setting: Setting, rounds: list[Round]) -> Iterator[str]:
         )
 
 
-def _mebibytes(nbytes: int | None) -> str:
-    if not nbytes:
-        return "-" if nbytes is None else "0"
-    return f"{nbytes / 2**20:.2f}" if nbytes > 5000 else f"{nbytes} B"
-
-
-def _time(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.3f}"
-
-
-def _verdict(equal: bool | None) -> str:
-    return "-" if equal is None else "[green]yes[/]" if equal else "[bold red]NO[/]"
-
-
-def _use(used: str) -> str:
-    return "[bold red]fails[/]" if used == "fails" else used or "-"
+def _shown(figure: str | bool | int | float | None) -> str:
+    """A cell of the table: bytes in MiB, seconds, a verdict, a word."""
+    if isinstance(figure, bool):
+        return "[green]yes[/]" if figure else "[bold red]NO[/]"
+    if isinstance(figure, int):
+        return f"{figure / 2**20:.2f}" if figure > 5000 else f"{figure} B" if figure else "0"
+    if isinstance(figure, float):
+        return f"{figure:.3f}"
+    return "-" if figure is None else "[bold red]fails[/]" if figure == "fails" else figure
 
 
 def _first_line(error: BaseException) -> str:

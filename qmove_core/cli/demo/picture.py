@@ -5,17 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import MissingDependency
 
-VRAM_COLOUR, RAM_COLOUR, LEFT_COLOUR = "#1f5fa8", "#d9822b", "#b3261e"
 
-
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Bytes in VRAM and in the arena, at a share (0 to 1) of a stage."""
 
     stage: int
@@ -55,7 +51,7 @@ class Timeline:
         self.names.append(name)
         self.seconds.append(None)
 
-    def note(self) -> None:
+    def note(self, *_progress: object) -> None:
         """Takes a sample now."""
         self._running.append((time.perf_counter(), self._vram(), self._ram()))
 
@@ -92,8 +88,7 @@ def draw(
         shown |= dict(zip(labels, handles, strict=True))
     corner: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
     panels[0].legend(shown.values(), shown.keys(), ncols=3, frameon=False, **corner)
-    note = "stages drawn equally wide; below them their seconds"
-    panels[-1].set_xlabel(note, size=9, color="0.35", loc="right")
+    panels[-1].set_xlabel("stages drawn equally wide; below them their seconds", loc="right")
     title = f"all-MiniLM-L6-v2 parked and restored by qmove ({where})"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +99,13 @@ def _draw_panel(panel: Any, precision: str, line: Timeline, left_by_to: int | No
     x = [sample.stage + sample.share for sample in line.samples]
     ram = [sample.ram / 2**20 for sample in line.samples]
     vram = [sample.vram / 2**20 for sample in line.samples]
-    panel.fill_between(x, ram, color=RAM_COLOUR, alpha=0.35, lw=0, label="RAM (qmove's arena)")
-    panel.plot(x, vram, color=VRAM_COLOUR, lw=2.2, label="VRAM")
+    panel.fill_between(x, ram, color="#d9822b", alpha=0.35, lw=0, label="RAM (qmove's arena)")
+    panel.plot(x, vram, color="#1f5fa8", lw=2.2, label="VRAM")
     if left_by_to:
-        away, mib = line.names.index("parked"), left_by_to / 2**20
-        dashed: Any = {"color": LEFT_COLOUR, "ls": "--", "lw": 2}
-        panel.hlines(mib, away, away + 1, label="VRAM after plain .to('cpu')", **dashed)
-        centred: Any = {"ha": "center", "va": "bottom", "size": 9}
-        panel.text(away + 0.5, mib, f"{mib:.1f} MiB", color=LEFT_COLOUR, **centred)
+        away, mib, colour = line.names.index("parked"), left_by_to / 2**20, "#b3261e"
+        label = "VRAM after plain .to('cpu')"
+        panel.hlines(mib, away, away + 1, label=label, color=colour, ls="--", lw=2)
+        panel.text(away + 0.5, mib, f"{mib:.1f} MiB", color=colour, ha="center", va="bottom")
     seconds = ["" if value is None else f"{value:.2f} s" for value in line.seconds]
     ticks = [f"{name}\n{duration}" for name, duration in zip(line.names, seconds, strict=True)]
     panel.set_xticks([number + 0.5 for number in range(len(ticks))], ticks, size=9)
