@@ -61,9 +61,8 @@ def open_safetensors(file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (
-        safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError
-    ) as error:  # fmt: skip
+    except (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeError,
+            AttributeError, RecursionError) as error:  # fmt: skip
         raise NotSafetensors(f"{file} is no whole safetensors file: {error}.") from error
 
 

@@ -94,22 +94,22 @@ def inspect(
         typer.echo(json.dumps(model.to_dict(), indent=2))
         return
     title = f"{_bytes(model.nbytes)} in {len(model.tensors)} tensors: {model.source}"
-    table = Table(title=title, title_justify="left")
-    for heading in ("file", "kind", "dtype"):
-        table.add_column(heading)
+    table = Table("file", "kind", "dtype", title=_text(title), title_justify="left")
     table.add_column("tensors", justify="right")
     table.add_column("bytes", justify="right")
     table.add_column("largest", overflow="ellipsis", no_wrap=True)
-    for (file, kind, dtype), members in model.groups().items():
+    for group, members in model.groups().items():
         largest = max(members, key=lambda tensor: tensor.nbytes)
         nbytes = sum(tensor.nbytes for tensor in members)
-        table.add_row(file, kind, dtype, str(len(members)), _bytes(nbytes), largest.name)
+        table.add_row(
+            *map(_text, (*group, str(len(members)), _bytes(nbytes), largest.name[:1000]))
+        )
     console.print(table)
     for component, quantization in (model.quantization or {"": "none"}).items():
         of = f" of {component}" if component else ""
-        console.print(f"quantization{of}: {quantization}", markup=False)
+        console.print(_text(f"quantization{of}: {quantization}"))
     for note in model.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(_text(f"note: {note}"))
     host = examine().host
     fits = "fits" if model.nbytes <= host.usable else "does not fit"
     console.print(
@@ -134,10 +134,19 @@ def demo(
 
 
 def _failed(error: QMoveError) -> typer.Exit:
-    Console(stderr=True).print(
-        f"qmove: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
+    Console(stderr=True).print(_text(f"qmove: {error}", "red"), highlight=False, soft_wrap=True)
     return typer.Exit(1)
+
+
+def _text(content: str, style: str = "") -> Text:
+    """Text that comes from a file or from the user: no markup, and nothing the terminal obeys.
+
+    Line breaks stay only in an error, which has several lines.
+    """
+    kept = "".join(
+        c if c.isprintable() or (c == "\n" and style) else f"\\x{ord(c):02x}" for c in content
+    )
+    return Text(kept, style)
 
 
 def _bytes(nbytes: int | None, without: str = "unknown") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -96,54 +97,44 @@ def inspect_saved(path_or_package: str | Path) -> SavedModel:
         CannotInspect: nothing is there, nothing in it is a saved model, or a file is broken.
     """
     path = Path(path_or_package).expanduser()
-    if not path.exists():
-        return _inspect_package(str(path_or_package))
-    if path.is_file():
+    try:
+        is_file, is_there = path.is_file(), path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise CannotInspect(f"{str(path)!r} cannot be a file here: {error}.") from error
+    if is_file:
         return _inspect_files(path, path.parent, [path])
-    files = _weight_files(path)
-    if not files:
-        raise CannotInspect(
-            f"No weights in the folder {path}: no file in it ends in {', '.join(SUFFIXES)}."
-        )
-    return _inspect_files(path, path, files)
-
-
-def _inspect_package(name: str) -> SavedModel:
-    folders = _package_folders(name)
-    if not folders:
-        raise CannotInspect(
-            f"{name!r} is no file or folder here and no installed package. Give a .safetensors or "
-            "torch file, a model's folder, or the name of a package that ships weights."
-        )
+    folders = [path] if is_there else _package_folders(str(path_or_package))
     for folder in folders:
-        files = _weight_files(folder)
+        files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
         if files:
             return _inspect_files(folder, folder, files)
-    raise CannotInspect(
-        f"The installed package {name!r} ships no weights: no file in it ends in "
-        f"{', '.join(SUFFIXES)}."
-    )
+    if not folders:
+        raise CannotInspect(
+            f"{str(path_or_package)!r} is no file or folder here and no installed package. Give a "
+            ".safetensors or torch file, a model's folder, or the name of a package that ships "
+            "weights."
+        )
+    where = f"No weights in the folder {path}"
+    if not is_there:
+        where = f"The installed package {str(path_or_package)!r} ships no weights"
+    raise CannotInspect(f"{where}: no file in it ends in {', '.join(SUFFIXES)}.")
 
 
 def _package_folders(name: str) -> list[Path]:
     """The folders of an installed package, given by its name on the index or by its import name."""
-    modules = {name.replace("-", "_")}
-    for module, distributions in importlib.metadata.packages_distributions().items():
-        if any(_normalized(name) == _normalized(distribution) for distribution in distributions):
-            modules.add(module)
+    wanted = re.sub(r"[-_.]+", "_", name).lower()
+    modules = {
+        module
+        for module, distributions in importlib.metadata.packages_distributions().items()
+        if any(wanted == re.sub(r"[-_.]+", "_", known).lower() for known in distributions)
+    }
     folders: list[Path] = []
-    for module in sorted(modules):
-        if module.isidentifier() and (spec := importlib.util.find_spec(module)) is not None:
-            folders += [Path(location) for location in spec.submodule_search_locations or ()]
+    for module in sorted(filter(str.isidentifier, modules | {name.replace("-", "_")})):
+        with contextlib.suppress(ValueError):  # one that was made by hand, such as `__main__`
+            spec = importlib.util.find_spec(module)
+            locations = (spec and spec.submodule_search_locations) or ()
+            folders += [Path(location) for location in locations]
     return folders
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
 
 
 def _inspect_files(source: Path, root: Path, files: Sequence[Path]) -> SavedModel:
@@ -180,21 +171,19 @@ def _read_safetensors(path: Path, label: str) -> list[SavedTensor]:
 
 
 def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
-    if path.suffix not in SUFFIXES and not zipfile.is_zipfile(path):
-        raise CannotInspect(
-            f"{path} is of no kind that is read here; these are: {', '.join(SUFFIXES)}."
-        )
     if not zipfile.is_zipfile(path):
-        raise CannotInspect(
-            f"{path} is no file of torch's zip format (torch >= 1.6): broken, or older, and then "
-            "it cannot be read without loading it. Save it again with torch.save, or better as "
-            "safetensors."
-        )
+        why = "is no file of torch's zip format (torch >= 1.6): broken, or older, and then it "
+        why += "cannot be read without loading it. Save it again with torch.save, or better as "
+        why += "safetensors"
+        if path.suffix not in SUFFIXES:
+            why = f"is of no kind that is read here; these are: {', '.join(SUFFIXES)}"
+        raise CannotInspect(f"{path} {why}.")
     try:
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises pickle's, its own and RuntimeErrors here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         notes.append(
-            f"{label} holds pickled objects ({str(error).splitlines()[0]}) and was not unpickled, "
+            f"{label} holds pickled objects ({reason}) and was not unpickled, "
             "which could run code: only the sizes of its storages are known."
         )
         return _torch_storages(path, label)
@@ -206,26 +195,33 @@ def _read_torch(path: Path, label: str, notes: list[str]) -> list[SavedTensor]:
             tensor.nbytes,
             label,
         )
-        for name, tensor in _tensors_in("", content)
+        for name, tensor in _tensors_in(content)
     ]
 
 
-def _tensors_in(name: str, content: object) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(content, torch.Tensor):
-        yield name, content
-    elif isinstance(content, (dict, list, tuple)):
-        items = content.items() if isinstance(content, dict) else enumerate(content)
-        for key, value in items:
-            yield from _tensors_in(f"{name}.{key}" if name else str(key), value)
+def _tensors_in(content: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested containers, which may contain themselves."""
+    pending, seen = [("", content)], set[int]()
+    while pending:
+        name, item = pending.pop(0)
+        if isinstance(item, torch.Tensor):
+            yield name, item
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            items = item.items() if isinstance(item, dict) else enumerate(item)
+            pending += [(f"{name}.{key}" if name else str(key), value) for key, value in items]
 
 
 def _torch_storages(path: Path, label: str) -> list[SavedTensor]:
-    with zipfile.ZipFile(path) as archive:
-        return [
-            SavedTensor(entry.filename, "bytes", (entry.file_size,), entry.file_size, label)
-            for entry in archive.infolist()
-            if re.search(r"(^|/)data/\d+$", entry.filename)
-        ]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [
+                SavedTensor(entry.filename, "bytes", (entry.file_size,), entry.file_size, label)
+                for entry in archive.infolist()
+                if re.search(r"(^|/)data/\d+$", entry.filename)
+            ]
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise CannotInspect(f"{path} is broken ({error}). Download or save it again.") from error
 
 
 def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
@@ -233,11 +229,11 @@ def _quantization_of(folder: Path, tensors: Sequence[SavedTensor]) -> str:
     config = folder / "config.json"
     if config.is_file():
         try:
-            declared = json.loads(config.read_text()).get("quantization_config")
-        except (ValueError, AttributeError) as error:
-            raise CannotInspect(f"{config} is no JSON object: {error}.") from error
-        if declared:
-            return _describe(declared)
+            declared = json.loads(config.read_text("utf-8")).get("quantization_config")
+            if declared:
+                return _describe(declared)
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CannotInspect(f"{config} is no config of a model: {error}.") from error
     names = {tensor.name for tensor in tensors}
 
     def any_ends(*endings: str) -> bool:

@@ -72,6 +72,30 @@ def test_inspect_for_programs(saved: Path) -> None:
     assert data["quantization"] == {"": "bitsandbytes int8"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["[bold]x[/]", "[/nothing]", "[link=https://a.example]x", "\x1b]0;title\x07", "\x1b[2J",
+     "a\r\nb", "\x9b31m", "\u202eabc", "[red]" * 500],
+    ids=["bold", "no such tag", "link", "title", "clear", "new line", "CSI", "right to left",
+         "long"],
+)  # fmt: skip
+def test_markup_and_terminal_escapes_of_a_hostile_header_are_plain_text(
+    tmp_path: Path, name: str
+) -> None:
+    """As a tensor's name, as a file's, in its quantization and in an error."""
+    folder = tmp_path / name[:60].replace("/", "-")
+    folder.mkdir()
+    save_file({name: torch.zeros(8, dtype=torch.int8)}, folder / "model.safetensors")
+    config = {"quantization_config": {"quant_method": name, "bits": name}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for arguments in (["inspect", str(folder)], ["inspect", str(folder / name[:20])]):
+        result = qmove(*arguments)
+        shown = result.output + result.stderr
+        assert "Traceback" not in shown and result.exception is None or result.exit_code == 1
+        assert not (set("\x1b\x07\x9b\r\u202e") & set(shown))
+        assert result.exit_code == (0 if arguments[-1] == str(folder) else 1)
+
+
 def test_inspect_of_nothing_is_one_clear_line_and_a_failure() -> None:
     result = qmove("inspect", "no-such-model")
     assert result.exit_code == 1

@@ -199,3 +199,85 @@ class TestClearErrors:
         (tmp_path / "notes.txt").write_text("hello")
         with pytest.raises(CannotInspect, match=r"\.safetensors"):
             inspect_saved(tmp_path / "notes.txt")
+
+
+class TestHostileFiles:
+    """Every one of them is a CannotInspect or plain text: never a traceback, never code that
+    runs."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            b"[" * 100_000,
+            b'{"quantization_config": ' * 50_000,
+            b'{"quantization_config": {"bits": ' + b"9" * 10_000 + b"}}",
+            b'{"quantization_config": [1]}',
+            b'{"quantization_config": "int8"}',
+            b"[]",
+            b"null",
+            b"\xff\xfe\x00",
+            b"",
+        ],
+        ids=["deep list", "deep dict", "huge integer", "list", "text", "no dict", "null", "bytes",
+             "empty"],
+    )  # fmt: skip
+    def test_a_config(
+        self, tmp_path: Path, weights: dict[str, torch.Tensor], config: bytes
+    ) -> None:
+        save_file(weights, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_bytes(config)
+        with pytest.raises(CannotInspect, match=r"config\.json"):
+            inspect_saved(tmp_path)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            b"[" * 100_000 + b"]" * 100_000,
+            b'{"a": ' * 50_000 + b"1" + b"}" * 50_000,
+            b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5_000 + b'], "data_offsets": [0, 4]}}',
+            b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 9223372036854775808]}}',
+            b'{"a": {"dtype": 1, "shape": null, "data_offsets": [0, 4]}}',
+            b'{"a": []}',
+            b"[]",
+            b"null",
+            b"\xff" * 40,
+        ],
+        ids=["deep list", "deep dict", "huge integer", "negative shape", "backwards offsets",
+             "one offset", "absurd offset", "wrong types", "no entry", "list", "null", "bytes"],
+    )  # fmt: skip
+    def test_a_safetensors_header(self, tmp_path: Path, header: bytes) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+        with pytest.raises(CannotInspect, match="no whole safetensors file"):
+            inspect_saved(path)
+
+    @pytest.mark.parametrize("length", [0, 1 << 20, 1 << 40, (1 << 64) - 1])
+    def test_a_header_with_an_absurd_length(self, tmp_path: Path, length: int) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + b"{}      ")
+        with pytest.raises(CannotInspect, match="no whole safetensors file"):
+            inspect_saved(path)
+
+    def test_a_torch_file_with_a_container_that_contains_itself(
+        self, tmp_path: Path, weights: dict[str, torch.Tensor]
+    ) -> None:
+        content: dict[str, Any] = {"state_dict": weights}
+        content["again"] = content
+        torch.save(content, tmp_path / "model.pt")
+        model = inspect_saved(tmp_path)
+        assert bytes_of(model) == {"state_dict.a.weight": 64, "state_dict.a.bias": 16}
+
+    def test_a_torch_file_nested_deeper_than_python_calls(self, tmp_path: Path) -> None:
+        content: Any = torch.zeros(2)
+        for _ in range(200):
+            content = [content]
+        torch.save(content, tmp_path / "model.pt")
+        assert inspect_saved(tmp_path).nbytes == 8
+
+    @pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "__main__", "os", "builtins"])
+    def test_a_name_that_can_be_no_file(self, name: str) -> None:
+        with pytest.raises(CannotInspect):
+            inspect_saved(name)
