@@ -19,15 +19,17 @@ from ..memory import pages
 from ..transfer.copies import Progress
 from .plan import TensorPlan
 
-CHUNK = 64 << 20  # bytes between two looks at whether to stop; the same again is read ahead
-# Bytes that one thread reads at a time; neighbours in a file, so that the disk reads on.
-STRETCH = 256 << 20
-WORKERS = min(8, os.cpu_count() or 1)
 _WILLNEED = 3  # MADV_WILLNEED of Linux; Windows has no such name
 
 
 def read(
-    plans: Iterable[TensorPlan], progress: Progress | None = None, *, checksums: bool = False
+    plans: Iterable[TensorPlan],
+    progress: Progress | None = None,
+    *,
+    checksums: bool = False,
+    chunk: int = 64 << 20,
+    stretch: int = 256 << 20,
+    workers: int = min(8, os.cpu_count() or 1),
 ) -> None:
     """Reads all `plans` into their `data`; or into the page cache, where they are mapped.
 
@@ -35,22 +37,25 @@ def read(
         progress: called in the calling thread as (bytes done, bytes in all). What it raises stops
             the reading.
         checksums: whether to take the checksum of what the model gets.
+        chunk: bytes between two looks at whether to stop; the same again is read ahead.
+        stretch: bytes that one thread reads at a time, neighbours in a file: the disk reads on.
+        workers: threads that read into host memory.
     """
     ordered = sorted(plans, key=lambda item: (str(item.source.file or ""), item.source.offset))
-    counter = _Counter(sum(item.source.nbytes for item in ordered), progress, checksums)
+    counter = _Counter(sum(item.source.nbytes for item in ordered), progress, checksums, chunk)
     on_host = [item for item in ordered if item.data is None or item.data.device.type == "cpu"]
     to_device = [
         item for item in ordered if item.data is not None and item.data.device.type != "cpu"
     ]
-    with ThreadPoolExecutor(WORKERS, "qmove-read") as pool:
+    with ThreadPoolExecutor(workers, "qmove-read") as pool:
         pending: set[Future[None]] = {
-            pool.submit(_read_stretch, stretch, counter) for stretch in _stretches(on_host)
+            pool.submit(_read_stretch, members, counter) for members in _stretches(on_host, stretch)
         }
         try:
             # Copies to a device go through one thread: its link is the bottleneck, and the order of
             # streams stays simple.
-            for stretch in _stretches(to_device):
-                _read_stretch(stretch, counter, counter.report)
+            for members in _stretches(to_device, stretch):
+                _read_stretch(members, counter, counter.report)
             while pending:
                 done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
                 counter.report()
@@ -65,8 +70,10 @@ def read(
 class _Counter:
     """Bytes read so far, counted by several threads and reported by one."""
 
-    def __init__(self, total: int, progress: Progress | None, checksums: bool) -> None:
-        self.stopped, self.checksums = False, checksums
+    def __init__(
+        self, total: int, progress: Progress | None, checksums: bool, chunk: int
+    ) -> None:
+        self.stopped, self.checksums, self.chunk = False, checksums, chunk
         self._total, self._progress = total, progress
         self._done, self._reported = 0, -1
         self._lock = threading.Lock()
@@ -81,11 +88,11 @@ class _Counter:
             self._progress(self._reported, self._total)
 
 
-def _stretches(plans: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
+def _stretches(plans: Iterable[TensorPlan], length: int) -> list[list[TensorPlan]]:
     stretches: list[list[TensorPlan]] = []
-    size = STRETCH
+    size = length
     for item in plans:
-        if size >= STRETCH:
+        if size >= length:
             stretches.append([])
             size = 0
         stretches[-1].append(item)
@@ -99,9 +106,9 @@ def _read_stretch(
     with torch.no_grad(), torch.inference_mode(False):
         for item, following in zip(plans, [*plans[1:], None], strict=True):
             if item.source.file is not None:
-                _read_ahead(item.opened, 0)
-                if following is not None and item.source.nbytes < CHUNK:
-                    _read_ahead(following.opened, 0)
+                _read_ahead(item.opened, 0, counter.chunk)
+                if following is not None and item.source.nbytes < counter.chunk:
+                    _read_ahead(following.opened, 0, counter.chunk)
             _read_one(item, counter, report)
             report()
             if counter.stopped:
@@ -114,11 +121,11 @@ def _read_one(item: TensorPlan, counter: _Counter, report: Callable[[], None]) -
         opened.dtype == data.dtype and item.source.through in (None, opened.dtype)
     )
     if as_it_is and opened.is_contiguous() and (data is None or data.is_contiguous()):
-        parts = _bytes_of(opened).split(CHUNK)
-        places = _bytes_of(data).split(CHUNK) if data is not None else [None] * len(parts)
+        parts = _bytes_of(opened).split(counter.chunk)
+        places = _bytes_of(data).split(counter.chunk) if data is not None else [None] * len(parts)
         for index, (part, place) in enumerate(zip(parts, places, strict=True)):
             if item.source.file is not None:
-                _read_ahead(opened, (index + 1) * CHUNK)
+                _read_ahead(opened, (index + 1) * counter.chunk, counter.chunk)
             if place is not None:
                 place.copy_(part)
             elif item.source.file is not None:
@@ -138,9 +145,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _read_ahead(tensor: torch.Tensor, start: int) -> None:
-    """Asks the system to read the next CHUNK bytes of a mapped tensor ahead. Only a hint."""
-    nbytes = min(tensor.numel() * tensor.itemsize - start, CHUNK)
+def _read_ahead(tensor: torch.Tensor, start: int, most: int) -> None:
+    """Asks the system to read the next bytes of a mapped tensor ahead. Only a hint."""
+    nbytes = min(tensor.numel() * tensor.itemsize - start, most)
     if nbytes > 0:
         address = tensor.data_ptr() + start
         first = address // mmap.PAGESIZE * mmap.PAGESIZE

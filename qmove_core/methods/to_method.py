@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +56,7 @@ def enable_to(model: Model) -> Model:
             f"Cannot give {type(model).__qualname__} other methods ({error}). "
             "Call qmove.move(model, device)."
         ) from error
-    before = {name: model.__dict__.pop(name) for name in _METHODS if name in model.__dict__}
+    before = {name: model.__dict__[name] for name in _METHODS if name in model.__dict__}
     if before:
         model.__dict__[METHODS_BEFORE] = before
     return model
@@ -65,8 +66,7 @@ def disable_to(model: Model) -> Model:
     """Gives the model the very methods back that it had before `enable_to`. It is not moved."""
     if is_enabled(model):
         sleeping.exchange_class(model, base_of)
-        for name, value in model.__dict__.pop(METHODS_BEFORE, {}).items():
-            model.__dict__.setdefault(name, value)  # what was set since then stays
+        model.__dict__.pop(METHODS_BEFORE, None)
     return model
 
 
@@ -171,16 +171,15 @@ def _members(cls: type) -> dict[str, Any]:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """Copies and pickles have what the model had in its `__dict__`."""
         function, arguments, *rest = reduce_as_own_class(self, cls, protocol)
-        if rest and isinstance(rest[0], dict) and METHODS_BEFORE in rest[0]:
-            before = rest[0][METHODS_BEFORE]
-            rest[0] = {k: value for k, value in rest[0].items() if k != METHODS_BEFORE} | before
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != METHODS_BEFORE}
         return function, arguments, *rest
 
     return {
         "__class__": property(own_class),  # what programs ask for the class, pickle among them
         "__reduce_ex__": reduce_ex,
         **{
-            name: _method(name, function, cls)
+            name: _Method(name, function, cls)
             for name, (function, always) in _METHODS.items()
             if always or hasattr(cls, name)
         },
@@ -190,19 +189,45 @@ def _members(cls: type) -> dict[str, Any]:
 _enabled = Variants(_members)
 
 
-def _method(name: str, function: Callable[..., Any], cls: type) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def original(*args: Any, **kwargs: Any) -> Any:
-            before = self.__dict__.get(METHODS_BEFORE, {})
-            if name in before:
-                return before[name](*args, **kwargs)
-            return getattr(cls, name)(self, *args, **kwargs)
+def _bound(cls: type, name: str, model: Any) -> Original:
+    """The method of the class; where it has none, calling it says so."""
+    return lambda *args, **kwargs: getattr(cls, name)(model, *args, **kwargs)
 
-        if not is_enabled(
-            self
-        ):  # a wrapper around this method, such as accelerate's, is still there
-            return original(*args, **kwargs)
-        with homes.lock:
-            return function(self, original, *args, **kwargs)
 
-    return functools.wraps(getattr(cls, name))(method) if hasattr(cls, name) else method
+class _Method:
+    """A method of an enabled model.
+
+    A data descriptor: it comes before a method that the model had in its `__dict__`, which stays
+    there. One that was set since comes first: accelerate wraps the enabled method so.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], cls: type) -> None:
+        def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+            before = model.__dict__.get(METHODS_BEFORE, {})
+            original = before[name] if name in before else _bound(cls, name, model)
+            if not is_enabled(model):  # a wrapper around this method is still there
+                return original(*args, **kwargs)
+            with homes.lock:
+                return function(model, original, *args, **kwargs)
+
+        self._name, self._method = name, method
+        if hasattr(cls, name):
+            functools.update_wrapper(method, getattr(cls, name))
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            return self._method
+        attributes, name = model.__dict__, self._name
+        before = attributes.get(METHODS_BEFORE, {})
+        if name in attributes and attributes[name] is not before.get(name, self):
+            return attributes[name]
+        return MethodType(self._method, model)
+
+    def __set__(self, model: Any, method: Any) -> None:
+        model.__dict__[self._name] = method
+
+    def __delete__(self, model: Any) -> None:
+        try:
+            del model.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from torch import nn
+
 import qmove_core as qmove
+from qmove_core.actions import Action
 from qmove_core.digests.checksum import checksum_of
 from qmove_core.materialize import reading
-from qmove_core.materialize.plan import TensorPlan
+from qmove_core.materialize.plan import TensorPlan, placement, plan
 from qmove_core.memory import pages
 from tests.builders.device import GPU
 from tests.builders.dispatched_models import ON_DISK, dispatched, state, tower
@@ -36,8 +39,16 @@ def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert opened == {"model-0.safetensors": 1, "model-1.safetensors": 1}
 
 
+def planned(model: nn.Module, device: str = "cpu") -> list[TensorPlan]:
+    """What is to be read for a model, with memory of its own for each tensor."""
+    plans = plan(Action("materialize", model), qmove.inventory(model), placement(device))
+    for item in plans:
+        item.data = torch.empty(item.shape, dtype=item.dtype, device=device)
+    return plans
+
+
 def test_files_are_read_in_their_own_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = dispatched(tmp_path, ON_DISK, "safetensors")
+    plans = planned(dispatched(tmp_path, ON_DISK, "safetensors"))
     seen: dict[str, list[int]] = {}
     read_one = reading._read_one
 
@@ -46,8 +57,7 @@ def test_files_are_read_in_their_own_order(tmp_path: Path, monkeypatch: pytest.M
         read_one(item, *arguments)
 
     monkeypatch.setattr(reading, "_read_one", watching)
-    monkeypatch.setattr(reading, "WORKERS", 1)
-    qmove.materialize_meta_tensors(model)
+    reading.read(reversed(plans), workers=1)
     assert len(seen) == 2 and sum(map(len, seen.values())) > 8
     for addresses in seen.values():  # of one map of the whole file
         assert addresses == sorted(addresses)
@@ -56,19 +66,16 @@ def test_files_are_read_in_their_own_order(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("source", ["dat", "safetensors"])
 @pytest.mark.parametrize("target", ["cpu", "cuda:0"])
 def test_many_threads_and_small_pieces_give_the_same_bytes(
-    tmp_path: Path, gpu: GPU, monkeypatch: pytest.MonkeyPatch, source: str, target: str
+    tmp_path: Path, gpu: GPU, source: str, target: str
 ) -> None:
-    monkeypatch.setattr(reading, "CHUNK", 100)
-    monkeypatch.setattr(reading, "STRETCH", 300)
-    monkeypatch.setattr(reading, "WORKERS", 8)
     truth = state(tower())
-    model = dispatched(tmp_path, ON_DISK, source)
+    plans = planned(dispatched(tmp_path, ON_DISK, source), target)
     calls: list[tuple[int, int]] = []
-    qmove.materialize_meta_tensors(
-        model, target, progress=lambda done, in_all: calls.append((done, in_all))
+    reading.read(
+        plans, lambda done, in_all: calls.append((done, in_all)), chunk=100, stretch=300, workers=8
     )
-    content = state(model)
-    assert all(torch.equal(content[name], truth[name]) for name in truth)
+    for item in plans:
+        assert item.data is not None and torch.equal(item.data.cpu(), truth[item.name])
     assert calls == sorted(calls) and calls[-1][0] == calls[-1][1] > 0
 
 

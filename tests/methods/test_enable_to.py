@@ -263,12 +263,14 @@ def test_accelerates_own_to_is_put_aside_and_put_back(tmp_path: Path) -> None:
         tiny_llama("int8", tmp_path), {"model": 0, "lm_head": 1}, force_hooks=True
     )
     wrapped = {name: vars(model)[name] for name in ("to", "cuda")}
+    order = list(vars(model))
 
     qmove.enable_to(model)
 
-    assert not wrapped.keys() & vars(model).keys()
+    assert all(getattr(model, name) is not method for name, method in wrapped.items())
     qmove.disable_to(model)
     assert {name: vars(model)[name] for name in ("to", "cuda")} == wrapped
+    assert list(vars(model)) == order
     assert qmove.enable_to(model).to("cpu") is model
     assert qmove.inventory(model).by_device.keys() == {"cpu"}
 
@@ -345,9 +347,37 @@ def test_the_very_values_that_were_in_the_way_are_put_back_and_absent_ones_stay_
     model = layers()
     mine: dict[str, object] = {"to": functools.partial(print), "cuda": None, "half": [1]}
     vars(model).update(mine)
+    model.last = 1
     before = dict(vars(model))
 
-    qmove.disable_to(qmove.enable_to(model))
+    qmove.enable_to(model)
+    assert model.half is not mine["half"] and model.cuda is not None
+    qmove.disable_to(model)
 
-    assert vars(model).keys() == before.keys()
+    assert list(vars(model)) == list(before), "in the very order"
     assert all(vars(model)[name] is value for name, value in before.items())
+
+
+@pytest.mark.parametrize("before", [None, print], ids=["nothing before", "one before"])
+def test_a_method_that_is_set_while_enabled_comes_first_and_stays(before: Any) -> None:
+    model = layers()
+    if before is not None:
+        model.__dict__["to"] = before
+    qmove.enable_to(model)
+    mine = functools.partial(print, "mine")
+
+    model.to = mine  # type: ignore[method-assign]
+    assert model.to is mine
+    qmove.disable_to(model)
+    assert model.to is mine
+    del model.to
+    assert "to" not in vars(model)
+
+
+def test_deleting_a_method_that_was_set_gives_the_enabled_one_back() -> None:
+    model = qmove.enable_to(layers())
+    model.to = print  # type: ignore[method-assign, assignment]
+    del model.to
+    assert model.to("cpu") is model
+    with pytest.raises(AttributeError):
+        del model.to
