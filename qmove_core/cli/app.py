@@ -101,9 +101,7 @@ def inspect(
     for group, members in model.groups().items():
         largest = max(members, key=lambda tensor: tensor.nbytes)
         nbytes = sum(tensor.nbytes for tensor in members)
-        table.add_row(
-            *map(_text, (*group, str(len(members)), _bytes(nbytes), largest.name[:1000]))
-        )
+        table.add_row(*map(_text, (*group, str(len(members)), _bytes(nbytes), largest.name[:1000])))
     console.print(table)
     for component, quantization in (model.quantization or {"": "none"}).items():
         of = f" of {component}" if component else ""

@@ -70,9 +70,7 @@ def read(
 class _Counter:
     """Bytes read so far, counted by several threads and reported by one."""
 
-    def __init__(
-        self, total: int, progress: Progress | None, checksums: bool, chunk: int
-    ) -> None:
+    def __init__(self, total: int, progress: Progress | None, checksums: bool, chunk: int) -> None:
         self.stopped, self.checksums, self.chunk = False, checksums, chunk
         self._total, self._progress = total, progress
         self._done, self._reported = 0, -1

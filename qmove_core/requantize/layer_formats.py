@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,6 +44,8 @@ class LayerFormat:
 
     bitsandbytes_classes: ClassVar[tuple[str, ...]] = ()
     own_attributes: ClassVar[tuple[str, ...]] = ()  # what a plain layer does without
+    weight_options: ClassVar[tuple[str, ...]] = ()  # how a weight was quantized
+    weight_state: ClassVar[tuple[str, ...]] = ()  # what else the library keeps on a weight
 
     def is_format_of(self, module: nn.Module) -> bool:
         package = sys.modules.get("bitsandbytes")
@@ -96,6 +98,10 @@ class LayerFormat:
         """The dtype that a weight was quantized from, and how."""
         raise NotImplementedError
 
+    def librarys_attributes(self, weight: Any) -> Iterable[str]:
+        """What the library keeps in the `__dict__` of a weight; the rest is the user's."""
+        return (*self.weight_options, *self.weight_state)
+
     def dequantize(
         self,
         module: nn.Module,
@@ -112,6 +118,7 @@ class LayerFormat:
                     self.values(module, weight, device, dtype),
                     requires_grad=trains and not is_quantizing_wrapper(weight),
                 )
+                _hand_on(weight, made[id(weight)], self.librarys_attributes(weight))
             parameters[name] = made[id(weight)]
         cls = self.plain_class(own_class(module))
         return Change(module, cls, parameters, dropped=self.own_attributes)
@@ -124,6 +131,7 @@ class LayerFormat:
         if id(weight) not in made:
             values = weight.data.to(device, recipe.dtype)
             made[id(weight)] = self.quantized(module, recipe, values)
+            _hand_on(weight, made[id(weight)])
         attributes = {**recipe.attributes, **self.attributes_with(made[id(weight)])}
         return Change(
             module, recipe.cls, {"weight": made[id(weight)]}, attributes, order=recipe.order
@@ -158,6 +166,14 @@ class FourBit(LayerFormat):
         "support_avx512bf16_for_cpu",
         "dtype",
     )
+    weight_options = (
+        "blocksize",
+        "compress_statistics",
+        "quant_type",
+        "quant_storage",
+        "requires_grad",
+    )
+    weight_state = ("quant_state", "bnb_quantized", "module", "data")
 
     def obstacle(self, module: nn.Module) -> str:
         if is_packed_for_cpu(module.weight):
@@ -190,9 +206,8 @@ class FourBit(LayerFormat):
 
     def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         state = quant_state_of(module)
-        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "requires_grad")
         dtype = weight.dtype if state is None else state.dtype
-        return dtype, {name: getattr(weight, name) for name in names}
+        return dtype, {name: getattr(weight, name) for name in self.weight_options}
 
     def quantized(self, module: nn.Module, recipe: Recipe, values: torch.Tensor) -> nn.Parameter:
         from bitsandbytes.functional import quantize_4bit
@@ -216,6 +231,8 @@ class EightBit(LayerFormat):
 
     bitsandbytes_classes = ("Linear8bitLt", "Embedding8bit")
     own_attributes = ("state", "index", "dtype")
+    weight_options = ("has_fp16_weights", "requires_grad")
+    weight_state = ("CB", "SCB", "data")
 
     def obstacle(self, module: nn.Module) -> str:
         if module.weight.dtype == torch.int8 and row_scales_of(module, module.weight) is None:
@@ -240,8 +257,7 @@ class EightBit(LayerFormat):
     def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         # bitsandbytes quantizes from float16 always
         dtype = weight.dtype if weight.has_fp16_weights else torch.float16
-        names = ("has_fp16_weights", "requires_grad")
-        return dtype, {name: getattr(weight, name) for name in names}
+        return dtype, {name: getattr(weight, name) for name in self.weight_options}
 
     def quantized(self, module: nn.Module, recipe: Recipe, values: torch.Tensor) -> nn.Parameter:
         from bitsandbytes.functional import int8_vectorwise_quant
@@ -293,6 +309,16 @@ class Wrapped(LayerFormat):
         bits = getattr(module.__dict__.get("weight_qtype"), "bits", 8)
         return weight.dtype, {"bits": bits, "requires_grad": weight.requires_grad}
 
+    def librarys_attributes(self, weight: Any) -> Iterable[str]:
+        inner, context = weight.__tensor_flatten__()
+        parts = {name: getattr(weight, name) for name in inner}
+        try:
+            cls, size, stride = type(weight), weight.size(), weight.stride()
+            fresh = cls.__tensor_unflatten__(parts, context, size, stride)
+        except Exception:  # the library's own code: then nothing is known to be the user's
+            fresh = weight
+        return (*vars(fresh), "_is_param")  # the latter is nn.Parameter's mark on a subclass
+
     def values(
         self, module: nn.Module, weight: Any, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -307,6 +333,12 @@ class Wrapped(LayerFormat):
         like.__class__ = recipe.cls
         qweight: Any = like.qweight
         return nn.Parameter(qweight, requires_grad=recipe.options["requires_grad"])
+
+
+def _hand_on(weight: Any, to: Any, without: Iterable[str] = ()) -> None:
+    """Gives a new weight what was set on the old one, such as a trainer's note."""
+    given, has = vars(weight), vars(to)
+    has.update({name: given[name] for name in given.keys() - {*without, *has}})
 
 
 _FORMATS: tuple[LayerFormat, ...] = (FourBit(), EightBit(), Wrapped())

@@ -91,7 +91,7 @@ def test_markup_and_terminal_escapes_of_a_hostile_header_are_plain_text(
     for arguments in (["inspect", str(folder)], ["inspect", str(folder / name[:20])]):
         result = qmove(*arguments)
         shown = result.output + result.stderr
-        assert "Traceback" not in shown and result.exception is None or result.exit_code == 1
+        assert ("Traceback" not in shown and result.exception is None) or result.exit_code == 1
         assert not (set("\x1b\x07\x9b\r\u202e") & set(shown))
         assert result.exit_code == (0 if arguments[-1] == str(folder) else 1)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch import nn
 
 import qmove_core as qmove

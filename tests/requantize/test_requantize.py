@@ -35,6 +35,33 @@ def test_a_requantized_layer_has_the_class_and_the_options_it_had(name: str) -> 
     assert snapshot(model) == reference
 
 
+@every_layer
+def test_what_was_set_on_a_weight_is_on_it_after_each_way(name: str) -> None:
+    model = quantized(name)
+    model(inputs(model, "cuda"))
+    model[0].weight.tag, model[0].weight.note = "mine", {"step": 3}
+    before = vars(model[0].weight).keys()
+
+    qmove.dequantize_and_move(model, "cpu")
+    plain: Any = model[0].weight
+    assert vars(plain) == {"tag": "mine", "note": {"step": 3}}
+    plain.later = 7
+    qmove.move_and_requantize(model, "cuda")
+
+    weight: Any = model[0].weight
+    assert (weight.tag, weight.note, weight.later) == ("mine", {"step": 3}, 7)
+    assert vars(weight).keys() - before <= {"later", "CB", "SCB"}
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qint4", "torchao int8"])
+def test_what_was_set_on_a_wrapper_subclass_is_on_its_plain_weight_alone(kind: str) -> None:
+    model = torchao_layers("int8") if "torchao" in kind else quanto_layers(kind)
+    weight: Any = model[0].weight
+    weight.tag = "mine"
+    qmove.dequantize_and_move(model, "cpu")
+    assert vars(model[0].weight) == {"tag": "mine"}
+
+
 def _options(layer: Any) -> dict[str, Any]:
     of_weight = (
         "blocksize",
