@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .actions import Action
+from .base_errors import MissingDependency as MissingDependency
+from .base_errors import QMoveError as QMoveError
 
 
 def readable_bytes(nbytes: int) -> str:
@@ -29,10 +31,6 @@ def counted(count: int, noun: str) -> str:
 def first_of(names: Sequence[str]) -> str:
     """The first names of a list that may be long: "a, b, c, d, e and 12 more"."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class QMoveError(RuntimeError):
-    """Base of all errors of qmove. The model is whole then, in its old place or its new one."""
 
 
 class NotEnoughMemory(QMoveError):
@@ -169,10 +167,6 @@ class LiveAutogradGraph(QMoveError):
 
 class DtypeCastRefused(QMoveError, TypeError):
     """A cast that would destroy quantized weights."""
-
-
-class MissingDependency(QMoveError, ImportError):
-    """What was asked needs an optional package that is not installed."""
 
 
 def _lines(reasons: Sequence[tuple[str, str]]) -> str:

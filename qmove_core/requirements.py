@@ -6,7 +6,7 @@ for a GPU.
 
 from __future__ import annotations
 
-from .errors import MissingDependency
+from .base_errors import MissingDependency
 
 _ADVICE = (
     "qmove needs PyTorch 2.6 or newer. "
