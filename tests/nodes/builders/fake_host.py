@@ -401,25 +401,23 @@ class FakeHost:
         """
         self.management.throw_exception_if_processing_interrupted()
         if node_id in pending:
-            outputs = [self._value(nodes, item) for item in pending.pop(node_id)]
-            self.cache.put(node_id, [[value] for value in outputs])
+            self.cache.put(node_id, [self._values(item) for item in pending.pop(node_id)])
             return True
         node = nodes.dynprompt.get_node(node_id)
         cls = self.classes[node["class_type"]]
         if (node_id, cls) not in self.instances:
             self.instances[node_id, cls] = cls()
-        inputs = {name: [self._value(nodes, item)] for name, item in node["inputs"].items()}
+        inputs = {name: self._values(item) for name, item in node["inputs"].items()}
         # Looked up in its module, as the host does.
-        result = (
-            await self.execution.get_output_data(
-                "prompt",
-                node_id,
-                self.instances[node_id, cls],
-                inputs,
-                execution_block_cb=None,
-                pre_execute_cb=lambda index: None,
-            )
-        )[0]
+        results = await self.execution.get_output_data(
+            "prompt",
+            node_id,
+            self.instances[node_id, cls],
+            inputs,
+            execution_block_cb=None,
+            pre_execute_cb=lambda index: None,
+        )
+        result = results[0]
         if isinstance(result, dict) and "expand" in result:
             names = nodes.expand(node_id, result["expand"])
             waits_for = [[names[name], index] for name, index in result["result"]]
@@ -427,15 +425,20 @@ class FakeHost:
                 nodes.blocking.setdefault(source, {})[node_id] = True
             pending[node_id] = waits_for
             return False
-        result = result["result"] if isinstance(result, dict) else result
-        self.cache.put(node_id, [[value] for value in result])
+        results = [r["result"] if isinstance(r, dict) else r for r in results]
+        is_list = getattr(cls, "OUTPUT_IS_LIST", [False] * len(results[0]))
+        outputs = [
+            results[0][index] if of_list else [result[index] for result in results]
+            for index, of_list in enumerate(is_list)
+        ]
+        self.cache.put(node_id, outputs)
         return True
 
-    def _value(self, nodes: Any, item: Any) -> Any:
+    def _values(self, item: Any) -> list[Any]:
         if not is_link(item):
-            return item
+            return [item]
         entry = self.cache.get(item[0])
-        return getattr(entry, "outputs", entry)[item[1]][0]
+        return getattr(entry, "outputs", entry)[item[1]]
 
     async def _get_output_data(
         self,
