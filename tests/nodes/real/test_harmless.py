@@ -163,7 +163,8 @@ def test_only_the_device_that_is_short(tmp_path: Path) -> None:
 
 
 def test_no_more_goes_than_is_needed(tmp_path: Path) -> None:
-    """Three models of 500 MiB on 4000 MiB; for work of 3000 MiB one of them must go, and only one."""
+    """Three models of 500 MiB on 4000 MiB; for work of 2700 MiB (and the 10 % that is
+    allowed for) one of them must go, and only one."""
     loads = {f"load{n}": load(500, seed=n) for n in (1, 2, 3)}
     with start(tmp_path, "4000MiB") as comfyui:
         for run in range(4):
@@ -173,12 +174,12 @@ def test_no_more_goes_than_is_needed(tmp_path: Path) -> None:
                 for n in (1, 2, 3)
             }  # fmt: skip
             scratch = node(
-                "CarelessScratch", mib=2900, device="cuda:0", seed=run, after=("use3", 0)
+                "CarelessScratch", mib=2700, device="cuda:0", seed=run, after=("use3", 0)
             )
             history, moved = comfyui.moved(
                 {**loads, **uses, "scratch": scratch, "show": show("scratch")}
             )
             assert_passed(comfyui, history)
-            if run:  # before the first run nobody knows what the work takes
+            if run > 1:  # in the first run nobody knows what the work takes, and all made room
                 assert moved[0][1] < model_bytes(500) + MIB, "out"
                 assert moved[0][0] < model_bytes(500) + MIB, "and home again"
