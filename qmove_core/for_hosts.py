@@ -17,11 +17,15 @@ from .homes import lock, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
+from .model.heap import Heap
+from .model.places import Place, places
 from .parking.records import parked_bytes
 from .slots import slots_of
 
 __all__ = [
     "Description",
+    "Heap",
+    "Place",
     "describe",
     "free_memory",
     "has_context",
@@ -34,6 +38,7 @@ __all__ = [
     "on_shortage",
     "parked_bytes",
     "parked_home",
+    "places",
     "readable_bytes",
     "slots_of",
     "total_memory",
