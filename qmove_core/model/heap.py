@@ -147,7 +147,7 @@ def referents(obj: object) -> list[object]:
 
 
 def _children(module: nn.Module) -> Iterable[nn.Module | None]:
-    """Also of a module whose author has not called `super().__init__()`, or forgets its children."""
+    """Also of a module whose author has not called `super().__init__()`: it has none."""
     try:
         return module._modules.values()
     except AttributeError:

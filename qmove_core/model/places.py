@@ -34,9 +34,9 @@ class Place:
 
     Attributes:
         kind: "known" (the caller has a name for the holder), "module" (an `nn.Module`), "class",
-            "global", "function" (a closure, cache, partial or generator), "thread", "attribute" (of
-            an object that only frames or C hold), "C" (no Python object holds it, but code that runs
-            now may), or "unknown" (the way up is too long).
+            "global", "function" (closure, cache, partial or generator), "thread", "attribute" (of
+            an object that only frames or C hold), "C" (no Python object holds it, though code that
+            runs now may), or "unknown" (the way up is too long).
         owner: in words: "Caption node", "module faces", "a Session".
         path: from the owner to it: "self.model", "_cache['a']".
         holders: from the thing itself outward, the owner last. Strong: do not keep them.
@@ -131,8 +131,8 @@ def _referrers(
 
 
 # What runs, and our own steps: they hold nothing for long.
-_IGNORED = (types.FrameType, types.CoroutineType, types.AsyncGeneratorType, types.TracebackType)
-_IGNORED += (_Way,)
+_RUNNING = (types.FrameType, types.CoroutineType, types.AsyncGeneratorType, types.TracebackType)
+_IGNORED = (*_RUNNING, _Way)
 
 _KINDS = ["known", "module", "class", "global", "function", "thread"]
 
@@ -216,8 +216,8 @@ def _path(holders: tuple[object, ...]) -> str:
     return text.removeprefix(".")
 
 
-_FUNCTIONS = (types.FunctionType, functools._lru_cache_wrapper, functools.partial)
-_FUNCTIONS += (types.GeneratorType,)
+_CACHES = (functools._lru_cache_wrapper, functools.partial)
+_FUNCTIONS = (types.FunctionType, types.GeneratorType, *_CACHES)
 
 
 def _step(holders: tuple[object, ...], index: int) -> str:
@@ -231,8 +231,8 @@ def _step(holders: tuple[object, ...], index: int) -> str:
         is_named = above is None or _is_namespace(parent, above)
         return f".{key}" if is_named and isinstance(key, str) else f"[{_short(key)}]"
     if isinstance(above, types.FunctionType) and parent is above.__closure__:
-        place = next((i for i, cell in enumerate(above.__closure__) if cell is child), 0)
-        return f".{above.__code__.co_freevars[place]}"
+        variables = zip(above.__code__.co_freevars, above.__closure__ or (), strict=True)
+        return next((f".{name}" for name, cell in variables if cell is child), "")
     if isinstance(parent, (list, tuple, deque)):
         return f"[{next((i for i, value in enumerate(parent) if value is child), '?')}]"
     named = dict(_attributes(parent) or {})  # type: ignore[call-overload]
