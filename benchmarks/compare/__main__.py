@@ -25,7 +25,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import contenders, machine, page, plots, terminal, workloads
+from . import contenders, little_room, machine, page, plots, terminal, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = [contender.name for contender in contenders.ALL]
@@ -140,8 +140,14 @@ class Run:
             {"tensors": 64, "nbytes": size, "rounds": 1 if size > 10**9 else rounds}
             for size in sizes
         ]
+        turns = [
+            {"case": case, "way": way, "tensors": 120, "nbytes": beside["nbytes"]}
+            for case in little_room.CASES
+            for way in little_room.WAYS
+        ]
         steps = (
-            len(models) * (1 + len(self.contenders) + len(self.moves_on))
+            len(turns)
+            + len(models) * (1 + len(self.contenders) + len(self.moves_on))
             + 1
             + len(counts)
             + len(sizes)
@@ -157,6 +163,7 @@ class Run:
                 ),
                 "workloads": [self._workload(workload) for workload in models],
                 "beside a copy": self._child("beside a copy", beside, "beside a plain copy"),
+                "little room": [self._turns(request) for request in turns],
                 "by tensors": list(self.pool.map(self._size, by_tensors)),
                 "by bytes": list(self.pool.map(self._size, by_bytes)),
             }
@@ -190,6 +197,9 @@ class Run:
                 "contenders": {name: future.result() for name, future in swaps.items()},
                 "moves": {link: future.result() for link, future in moves.items()},
             }
+
+    def _turns(self, request: dict[str, Any]) -> dict[str, Any]:
+        return request | self._child("little room", request, f"{request['case']}: {request['way']}")
 
     def _size(self, request: dict[str, Any]) -> dict[str, Any]:
         needed = (2.1 if self.simulated else 1.1) * request["nbytes"] + 10**9

@@ -31,6 +31,12 @@ cross the link. "Streaming" is a restore with `stream=True` and the first forwar
 """
 
 
+LITTLE_ROOM = """\
+Two models of {} each in 120 tensors take turns ten times, the first of which copies out. "RAM for one": `ram_limit` is one model and
+four times its largest storage. "VRAM for one": one model and 64 MiB. RAM is what qmove holds, mirrors and spare memory included.
+"""
+
+
 def page(results: dict[str, Any]) -> str:
     """The whole page, as Markdown."""
     parts = [
@@ -50,6 +56,13 @@ def page(results: dict[str, Any]) -> str:
             _swaps(results, workload),
         ]
         parts += ["\n".join(f"- {remark}" for remark in rows.remarks(workload))]
+    if results.get("little room"):
+        nbytes = next((t["nbytes"] for t in results["little room"] if "error" not in t), 0)
+        parts += [
+            "## Swaps in little room",
+            LITTLE_ROOM.format(rows.readable(nbytes)),
+            _table(*_split(rows.little_room(results))),
+        ]
     parts += ["## What was to be reached", REACHED, _table(*_split(rows.reached_by_link(results)))]
     parts += ["Wall time of this machine:", _table(*_split(rows.reached_on_the_wall(results)))]
     parts += [

@@ -86,6 +86,24 @@ def _figure(target: Target) -> str:
     return text if target.reached else f"**{text}**"
 
 
+def little_room(results: dict[str, Any]) -> list[list[str]]:
+    """Headings, and a line for each case and way of taking turns."""
+    seconds = "ten swaps, s, PCIe 4" if results["simulated"] else "ten swaps, s"
+    lines = [
+        ["", "", seconds, "GB in (copies)", "GB out (copies)", "peak VRAM, GB", "peak RAM, GB"]
+    ]
+    for turns in results.get("little room", []):
+        if "error" in turns:
+            reason = str(turns["error"]).split(". ")[0]
+            lines.append([turns["case"], turns["way"], reason, "", "", "", ""])
+            continue
+        cells = [_seconds(turns, "link" if results["simulated"] else "wall")]
+        cells += [_moved(turns, "h2d"), _moved(turns, "d2h")]
+        cells += [_bytes(turns[key], 1e9) for key in ("peak_vram", "peak_ram")]
+        lines.append([turns["case"], turns["way"], *cells])
+    return lines
+
+
 def readable(nbytes: float) -> str:
     """In GB, MB or kB."""
     unit, name = next(

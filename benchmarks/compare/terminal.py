@@ -37,6 +37,7 @@ def show(console: Console, results: dict[str, Any]) -> None:
             "to be reached in the link model" if results["simulated"] else "to be reached",
             rows.reached_by_link(results),
         ),
+        ("swaps in little room", rows.little_room(results)),
         ("to be reached on this machine, wall", rows.reached_on_the_wall(results)),
     ):
         table = Table(*lines[0], title=f"{title} (red: not reached)", title_justify="left")

@@ -288,3 +288,27 @@ def test_kept_results_name_no_folder_of_this_machine() -> None:
 def test_a_target_is_reached_up_to_its_limit() -> None:
     reached = [targets.Target("", 1.05, figure).reached for figure in (1.05, 1.051, None)]
     assert reached == [True, False, None]
+
+
+def test_swaps_in_little_room_show_what_a_park_first_has_no_room_for(gpu: GPU) -> None:
+    """Given RAM for one model and VRAM for one, ten swaps move each byte once; a park is refused."""
+    request = {"tensors": 40, "nbytes": 4_000_000, "case": "RAM for one, VRAM for one, no mirrors"}
+
+    swapped = child.TASKS["little room"]({**request, "way": "swap"})
+
+    assert swapped["out"] == 10 * swapped["nbytes"]
+    assert 10 * swapped["nbytes"] <= swapped["h2d_bytes"] <= 10 * swapped["nbytes"] * 1.01
+    assert swapped["peak_ram"] <= swapped["ram_limit"] < 2 * swapped["nbytes"]
+    with pytest.raises(qmove.NotEnoughMemory) as refused:
+        child.TASKS["little room"]({**request, "way": "park, then restore"})
+    results = {
+        "simulated": True,
+        "little room": [
+            request | {"way": "swap"} | swapped,
+            request | {"way": "park, then restore", "error": f"NotEnoughMemory: {refused.value}"},
+        ],
+    }
+    heading, first, second = rows.little_room(results)
+    assert first[:2] == [request["case"], "swap"]
+    assert "GB" not in second[2] and "needs 3." in second[2]
+    assert len(heading) == len(first) == len(second)
