@@ -208,7 +208,8 @@ _never_unmapped: list[MappedFile] = []  # the driver would not let go of them
 
 def slice_of(storage: torch.UntypedStorage) -> Slice | None:
     """Where a storage lies in a mapped file; None for any other storage."""
-    return _slices.get(storage._cdata) if arena.place_of(storage) is not None else None
+    part = _slices.get(storage._cdata)
+    return part if part is not None and arena.place_of(storage) is not None else None
 
 
 def in_changed_files(storages: Sequence[torch.UntypedStorage]) -> list[bool]:

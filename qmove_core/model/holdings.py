@@ -49,11 +49,16 @@ class Holding:
     @property
     def storage(self) -> torch.UntypedStorage:
         """The storage the tensors look into now. One that is under way is waited for."""
-        origin = homes.origin_of_tensor(self.tensors[0])
-        if origin is not None and origin.arrival is not None:
-            origin.arrival()
+        tensor = self.tensors[0]
         with torch._C.DisableTorchFunctionSubclass():
-            return self.tensors[0].untyped_storage()
+            storage = tensor.untyped_storage()
+            origin = homes.origin_of(storage)
+            if origin is None or origin.arrival is None:
+                return storage
+        del storage  # it becomes a mirror only if nobody holds it
+        origin.arrival()
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.untyped_storage()
 
 
 def _span(tensor: torch.Tensor, enough: int) -> int:

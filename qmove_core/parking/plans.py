@@ -171,13 +171,16 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
     owners = _Owners(held.modules)
     tops = _tops(held.modules.values())
     wakes_whole = isinstance(record.model, nn.Module) or len(tops) == 1
+    put_away(tensor for move in moves for tensor in move.tensors)
+    noted: set[int] = set()
     for move in moves:
-        put_away(move.tensors)
         owner = owners.of(move.holding.name)
         if owner is None:  # nothing else wakes a tensor that does not wake by itself
             wakes_whole = wakes_whole or not all(map(is_looked_after, move.tensors))
-        elif sleeping.home_of(owner) is None:
-            sleeping.note_home(owner, move.came_from)
+        elif id(owner) not in noted:
+            noted.add(id(owner))
+            if sleeping.home_of(owner) is None:
+                sleeping.note_home(owner, move.came_from)
     for top in tops:
         sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
 

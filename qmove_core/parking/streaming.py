@@ -109,6 +109,8 @@ def wait_for(storages: Iterable[torch.UntypedStorage] | None = None) -> None:
     Also ends those whose model is gone.
     """
     with lock:
+        if not _under_way:
+            return
         wanted = None if storages is None else {storage._cdata for storage in storages}
         for arriving in list(_under_way):
             if wanted is None or arriving.brings(wanted) or arriving.is_abandoned():

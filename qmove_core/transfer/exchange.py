@@ -126,7 +126,10 @@ class _Swap:
             )
             for move in self._leaving
         ]
-        coming = [Item(move.nbytes, move.device, place=_place_of(move)) for move in self._coming]
+        coming = [
+            Item(move.nbytes, move.device, place=_place_of(move) if self._blocks else None)
+            for move in self._coming
+        ]
         return Rounds(leaving, coming, self._room, gaps)
 
     # Where RAM has too little room for both models ------------------------------------------------
