@@ -84,6 +84,21 @@ def parked_origins() -> Iterator[Origin]:
     return (o for o in list(_origins.values()) if o.is_parked and not o.is_result)
 
 
+def tensors_of(record: object) -> list[tuple[torch.UntypedStorage, list[torch.Tensor]]]:
+    """The parked storages of a model, each with the tensors that look into it."""
+    found = []
+    for origin in list(_origins.values()):
+        if origin.record is record and origin.is_parked and not origin.is_result:
+            alive = (tensor for ref in origin.tensors if (tensor := ref()) is not None)
+            with torch._C.DisableTorchFunctionSubclass():
+                storages = [tensor.untyped_storage() for tensor in alive]
+            for storage in storages:
+                if origin_of(storage) is origin:
+                    found.append((storage, origin.tensors_on(storage)))
+                    break
+    return found
+
+
 def origin_of_tensor(tensor: torch.Tensor) -> Origin | None:
     """`origin_of` the storage that a tensor looks into; of a wrapper subclass, of an inner one."""
     with torch._C.DisableTorchFunctionSubclass():

@@ -22,7 +22,9 @@ there. A tensor that is home has its own class and nothing of ours on it.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -153,19 +155,30 @@ def _place(tensor: torch.Tensor) -> torch.device:
 def _torch_function(
     cls: type,
     func: Callable[..., Any],
-    types: Any,
+    _types: Any,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> Any:
-    kwargs = kwargs or {}
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds; it would compile what follows
+        return _uncompiled()(func, args, kwargs or {})
+    return _answer(func, args, kwargs or {})
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    return torch.compiler.disable(_answer)  # type: ignore[no-any-return]
+
+
+def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _PLACES and args:
         return _PLACES[func](_place(args[0]))
     at_home, makes_parameter = func in _ONLY_AT_HOME, False
     if func in _ASKED_BY_TORCH:
-        caller = sys._getframe(1)
+        caller = _caller()
         # What vmap and grad ask for before they take the tensor to where no operator is seen.
         at_home = caller.f_globals.get("__name__", "").startswith("torch._functorch")
-        makes_parameter = caller.f_code is nn.Parameter.__new__.__code__
+        is_new = caller.f_code is nn.Parameter.__new__.__code__
+        makes_parameter = is_new and func is _Tensor.detach
     if func in _HARMLESS and not at_home:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -180,6 +193,17 @@ def _torch_function(
     if makes_parameter and type(args[0]) is nn.Parameter:  # `detach`: a custom tensor's keeps class
         return _as_parameter(result)
     return result
+
+
+def _caller() -> types.FrameType:
+    """The frame that called the operator."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    return frame
+
+
+_BETWEEN = (__name__, "torch._dynamo.eval_frame")
 
 
 def _still_parked(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -348,6 +372,14 @@ def _copy(self: Any) -> Any:
     return made
 
 
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """The copy is a result: it is used as the copy of a tensor that is home, and is not parked."""
+    made = _of_own_class(self, copy.deepcopy, memo)
+    origin = _origin(self) if _away.made(type(self)) else None
+    _follow(made, origin)
+    return made
+
+
 def _set_class(self: Any, cls: type) -> None:
     """Whoever exchanges classes (`torch.utils.swap_tensors`) exchanges what is below them next."""
     with lock:
@@ -360,7 +392,7 @@ def _set_class(self: Any, cls: type) -> None:
 _MEMBERS = {
     "__class__": property(own_class, _set_class),
     "__copy__": _copy,
-    "__deepcopy__": lambda self, memo: _of_own_class(self, copy.deepcopy, memo),
+    "__deepcopy__": _deepcopy,
     "__repr__": lambda self: _of_own_class(self, repr),
     "__reduce_ex__": lambda self, protocol: _of_own_class(self, _reduce, protocol),
     "__torch_function__": classmethod(_torch_function),

@@ -84,7 +84,7 @@ def to_restore(model: object, device: Device | DeviceMap | None = None) -> MoveP
     """What bringing a parked model home takes, or to where `device` says."""
     choose = _destination(device)
     record = record_of(model)
-    held = _inventory_of(model, record.extra if record else ())
+    held = _inventory_of(model, record.extra if record else (), record)
     belonging = _Neighbours(held)
     goals = [
         (holding, choose(holding, home))
@@ -141,6 +141,21 @@ def _to_bring(
     return MovePlan(action, held, moves, be_home)
 
 
+def _add_what_left(held: Inventory, record: Record) -> None:
+    """Adds what was parked with the model and is no longer in it.
+
+    It may be put back, where nobody can see it (`parameter.data = kept`), when the model is home.
+    """
+    known = {holding.storage._cdata for holding in held.holdings}
+    for storage, tensors in homes.tensors_of(record):
+        if storage._cdata not in known:
+            first, nbytes = tensors[0], storage.nbytes()
+            name = "<outside of the model>"
+            held.holdings.append(
+                Holding(nbytes, storage.device, "tensor", first.dtype, [name], tensors)
+            )
+
+
 def _weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:
     return [TensorWeakRef(tensor) for tensor in tensors]
 
@@ -183,6 +198,13 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
                 sleeping.note_home(owner, move.came_from)
     for top in tops:
         sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
+
+
+def look_after_outsiders(plan: MovePlan) -> None:
+    """Lets the tensors outside of a parked model that moved with it come home by themselves too."""
+    for move in plan.moves:
+        if move.origin is not None:
+            put_away(tensor for ref in move.origin.tensors if (tensor := ref()) is not None)
 
 
 def _tops(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -276,8 +298,12 @@ class _Neighbours:
         return next((home for home in everywhere if home is not None), None)
 
 
-def _inventory_of(model: object, extra: Iterable[object]) -> Inventory:
+def _inventory_of(
+    model: object, extra: Iterable[object], record: Record | None = None
+) -> Inventory:
     held = inventory(model, extra=extra)
+    if record is not None:
+        _add_what_left(held, record)
     streaming.wait_for(holding.storage for holding in held.holdings)
     if not held.holdings and not held.meta:
         hint = (

@@ -17,11 +17,12 @@ from ..errors import readable_bytes
 from ..memory import arena, budget, mirrors
 from ..model.holders import Straggler
 from ..model.inventory import inventory
+from ..plain_torch import plain_torch
 from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import plans, records, stats, streaming
+from . import plans, records, sleeping, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -99,6 +100,7 @@ def park(
     with homes.lock:
         plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
         done = carry_out(plan, progress)
+        plans.look_after_outsiders(plan)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 
@@ -238,7 +240,13 @@ def resident(model: object) -> Iterator[Restored]:
 def is_parked(model: object) -> bool:
     """Whether anything of `model` is parked."""
     with homes.lock:
-        return any(homes.parked_home(holding.tensors[0]) for holding in inventory(model).holdings)
+        held = inventory(model)
+        origins = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
+        away = [origin for origin in origins if origin is not None and origin.is_parked]
+        # What was made of it (a cast, a deep copy) counts only where it has taken its place.
+        return any(not origin.is_result for origin in away) or (
+            bool(away) and any(map(sleeping.is_parked, held.modules.values()))
+        )
 
 
 def parked_models() -> list[Any]:
@@ -274,7 +282,8 @@ def wake(model: object, *, stream: bool) -> None:
 
     A model that streams begins to run when its first layer is there.
     """
-    restore(model, stream=stream)
+    with plain_torch():
+        restore(model, stream=stream)
 
 
 def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:

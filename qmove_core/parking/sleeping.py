@@ -141,6 +141,9 @@ def _wake_model_of(module: nn.Module) -> None:
         )  # also a copy of a sleeping module, made behind our back, which nobody else would wake
 
 
+_COMPILERS = ("torch.jit", "torch._jit_internal")
+
+
 class _RousingForward:
     """`forward` of a sleeping class.
 
@@ -153,6 +156,9 @@ class _RousingForward:
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any]:
         if module is None:
             return self._cls.forward
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_COMPILERS):
+            _rouse(module)  # they read its code and its tensors, and never call it
+            return module.forward
         own = module.__dict__
         forward = own["forward"] if "forward" in own else _forward_of_class(module)
 
@@ -197,7 +203,7 @@ def _members(cls: type[Any]) -> dict[str, Any]:
     def get(self: nn.Module, name: str) -> Any:
         value = cls.__getattr__(self, name)
         if isinstance(value, torch.Tensor) and _is_under_way(self):
-            _wake_model_of(self)
+            _rouse(self)
         return value
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:

@@ -31,6 +31,7 @@ from ..homes import Origin, lock
 from ..interrupts import interrupts_deferred
 from ..model import kinds
 from ..model.holdings import Holding, Inventory
+from ..plain_torch import plain_torch
 from ..settings import settings
 from ..storages import rebind, use_count
 from ..transfer.copies import CopyJob, Transfer
@@ -233,7 +234,7 @@ class StreamingRestore:
 
     def wait_for(self, parts: Sequence[_Part]) -> None:
         """Returns when the tensors of these parts are home."""
-        with lock:
+        with lock, plain_torch():
             if self not in _under_way:
                 return
             self._synchronize(parts)
@@ -243,7 +244,7 @@ class StreamingRestore:
 
     def finish(self) -> None:
         """Returns when everything is there."""
-        with lock:
+        with lock, plain_torch():
             if self not in _under_way:
                 return
             self._synchronize(self._parts)
@@ -260,7 +261,7 @@ class StreamingRestore:
                 self.forget()
 
     def _be_there(self, parts: Iterable[_Part]) -> None:
-        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+        with interrupts_deferred():
             there = [(part, tensors) for part in parts if (tensors := part.be_there())]
             try:
                 _refresh(there, ())
@@ -287,7 +288,7 @@ class StreamingRestore:
 
     def _park_again(self) -> None:
         """A copy failed: the model is parked again, with the bytes it had when it was."""
-        with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+        with interrupts_deferred():
             _under_way.remove(self)
             self._let_copies_end()
             self._go_back()
@@ -332,7 +333,7 @@ class _Group:
         """Wakes those of its modules that wait for this restore, and for no later one."""
         waiting = [m for m in self._living() if sleeping.sleeps_by(m, self)]
         sleeping.wake_up(waiting)
-        with torch.inference_mode(False), torch.no_grad():
+        with plain_torch():
             _refresh([(p, p.there()) for p in self._parts], waiting)
 
     def _living(self) -> list[nn.Module]:

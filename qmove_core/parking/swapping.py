@@ -52,6 +52,7 @@ def swap(
             return park(leaving, progress=progress), restore(coming, progress=progress)
         try:
             gone, come = exchange(out, into, progress)
+            plans.look_after_outsiders(out)
         except BaseException:
             _go_back(leaving, coming)
             raise
