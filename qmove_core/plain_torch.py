@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 def plain_torch() -> Iterator[None]:
     """Outside of `torch.jit.trace`, functorch's transforms, dispatch modes, and inference mode."""
     tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         with (
             torch._C._DisableFuncTorch(),
@@ -23,4 +23,4 @@ def plain_torch() -> Iterator[None]:
         ):
             yield
     finally:
-        torch._C._set_tracing_state(tracing)
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
