@@ -20,7 +20,6 @@ from .materialize.materialize import materialize_meta_tensors
 from .materialize.undo import materialized
 from .memory.giving_back import trim
 from .memory.mapped_files import MappedFileChanged
-from .memory.pressure import look as _look  # noqa: F401  (a thread of the arena calls it)
 from .methods.dispatching import dispatch_model, redispatch
 from .methods.to_method import disable_to, enable_to
 from .model.holders import Straggler

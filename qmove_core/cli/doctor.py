@@ -13,7 +13,7 @@ import torch
 
 from .. import devices
 from ..errors import readable_bytes
-from ..memory import arena, budget, pinning
+from ..memory import arena, limits, pinning
 from ..settings import settings
 
 # Distribution, and what a user misses without it, in the order of the report.
@@ -81,7 +81,7 @@ class Report:
 def examine() -> Report:
     """Looks at this machine and process. Allocates nothing and changes nothing."""
     found = [_device(torch.device(name)) for name in devices.known()[1:]]
-    tightest = budget.host_limits(settings.ram_limit, arena.bytes_held())[0]
+    tightest = limits.host_limits(settings.ram_limit, arena.bytes_held())[0]
     memory = psutil.virtual_memory()
     host = Host(
         system=platform.platform(),
@@ -90,7 +90,7 @@ def examine() -> Report:
         ram_available=memory.available,
         usable=tightest.free,
         usable_limit=tightest.name,
-        cgroup_free=budget.cgroup_free(),
+        cgroup_free=limits.cgroup_free(),
         memlock=pinning.memlock_limit(),
         wsl=pinning.is_wsl(),
         simulated=any("simcuda" in device.model for device in found),

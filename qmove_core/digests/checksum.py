@@ -26,18 +26,31 @@ def checksum_of(tensor: torch.Tensor) -> int:
 
     On a device they are copied in pieces.
     """
-    checksum = tensor.numel() * tensor.itemsize
+    checksum = Checksum(tensor.numel() * tensor.itemsize)
     with torch.no_grad(), torch.inference_mode(False):
-        of_words, of_halves = _factors()
         for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK):
-            for piece in _as_words(chunk.cpu()).split(_WORDS):
+            checksum.update(chunk.cpu())
+    return checksum.value
+
+
+class Checksum:
+    """The checksum of `nbytes` bytes that come one after the other."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.value = nbytes
+
+    def update(self, content: torch.Tensor) -> Checksum:
+        """Takes more bytes in, flat uint8 on the host; whole MiB, but for the last ones."""
+        with torch.no_grad(), torch.inference_mode(False):
+            of_words, of_halves = _factors()
+            for piece in _as_words(content).split(_WORDS):
                 count = piece.numel()
                 sums = (
                     int(torch.dot(piece, of_words[:count])),
                     int(torch.dot(piece >> 32, of_halves[:count])),
                 )
-                checksum = (checksum * _STEP + (sums[0] << 64) + sums[1]) % _MODULUS
-    return checksum
+                self.value = (self.value * _STEP + (sums[0] << 64) + sums[1]) % _MODULUS
+        return self
 
 
 def _as_words(content: torch.Tensor) -> torch.Tensor:

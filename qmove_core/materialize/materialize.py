@@ -32,7 +32,7 @@ from ..integrations.accelerate_dispatch import (
 from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source
 from ..interrupts import interrupts_deferred
-from ..memory.allocation import allocate
+from ..memory.budget import allocate
 from ..model import kinds
 from ..model.inventory import inventory
 from ..model.kinds import bitsandbytes_offloaded

@@ -1,47 +1,19 @@
-"""What may be used: free RAM under every limit that holds here, and free VRAM.
-
-Asked before the first byte moves.
-"""
+"""Memory, asked for before the first byte moves: whether it fits under every limit, and then all of
+it or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
-import psutil
 import torch
 
-from .. import devices, hosting
+from .. import devices, homes, hosting
 from ..actions import Action
-from ..errors import NotEnoughDeviceMemory, NotEnoughMemory
+from ..errors import NotEnoughDeviceMemory, NotEnoughMemory, is_out_of_memory
 from ..settings import settings
 from . import arena, giving_back
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Bytes still free under one limit, and what that limit is called."""
-
-    free: int
-    name: str
-
-
-def host_limits(ram_limit: int | None, arena_bytes: int) -> list[Limit]:
-    """Every limit on more host memory, the tightest first.
-
-    Args:
-        ram_limit: bytes that qmove may use in all (`qmove.configure(ram_limit=...)`), None for no
-            limit of its own.
-        arena_bytes: bytes that qmove uses now.
-    """
-    limits = [Limit(psutil.virtual_memory().available, "available RAM")]
-    cgroup = cgroup_free()
-    if cgroup is not None:
-        limits.append(Limit(cgroup, "cgroup limit"))
-    if ram_limit is not None:
-        limits.append(Limit(max(0, ram_limit - arena_bytes), "ram_limit of qmove.configure"))
-    return sorted(limits, key=lambda limit: limit.free)
+from .limits import host_limits
 
 
 def require(
@@ -130,51 +102,54 @@ def out_of_memory(
     return NotEnoughDeviceMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
 
 
-def cgroup_free(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
-    """Bytes free under the tightest memory limit of this process's cgroups (v2 or v1); None without
-    one.
+def allocate(
+    action: Action, wanted: Sequence[tuple[int, torch.device]], device_advice: str
+) -> list[torch.UntypedStorage]:
+    """A storage for each (bytes, device), in order; those on the host lie in the arena.
 
-    A limit can sit on any ancestor, and the page cache that counts as used is given back under
-    pressure, so it is free.
-    Source: the kernel's admin-guide/cgroup-v2.rst (`memory.max`, `memory.current`, `inactive_file`
-    in `memory.stat`).
+    Raises:
+        NotEnoughMemory: a device, or the host, had no room after all. Nothing stays allocated.
     """
-    if not membership.exists():  # not Linux
-        return None
-    tightest: int | None = None
-    for line in membership.read_text().splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base, names = (
-                root / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
-        else:
-            continue
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            free = _free_in(folder, *names)
-            if free is not None and (tightest is None or free < tightest):
-                tightest = free
-            if folder == base:
-                break
-    return tightest
-
-
-def _free_in(folder: Path, limit_file: str, usage_file: str, reclaimable: str) -> int | None:
+    sizes = [nbytes for nbytes, device in wanted if device.type == "cpu"]
     try:
-        limit = (folder / limit_file).read_text().strip()
-        usage = int((folder / usage_file).read_text())
-        stat = (folder / "memory.stat").read_text()
-    except OSError:  # the root group has no limit files, and a container may see only its own group
-        return None
-    if limit == "max" or int(limit) >= psutil.virtual_memory().total:
-        return None
-    cached = next(
-        (int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == reclaimable), 0
-    )
-    return max(0, int(limit) - usage + cached)
+        on_host = iter(arena.allocate(sizes, homes.forget))
+    except (MemoryError, OSError) as error:  # a limit that nobody tells: on address space, commit
+        free = host_limits(settings.ram_limit, arena.bytes_held())[0].free
+        advice = "Close other programs, or raise the limit on this process's memory."
+        raise NotEnoughMemory(
+            action, "cpu", arena.bytes_for(sizes), free, f"what the system gives ({error})", advice
+        ) from error
+    giving_back.watch.start()
+    storages: list[torch.UntypedStorage] = []
+    try:
+        for nbytes, device in wanted:
+            if device.type == "cpu":
+                storages.append(next(on_host))
+            else:
+                storages.append(
+                    torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+                )
+    except RuntimeError as error:
+        storages.clear()  # whoever keeps the traceback keeps this frame
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(
+            action, device, bytes_by_device(wanted)[device], device_advice
+        ) from error
+    return storages
+
+
+def prepare(nbytes: int) -> int:
+    """`arena.prepare`, if there is room on the host for so much more. Returns the bytes."""
+    prepared = arena.prepare(nbytes) if nbytes and has_room_on_host(nbytes) else 0
+    if prepared:
+        giving_back.watch.start()
+    return prepared
+
+
+def bytes_by_device(wanted: Sequence[tuple[int, torch.device]]) -> dict[torch.device, int]:
+    """The sum of the bytes on each device."""
+    totals: dict[torch.device, int] = defaultdict(int)
+    for nbytes, device in wanted:
+        totals[device] += nbytes
+    return totals

@@ -1,15 +1,31 @@
 """Host memory that qmove holds only to be faster next time, and how it is given back: what costs
-least to lose goes first."""
+least to lose goes first.
+
+It goes when somebody asks (`trim`), when it was idle for long, and when RAM gets short for others:
+another process, the same cgroup. What qmove itself allocates asks the budget, which makes room by
+itself. For what others allocate nobody asks anybody, so a thread looks every `LOOK_SECONDS`; it
+lives as long as the arena holds any memory.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import threading
+
+import psutil
+
 from .. import homes
-from . import arena, mirrors
+from ..errors import readable_bytes
+from . import arena, limits, mirrors
 
+log = logging.getLogger("qmove")
 
-def held_back() -> int:
-    """Bytes that could be given back: spare blocks of the arena, and mirrors."""
-    return arena.spare_bytes() + mirrors.nbytes()
+LOOK_SECONDS = 5.0
+SHARE = 0.05  # of what may be used: what is kept free for others
+ENOUGH = 2 << 30  # bytes to keep free, however small that share is
+SMALL_SHARE = 1 / 8  # unless they would be more than this share: of 4 GiB 512 MiB are kept free
 
 
 def trim(nbytes: int | None = None) -> int:
@@ -26,7 +42,7 @@ def trim(nbytes: int | None = None) -> int:
     """
     with homes.lock:
         before = arena.bytes_held()
-        wanted = held_back() if nbytes is None else nbytes
+        wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
         arena.trim(max(0, arena.spare_bytes() - wanted))
         missing = wanted - (before - arena.bytes_held())
         if missing > 0:
@@ -34,3 +50,97 @@ def trim(nbytes: int | None = None) -> int:
             missing = wanted - (before - arena.bytes_held())
             arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
         return before - arena.bytes_held()
+
+
+def reserve(total: int) -> int:
+    """Bytes that are to stay free for others under a limit of `total` bytes: 5 %, and 2 GiB or an
+    eighth at least."""
+    return max(int(total * SHARE), min(ENOUGH, int(total * SMALL_SHARE)))
+
+
+def trim_under_pressure() -> int:
+    """Trims what is lacking to the reserve under the tightest limit on RAM.
+
+    `ram_limit` is none of these: it binds only qmove, which keeps it when it allocates. Does
+    nothing while a move runs, which may be about to use just that memory: the next round comes
+    soon.
+
+    Returns:
+        The bytes given back.
+    """
+    tightest = limits.host_limits(None, 0)[0]
+    # What this process has and what is free is the most that it could have there: of a limit whose
+    # size nobody tells.
+    missing = reserve(tightest.free + _resident()) - tightest.free
+    if missing <= 0 or not homes.lock.acquire(blocking=False):
+        return 0
+    try:
+        given = trim(missing)
+    finally:
+        homes.lock.release()
+    if given:
+        log.info(
+            "RAM is short (%s free, %s): gave back %s that were kept for the next parks",
+            *(readable_bytes(tightest.free), tightest.name, readable_bytes(given)),
+        )
+    return given
+
+
+def _resident() -> int:
+    """Bytes of RAM that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+class Watch:
+    """A thread that gives back what was idle for long, and what others lack. It ends when the arena
+    holds nothing.
+
+    Args:
+        look_seconds: how often it looks.
+        idle_seconds: how long a spare may wait for the next park.
+    """
+
+    def __init__(
+        self, look_seconds: float = LOOK_SECONDS, idle_seconds: float = arena.IDLE_SECONDS
+    ) -> None:
+        self._look_seconds, self._idle_seconds = look_seconds, idle_seconds
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts it, unless it runs: the arena holds a block now."""
+        with self._lock:
+            if self._ending.is_set() or (self.thread is not None and self.thread.is_alive()):
+                return
+            thread = threading.Thread(target=self._run, name="qmove-idle", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # a limit on threads, or the interpreter ends
+                return
+            self.thread = thread
+
+    def end(self) -> None:
+        """Ends it; it starts no more."""
+        self._ending.set()
+        if self.thread is not None:
+            self.thread.join(arena.EXIT_SECONDS)
+
+    def forget(self) -> None:
+        """In a forked child, which has no such thread."""
+        self._ending, self._lock, self.thread = threading.Event(), threading.Lock(), None
+
+    def _run(self) -> None:
+        while not self._ending.wait(min(self._look_seconds, self._idle_seconds / 10)):
+            arena.give_back_idle(self._idle_seconds)
+            trim_under_pressure()
+            with self._lock:
+                if arena.is_empty():  # whoever makes a block starts the next thread
+                    self.thread = None
+                    return
+
+
+watch = Watch()
+atexit.register(watch.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=watch.forget)

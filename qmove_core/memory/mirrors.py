@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import devices, homes
 from ..digests.digest import Digest, digest_storages
 from ..errors import DigestUnavailable, readable_bytes
-from . import arena, mapped_files
+from ..storages import EMPTY
+from . import arena
+from .blocks import HostBlock, place_of
 
 log = logging.getLogger("qmove")
 
-_A_MOMENT = 16 << 20  # bytes
+QUICK_BYTES = 16 << 20  # of which digests on the host take milliseconds
 _clock = itertools.count()
 
 
@@ -34,6 +36,8 @@ class Mirror:
     was last looked at."""
 
     host: torch.UntypedStorage
+    block: HostBlock
+    start: int
     digest: Digest
     used: int = field(default_factory=lambda: next(_clock))
 
@@ -45,11 +49,9 @@ def keep(storage: torch.UntypedStorage, host: torch.UntypedStorage, digest: Dige
     """Makes `host`, which nobody else may be able to write to, the mirror of a storage that has
     these very bytes."""
     homes.forget(host._cdata)  # it is no parked storage any more
-    part = mapped_files.slice_of(host)
-    if (
-        part is None or part.digest == digest
-    ):  # what was changed while it was parked lies no longer in the file
-        _mirrors[storage] = Mirror(host, digest)
+    place = place_of(host)
+    if place is not None and place[0].can_mirror(place[1], digest):
+        _mirrors[storage] = Mirror(host, *place, digest)
 
 
 def of(storage: torch.UntypedStorage) -> Mirror | None:
@@ -64,20 +66,14 @@ def take(storages: Sequence[torch.UntypedStorage]) -> list[Mirror | None]:
     Not those of storages that have another size now, or over files that were written to meanwhile.
     """
     taken: list[Mirror | None] = [_mirrors.pop(storage, None) for storage in storages]
-    for index, storage in enumerate(storages):
-        mirror = taken[index]
-        if mirror is not None and mirror.host.nbytes() != storage.nbytes():
+    starts: dict[HostBlock, list[int]] = defaultdict(list)
+    for index, mirror in enumerate(taken):
+        if mirror is not None and mirror.host.nbytes() == storages[index].nbytes():
+            starts[mirror.block].append(mirror.start)
+        else:
             taken[index] = None  # its owner has resized the storage since
-    in_files = [
-        index for index, mirror in enumerate(taken) if mirror and mapped_files.slice_of(mirror.host)
-    ]
-    in_changed = mapped_files.in_changed_files(
-        [mirror.host for index in in_files if (mirror := taken[index])]
-    )
-    for index, changed in zip(in_files, in_changed, strict=True):
-        if changed:
-            taken[index] = None
-    return taken
+    valid = {block for block in starts if block.are_still_valid(starts[block])}
+    return [mirror if mirror is not None and mirror.block in valid else None for mirror in taken]
 
 
 def put_back(storages: Sequence[torch.UntypedStorage], mirrors: Sequence[Mirror | None]) -> None:
@@ -109,16 +105,17 @@ def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | N
 
 
 def quick_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:
-    """The digests of host storages; None for all of them if that would take more than a moment."""
-    if sum(storage.nbytes() for storage in storages) > _A_MOMENT:
+    """The digests of host storages; None for all of them if they are
+    more than QUICK_BYTES."""
+    if sum(storage.nbytes() for storage in storages) > QUICK_BYTES:
         return [None] * len(storages)
     return list(digest_storages(storages))
 
 
 def nbytes() -> int:
     """Bytes of the arena in which mirrors lie. Those over files take none."""
-    hosts = [mirror.host for mirror in list(_mirrors.values())]
-    return arena.bytes_for([host.nbytes() for host in hosts if not mapped_files.slice_of(host)])
+    mirrors = [mirror for mirror in list(_mirrors.values()) if mirror.block.is_ram]
+    return arena.bytes_for([mirror.host.nbytes() for mirror in mirrors])
 
 
 def release(wanted: int) -> int:
@@ -130,12 +127,8 @@ def release(wanted: int) -> int:
     """
     groups: dict[int, list[tuple[torch.UntypedStorage, Mirror]]] = defaultdict(list)
     for storage, mirror in list(_mirrors.items()):
-        if mapped_files.slice_of(mirror.host):
-            continue  # there is nothing to be had
-        place = arena.place_of(mirror.host)
-        groups[id(place[0]) if place else 0].append(
-            (storage, mirror)
-        )  # a block is given back only as a whole
+        if mirror.block.is_ram:  # a block is given back only as a whole
+            groups[id(mirror.block)].append((storage, mirror))
     released = 0
     for group in sorted(
         groups.values(), key=lambda group: max(mirror.used for _storage, mirror in group)
@@ -153,14 +146,26 @@ def release(wanted: int) -> int:
     return released
 
 
-def unshared(storages: list[torch.UntypedStorage]) -> list[bool]:
-    """For each storage whether nobody but this list holds it: no tensor looks into it, and nobody
-    can write to it later."""
-    return [_holders(storages, index) == _ALONE for index in range(len(storages))]
+def let_go(storages: list[torch.UntypedStorage]) -> list[bool]:
+    """For each storage of the list, which no other record of qmove may hold, whether nobody holds
+    it: then nobody can write to its bytes later.
 
-
-def _holders(storages: list[torch.UntypedStorage], index: int) -> tuple[int, int]:
-    return torch._C._storage_Use_Count(storages[index]._cdata), sys.getrefcount(storages[index])
-
-
-_ALONE = _holders([torch.UntypedStorage(1)], 0)
+    The list lets go of each of them and looks whether it dies. If so, a new storage over the same
+    bytes takes its place in the list. Whoever keeps an old one, be it a tensor, a local variable, a
+    traceback or a debugger, keeps it from dying. One outside of all blocks never counts as alone.
+    """
+    alone = []
+    for index in range(len(storages)):
+        place, nbytes = place_of(storages[index]), storages[index].nbytes()
+        if place is None:
+            alone.append(False)
+            continue
+        block, start = place
+        in_use = block.memory()
+        ref = StorageWeakRef(storages[index])
+        storages[index] = EMPTY
+        held = None if ref.expired() else torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+        alone.append(held is None)
+        storages[index] = block.storage(start, nbytes, homes.forget) if held is None else held
+        del held, in_use
+    return alone

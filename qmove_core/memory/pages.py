@@ -1,13 +1,16 @@
-"""Anonymous memory maps, and their pages made before somebody waits for them."""
+"""Memory maps: their pages made before somebody waits for them, and read without a crash."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy
 
@@ -67,3 +70,66 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if madvise is not None:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise
+
+
+def read(address: int, out: numpy.ndarray) -> int:
+    """Copies mapped memory to `out`, without holding the GIL; returns the bytes that could be read.
+
+    Where a file behind the map has become shorter, a plain read ends the process (SIGBUS), while
+    the kernel reads up to there for us. Where it may not (some containers), and on other systems,
+    the caller's own look at the size of the file is all there is.
+    """
+    call = _process_vm_readv()
+    done = 0
+    while call is not None and done < out.nbytes:
+        here = (ctypes.c_size_t * 2)(out.ctypes.data + done, out.nbytes - done)
+        there = (ctypes.c_size_t * 2)(address + done, out.nbytes - done)
+        count = call(os.getpid(), here, 1, there, 1, 0)
+        if count < 0 and ctypes.get_errno() != errno.EFAULT:
+            break  # not allowed
+        if count <= 0:
+            return done
+        done += count
+    if done < out.nbytes:
+        ctypes.memmove(out.ctypes.data + done, address + done, out.nbytes - done)
+    return out.nbytes
+
+
+@functools.cache
+def _process_vm_readv() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    call = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    if call is not None:
+        call.restype = ctypes.c_ssize_t
+        ulong = ctypes.c_ulong
+        call.argtypes = (ctypes.c_int, ctypes.c_void_p, ulong, ctypes.c_void_p, ulong, ulong)
+    return call  # type: ignore[no-any-return]
+
+
+def touch_in_background(memory: numpy.ndarray) -> list[Future[None]]:
+    """`touch` by several threads. The memory is made when all that is returned is done."""
+    global _touchers
+    if _touchers is None:
+        _touchers = ThreadPoolExecutor(_TOUCHERS, "qmove-touch")
+    try:
+        return [
+            _touchers.submit(touch, memory[at : at + _STRIPE])
+            for at in range(0, len(memory), _STRIPE)
+        ]
+    except RuntimeError:  # no more threads can be started: locking makes the pages too, only slower
+        return []
+
+
+_STRIPE = 8 << 20  # bytes that one thread touches at a time
+_TOUCHERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
+_touchers: ThreadPoolExecutor | None = None
+
+
+def _in_forked_child() -> None:
+    global _touchers
+    _touchers = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)

@@ -33,8 +33,6 @@ WSL_BYTES = (
     768 << 20
 )  # drivers refuse from 0.75 to 1 GiB on (microsoft/WSL#8447, NVIDIA/nvidia-docker#1725)
 SYSTEM_SHARE = 0.9  # of RAM: locked pages cannot be swapped out, and the system needs some that can
-# cudaHostRegisterReadOnly: the device only reads, so that the pages may be those of a mapped file.
-READ_ONLY = 8
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not only for the current one
 
 
@@ -141,12 +139,9 @@ def registered_bytes() -> int:
     return _total
 
 
-def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
+def register(address: int, nbytes: int) -> bool:
     """Page-locks memory, which begins and ends at a page. False, with a line in the log, where that
     is refused.
-
-    With `read_only` the device only reads it, so that pages of a private map stay those of the
-    file.
 
     Call it where no SIGINT can come between it and the note of its result (`interrupts_deferred`).
     """
@@ -166,15 +161,13 @@ def register(address: int, nbytes: int, *, read_only: bool = False) -> bool:
         index = _device_in_use()
         with torch.cuda.device(index):
             runtime = torch.cuda.cudart()
-            code = runtime.cudaHostRegister(
-                address, nbytes, PORTABLE | (READ_ONLY if read_only else 0)
-            )
+            code = runtime.cudaHostRegister(address, nbytes, PORTABLE)
             accepted = int(code) == 0
             if accepted:
                 _registered[address] = (nbytes, index)
             else:
                 _clear_error(index)
-                _say_refused(nbytes, runtime.cudaGetErrorString(code), read_only)
+                _say_refused(nbytes, runtime.cudaGetErrorString(code))
     finally:
         if not accepted:
             _reserve(-nbytes, limit.nbytes)
@@ -251,16 +244,7 @@ _COST = (
 )
 
 
-def _say_refused(nbytes: int, reason: str, read_only: bool) -> None:
-    if read_only:  # not every driver can
-        _say_once(
-            logging.INFO,
-            "mapped files",
-            f"The driver would not page-lock {readable_bytes(nbytes)} of a mapped file ({reason}): "
-            "what is restored from files "
-            "is copied unlocked, which is slower.",
-        )
-        return
+def _say_refused(nbytes: int, reason: str) -> None:
     memlock = memlock_limit()
     hint = (
         f" `ulimit -l` is {readable_bytes(memlock)}: raise it if your driver counts it."

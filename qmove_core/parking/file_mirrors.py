@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import homes
-from ..digests.digest import digest_storages
 from ..errors import QMoveError, readable_bytes
-from ..memory import arena, mapped_files, mirrors
+from ..memory import mirrors
 from ..memory.mapped_files import MappedFile
 from ..model.holdings import Holding
 from ..model.inventory import inventory
@@ -104,15 +103,10 @@ _NOTHING_MATCHED = (
 def _blocks_of_mirrors(holdings: Iterable[Holding]) -> dict[int, int]:
     """For the holdings that have a host copy in RAM, by their ids, the id of the block that it lies
     in."""
-    copies = [
-        (id(holding), mirror.host)
-        for holding in holdings
-        if (mirror := mirrors.of(holding.storage))
-    ]
     return {
-        key: id(place[0])
-        for key, host in copies
-        if mapped_files.slice_of(host) is None and (place := arena.place_of(host))
+        id(holding): id(mirror.block)
+        for holding in holdings
+        if (mirror := mirrors.of(holding.storage)) and mirror.block.is_ram
     }
 
 
@@ -138,21 +132,13 @@ class _Saved:
         if not found:
             return {}
         file = self._map()
-        hosts = [file.storage(name, *tensors[name], homes.forget) for _holding, name in found]
         here = mirrors.current_digests([holding.storage for holding, _name in found])
-        there = digest_storages(hosts)
         done = {}
-        for (holding, _name), host, on_device, in_file in zip(
-            found, hosts, here, there, strict=True
-        ):
+        for (holding, name), on_device in zip(found, here, strict=True):
+            host, in_file = file.storage_of(name, *tensors[name], homes.forget)
             if on_device == in_file:
-                mapped_files.note_digest(host, in_file)
                 mirrors.keep(holding.storage, host, in_file)
                 done[id(holding)] = holding.nbytes
-        if not file.is_unchanged():
-            raise mapped_files.MappedFileChanged(
-                self.path, [name for _holding, name in found], "while it was read"
-            )
         return done
 
     def _map(self) -> MappedFile:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..memory import arena
+from ..memory.blocks import place_of
 from ..model.holdings import Holding, Inventory
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -85,7 +85,7 @@ def _as_they_lie(holdings: list[Holding]) -> list[Holding]:
     """
     if holdings[0].device.type != "cpu":
         return holdings
-    places = [arena.place_of(holding.storage) for holding in holdings]
+    places = [place_of(holding.storage) for holding in holdings]
     if (
         len({id(place[0]) if place is not None else None for place in places}) != 1
         or places[0] is None

@@ -178,7 +178,7 @@ def prepare(model: object) -> int:
         needed = arena.bytes_for(
             [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
         )
-        return arena.prepare(needed) if needed and budget.has_room_on_host(needed) else 0
+        return budget.prepare(needed)
 
 
 def move(

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .. import homes
-from ..memory import arena, mapped_files, mirrors
+from ..memory import arena, blocks, mirrors, pinning
 from . import records
 
 
@@ -59,10 +59,10 @@ def stats() -> Stats:
             arena_bytes=arena.bytes_in_use() - mirrors.nbytes(),
             mirror_bytes=mirrors.nbytes(),
             spare_bytes=arena.spare_bytes(),
-            pinned_bytes=arena.pinned_bytes(),
+            pinned_bytes=pinning.registered_bytes(),
             parks=_done["parked"],
             restores=_done["restored"],
             moves=_done["moved"],
             copied_bytes=_done["copied_bytes"],
-            file_bytes=mapped_files.nbytes(),
+            file_bytes=blocks.file_bytes(),
         )

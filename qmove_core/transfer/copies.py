@@ -18,8 +18,9 @@ import torch
 from .. import devices
 from ..digests.digest import IN_PLACE, LEAST_STAGING, Digest, Pending, queue_digests, read_together
 from ..errors import DigestUnavailable
-from ..memory import arena
-from ..memory.mapped_files import Lent
+from ..memory import blocks
+from ..memory.blocks import HostBlock, place_of
+from ..memory.mapped_files import WINDOW, FileReader, MappedFile
 from ..storages import EMPTY, as_bytes
 
 # Called as (bytes copied, bytes in all). What it raises stops the move, which is then rolled back.
@@ -62,7 +63,7 @@ class CopyJob:
     ) -> None:
         self.source, self.device, self.target = source, device, target
         self.nbytes = source.nbytes()
-        self.place: tuple[arena.HostMemory, int] | None = None
+        self.place: tuple[HostBlock, int] | None = None
         self.arrival: Any = None
         self.read_digest: Callable[[], Digest | None] = _no_digest
         self.digest: Digest | None = None
@@ -75,7 +76,7 @@ class CopyJob:
     def find_place(self) -> None:
         """Notes where its host side lies."""
         on_host = self.source if self.source.device.type == "cpu" else self.target
-        self.place = None if on_host is None else arena.place_of(on_host)
+        self.place = None if on_host is None else place_of(on_host)
 
     def drop_storages(self) -> None:
         """Drops both storages, so that nobody who keeps this object keeps the memory."""
@@ -96,6 +97,7 @@ class Transfer:
         wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an
             error makes the `with` wait.
         digests: take the digest of what arrives on a device before anybody can change it.
+        reader: of what comes from files; the caller ends it. None: one of its own.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Transfer:
         *,
         wait: bool = True,
         digests: bool = False,
+        reader: FileReader | None = None,
     ) -> None:
         self._copied = 0
         self._total, self._progress, self._wait, self._digests = total, progress, wait, digests
@@ -113,24 +116,28 @@ class Transfer:
         self._staging = STAGING
         self._pending: list[Pending] = []
         self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets to come
-        self._lent = Lent(())
+        self._reader = FileReader() if reader is None else reader
+        self._ends_reader = reader is None
 
     def __enter__(self) -> Transfer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if self._wait or kind is not None:
-            self._end(list(self._streams.values()))
+        try:
+            if self._wait or kind is not None:
+                self._wait_for(list(self._streams.values()))
+        finally:
+            if self._ends_reader:
+                self._reader.end()
 
-    def _end(self, streams: Sequence[Any]) -> None:
-        """Waits for every stream, also when one of them raises, then releases the files."""
+    def _wait_for(self, streams: Sequence[Any]) -> None:
+        """Waits for every stream, also when one of them raises."""
         if not streams:
-            self._lent.release()
             return
         try:
             streams[0].synchronize()
         finally:
-            self._end(streams[1:])
+            self._wait_for(streams[1:])
 
     def copy(self, jobs: Sequence[CopyJob]) -> None:
         """Copies every job, in order.
@@ -139,8 +146,6 @@ class Transfer:
             torch.OutOfMemoryError: a device has no room for a target.
             MappedFileChanged: a source lies in a file that has other bytes now.
         """
-        self._lent = Lent(job.source for job in jobs)
-        self._lent.begin()
         for job in jobs:
             job.find_place()
             if job.target is None:
@@ -154,9 +159,7 @@ class Transfer:
                     self._copy_batch(batch)
                 self._let_finish(IN_FLIGHT)
             self._let_finish(0)
-        if self._wait:
-            self._lent.require_unchanged()
-        self._lent.let_go_of_storages()
+        self._reader.wait()
 
     def _batches(self, jobs: Sequence[CopyJob]) -> Iterator[list[CopyJob]]:
         """Splits the jobs into what is copied together.
@@ -169,6 +172,8 @@ class Transfer:
             limit = self._staging
             if job.device.type != "cpu":
                 limit = min(limit, self._unallocated[job.device] // 2)
+            if job.place is not None and not job.place[0].is_ram:
+                limit = min(limit, WINDOW)
             if batch and not _fits_behind(job, batch, limit):
                 yield batch
                 batch = []
@@ -202,9 +207,9 @@ class Transfer:
         parts = _parts(staging, batch)
         if out:
             torch._foreach_copy_(parts, [as_bytes(job.source) for job in batch])
-            _host_side(batch).copy_(staging, non_blocking=True)
+            self._host_side(batch).copy_(staging, non_blocking=True)
         else:
-            staging.copy_(_host_side(batch), non_blocking=True)
+            staging.copy_(self._host_side(batch), non_blocking=True)
             targets = [as_bytes(job.target) for job in batch if job.target is not None]
             torch._foreach_copy_(targets, parts)
         return True
@@ -214,10 +219,14 @@ class Transfer:
             assert job.target is not None
             source, target = as_bytes(job.source), as_bytes(job.target)
             for start, end in _pieces(job):
+                content = source[start:end]
                 if job.place is not None:
                     block, offset = job.place
-                    block.pin(offset + start, offset + end)
-                target[start:end].copy_(source[start:end], non_blocking=True)
+                    if isinstance(block, MappedFile):
+                        content = self._reader.read(block, offset + start, offset + end)
+                    else:
+                        block.pin(offset + start, offset + end)
+                target[start:end].copy_(content, non_blocking=True)
                 self._queued(stream, [job], end - start, is_last=end == job.nbytes)
                 self._let_finish(IN_FLIGHT)
 
@@ -263,16 +272,27 @@ class Transfer:
             self._staging //= 4
             return None
 
+    def _host_side(self, batch: Sequence[CopyJob]) -> torch.Tensor:
+        """The host memory that a batch covers, page-locked if that is possible."""
+        assert batch[0].place is not None
+        block, start = batch[0].place
+        end = start + _length(batch)
+        if isinstance(block, MappedFile):
+            return self._reader.read(block, start, end)
+        block.pin(start, end)
+        return block.as_bytes()[start:end]
+
     def _queued(
         self, stream: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
     ) -> None:
         """Notes that a copy was queued; `is_last` when the jobs are complete with it."""
         event = stream.record_event()
+        self._reader.copied(event)
         if is_last:
             if self._digests and jobs[0].device.type != "cpu":
                 event = self._queue_digests(event, jobs)
             for job in jobs:
-                job.arrival = self._lent.until(event, job.source)
+                job.arrival = event
         self._under_way.append((event, nbytes))
 
     def _queue_digests(self, event: Any, jobs: Sequence[CopyJob]) -> Any:
@@ -344,22 +364,13 @@ def _fits_behind(job: CopyJob, batch: Sequence[CopyJob], limit: int) -> bool:
         return False
     start, end = first.place[1], job.place[1] + job.nbytes
     gap = job.place[1] - (last.place[1] + last.nbytes)
-    in_one_piece = start // arena.PIECE == (end - 1) // arena.PIECE
-    return 0 <= gap < arena.ALIGNMENT and end - start <= limit and in_one_piece
+    in_one_piece = start // blocks.PIECE == (end - 1) // blocks.PIECE
+    return 0 <= gap < blocks.ALIGNMENT and end - start <= limit and in_one_piece
 
 
 def _length(batch: Sequence[CopyJob]) -> int:
     assert batch[0].place is not None and batch[-1].place is not None
     return batch[-1].place[1] + batch[-1].nbytes - batch[0].place[1]
-
-
-def _host_side(batch: Sequence[CopyJob]) -> torch.Tensor:
-    """The host memory that a batch covers, page-locked if that is possible."""
-    assert batch[0].place is not None
-    block, start = batch[0].place
-    end = start + _length(batch)
-    block.pin(start, end)
-    return block.bytes()[start:end]
 
 
 def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor]:
@@ -373,10 +384,14 @@ def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor
 def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
     """The parts of a job that one copy may cover, as (start, end).
 
-    None crosses the border of two registrations of host memory.
+    None crosses the border of two registrations of host memory, or is larger than a window.
     """
-    start, offset = 0, job.place[1] if job.place is not None else 0
+    block, offset = job.place if job.place is not None else (None, 0)
+    start = 0
     while start < job.nbytes:
-        end = min(job.nbytes, start + arena.PIECE - (offset + start) % arena.PIECE)
+        if block is None or block.is_ram:
+            end = min(job.nbytes, start + blocks.PIECE - (offset + start) % blocks.PIECE)
+        else:
+            end = min(job.nbytes, start + WINDOW)
         yield start, end
         start = end

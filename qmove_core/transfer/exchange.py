@@ -21,6 +21,8 @@ from .. import devices, homes
 from ..errors import NotEnoughMemory
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mirrors
+from ..memory.blocks import ALIGNMENT, HostBlock, gaps_in, place_of
+from ..memory.limits import host_limits
 from ..settings import settings
 from ..storages import rebind, use_count
 from .copies import Progress, bytes_of
@@ -154,7 +156,7 @@ class _Swap:
         gaps = [
             Place(key, start, end)
             for key, block in self._blocks.items()
-            for start, end in arena.gaps_in(block)
+            for start, end in gaps_in(block)
         ]
         rounds, sizes = self._planned(gaps), self._sizes_of_a_block(gaps)
         for nbytes in sizes:
@@ -183,7 +185,7 @@ class _Swap:
             max(0, min(in_all, beyond + wanted) - there)
             for wanted in (max(2 * ahead, 2 * ROUND), 2 * ahead, ahead)
         ]
-        all_there_is = _free_on_host() // arena.ALIGNMENT * arena.ALIGNMENT
+        all_there_is = _free_on_host() // ALIGNMENT * ALIGNMENT
         return [*sizes, min(in_all, all_there_is), 0]
 
     def _new_block(self, nbytes: int) -> Place:
@@ -193,18 +195,18 @@ class _Swap:
             NotEnoughMemory: the host has too little room.
         """
         budget.require(self._action, {devices.CPU: nbytes})
-        (own,) = arena.allocate([nbytes], homes.forget)
+        (own,) = budget.allocate(self._action, [(nbytes, devices.CPU)], "")
         block = _block_of(own)
         assert block is not None
         self._keep(block)
         return Place(id(block), 0, nbytes)
 
-    def _keep(self, block: arena.Block) -> None:
+    def _keep(self, block: HostBlock) -> None:
         self._blocks[id(block)] = block
-        self._kept_in_use.append(block.bytes())
+        self._kept_in_use.append(block.memory())
 
     def _storage_at(self, place: Place, nbytes: int) -> torch.UntypedStorage:
-        return arena.storage_at(self._blocks[place.block], place.start, nbytes, homes.forget)
+        return self._blocks[place.block].storage(place.start, nbytes, homes.forget)
 
     def _slide(self, move: StorageMove, slide: Slide) -> None:
         """Moves a parked storage of a sleeping model within its block; the places may overlap."""
@@ -227,18 +229,18 @@ _HOST_ADVICE = "Restore or delete another parked model, close other programs, or
 
 
 def _free_on_host() -> int:
-    return budget.host_limits(settings.ram_limit, arena.bytes_held())[0].free
+    return host_limits(settings.ram_limit, arena.bytes_held())[0].free
 
 
-def _block_of(storage: torch.UntypedStorage) -> arena.Block | None:
-    place = arena.place_of(storage)
-    return place[0] if place is not None and isinstance(place[0], arena.Block) else None
+def _block_of(storage: torch.UntypedStorage) -> HostBlock | None:
+    place = place_of(storage)
+    return place[0] if place is not None and place[0].is_ram else None
 
 
 def _place_of(move: StorageMove) -> Place | None:
     """The host memory that a storage gives up when it has come; None if others look into it."""
-    place = arena.place_of(move.source)
-    if place is None or not isinstance(place[0], arena.Block):
+    place = place_of(move.source)
+    if place is None or not place[0].is_ram:
         return None
     if use_count(move.source) != len(move.tensors) + 1:
         return None
@@ -247,5 +249,5 @@ def _place_of(move: StorageMove) -> Place | None:
 
 def _address(move: StorageMove) -> tuple[int, int]:
     """Sorts by place."""
-    place = arena.place_of(move.source)
+    place = place_of(move.source)
     return (0, 0) if place is None else (place[0].address, place[1])

@@ -10,7 +10,7 @@ import torch
 from .. import homes
 from ..actions import Action
 from ..homes import Origin
-from ..memory.allocation import bytes_by_device
+from ..memory.budget import bytes_by_device
 from ..memory.mirrors import Mirror
 from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory

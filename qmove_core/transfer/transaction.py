@@ -19,8 +19,10 @@ from .. import devices, hosting
 from ..collector import collection_deferred
 from ..errors import CorruptedCopy
 from ..interrupts import interrupts_deferred
-from ..memory import arena, budget, mapped_files, mirrors
-from ..memory.allocation import allocate, bytes_by_device
+from ..memory import budget, mirrors
+from ..memory.blocks import place_of
+from ..memory.budget import allocate, bytes_by_device
+from ..memory.mapped_files import FileReader
 from ..model import kinds
 from ..model.holders import Straggler, holders_of, tensors_on
 from ..settings import settings
@@ -68,11 +70,13 @@ class MoveTransaction:
         self.plans = plans
         self.moves = [move for plan in plans for move in plan.moves]
         self._watched: list[tuple[StorageMove, StorageWeakRef]] = []
+        self._reader = FileReader()
 
     def __enter__(self) -> MoveTransaction:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self._reader.end()
         if error is not None:
             clear_own_frames(error)
         left = [move for move in self.moves if not move.is_committed and move.mirror is not None]
@@ -96,7 +100,7 @@ class MoveTransaction:
             if move.mirror is None:
                 continue
             move.is_unchanged = move.digest is not None and move.digest == move.mirror.digest
-            if move.is_unchanged or mapped_files.slice_of(move.mirror.host) is None:
+            if move.is_unchanged or move.mirror.block.is_ram:
                 move.target = move.mirror.host  # one that is no longer true is written over
             else:
                 move.mirror = None  # a file is never written to
@@ -135,7 +139,7 @@ class MoveTransaction:
         """Copies, and returns when every byte is there. Digests are taken where they are of use."""
         if digests is None:
             digests = settings.keep_mirrors or settings.verify
-        with Transfer(bytes_of(moves), progress, digests=digests) as transfer:
+        with Transfer(bytes_of(moves), progress, digests=digests, reader=self._reader) as transfer:
             self.start(transfer, moves)
         for move in moves:
             if move.device.type != "cpu":
@@ -234,9 +238,7 @@ def keep_as_mirrors(jobs: Sequence[CopyJob]) -> None:
     restored = [
         job
         for job in jobs
-        if job.device.type != "cpu"
-        and job.target is not None
-        and arena.place_of(job.source) is not None
+        if job.device.type != "cpu" and job.target is not None and place_of(job.source) is not None
     ]
     alone = [job for job, is_alone in zip(restored, unshared(restored), strict=True) if is_alone]
     # The last storages of a restore had no room beside them for a digest: it is taken on the host,
@@ -257,7 +259,7 @@ def unshared(jobs: Sequence[CopyJob]) -> list[bool]:
             sources.append(job.source)
             job.source = EMPTY  # the list alone holds it now, of all that is ours
         try:
-            return mirrors.unshared(sources)
+            return mirrors.let_go(sources)
         finally:
             for job, source in zip(jobs, sources, strict=True):
                 job.source = source

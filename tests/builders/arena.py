@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
 
 import simcuda
-from qmove_core.memory import arena
+from qmove_core.memory import arena, blocks
 
 MIB = 1 << 20
 
@@ -16,7 +17,7 @@ def nothing(_cdata: int) -> None:
     """For storages whose death nobody waits for."""
 
 
-def pinned_storage(nbytes: int) -> tuple[torch.UntypedStorage, arena.Block]:
+def pinned_storage(nbytes: int) -> tuple[torch.UntypedStorage, blocks.Block]:
     """One storage in a block of its own, all of it pinned."""
     (storage,) = arena.allocate([nbytes], nothing)
     block = block_of(storage)
@@ -24,10 +25,17 @@ def pinned_storage(nbytes: int) -> tuple[torch.UntypedStorage, arena.Block]:
     return storage, block
 
 
-def block_of(storage: torch.UntypedStorage) -> arena.Block:
-    place = arena.place_of(storage)
-    assert place is not None
+def block_of(storage: torch.UntypedStorage) -> blocks.Block:
+    place = blocks.place_of(storage)
+    assert place is not None and isinstance(place[0], blocks.Block)
     return place[0]
+
+
+def wait_until_prepared() -> None:
+    """Returns when nothing is being pinned in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "qmove-prepare":
+            thread.join()
 
 
 def is_mapped(address: int) -> bool:

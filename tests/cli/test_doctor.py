@@ -14,7 +14,7 @@ import torch
 
 from qmove_core import devices
 from qmove_core.cli import doctor
-from qmove_core.memory import budget, pinning
+from qmove_core.memory import limits, pinning
 from tests.builders.device import GPU, SIMULATED
 
 GIB = 1 << 30
@@ -77,7 +77,7 @@ def test_versions_are_those_installed() -> None:
 def test_ram_and_its_limits_are_those_the_budget_decides_by(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(budget, "cgroup_free", lambda: 5 << 20)
+    monkeypatch.setattr(limits, "cgroup_free", lambda: 5 << 20)
     host = doctor.examine().host
     assert host.ram_total == psutil.virtual_memory().total
     assert (host.usable, host.usable_limit, host.cgroup_free) == (5 << 20, "cgroup limit", 5 << 20)

@@ -12,7 +12,7 @@ import torch
 import qmove_core as qmove
 import simcuda
 from qmove_core.digests import digest
-from qmove_core.memory import arena, budget
+from qmove_core.memory import arena, limits
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
 from tests.builders.models import layers
@@ -148,7 +148,7 @@ def test_too_little_ram_stops_a_park_before_the_first_byte(
     model = layers(8)
     before = snapshot(model)
     if limit == "cgroup limit":
-        monkeypatch.setattr(budget, "cgroup_free", lambda: 1000)
+        monkeypatch.setattr(limits, "cgroup_free", lambda: 1000)
     else:
         free = psutil.virtual_memory()._replace(available=1000)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)

@@ -9,6 +9,7 @@ import pytest
 
 import simcuda
 from qmove_core.memory import arena, pinning
+from tests.builders.arena import wait_until_prepared
 
 
 @pytest.fixture
@@ -19,10 +20,10 @@ def empty_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     arena.trim()
     gc.collect()
     simcuda.reset_counters()
-    assert (arena.bytes_in_use(), arena.spare_bytes(), arena.pinned_bytes()) == (0, 0, 0)
+    assert (arena.bytes_in_use(), arena.spare_bytes(), pinning.registered_bytes()) == (0, 0, 0)
     yield
     simcuda.set_pinned_limit(None)
-    arena.wait_until_prepared()
+    wait_until_prepared()
     gc.collect()
     arena.trim()
     assert simcuda.host_counters().registered == 0, "something stayed page-locked"

@@ -16,7 +16,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, pinning
+from qmove_core.memory import arena, blocks, giving_back, pinning
 from qmove_core.storages import as_bytes
 from tests.builders.arena import MIB, block_of, is_mapped, nothing, operator_works, pinned_storage
 
@@ -31,36 +31,36 @@ class TestStorages:
         sizes = [100, 0, 64, 5000]
         storages = arena.allocate(sizes, nothing)
         block = block_of(storages[0])
-        places = [arena.place_of(storage) for storage in storages]
+        places = [blocks.place_of(storage) for storage in storages]
         assert places == [(block, 0), (block, 128), (block, 128), (block, 192)]
         assert [storage.nbytes() for storage in storages] == sizes
         assert storages[3].data_ptr() == block.address + 192
         assert block.nbytes == arena.bytes_for(sizes) == arena.bytes_in_use() == 192 + 5056
 
     def test_a_foreign_storage_has_no_place(self) -> None:
-        assert arena.place_of(torch.ones(3).untyped_storage()) is None
+        assert blocks.place_of(torch.ones(3).untyped_storage()) is None
 
     def test_a_stale_place_is_no_place(self) -> None:
         (storage,) = arena.allocate([64], nothing)
         foreign = torch.ones(64, dtype=torch.uint8).untyped_storage()
-        arena._places[foreign._cdata] = arena._places[
+        blocks._places[foreign._cdata] = blocks._places[
             storage._cdata
         ]  # a Ctrl-C ended a finalizer, the id came again
-        assert arena.place_of(foreign) is None
-        del arena._places[foreign._cdata]
+        assert blocks.place_of(foreign) is None
+        del blocks._places[foreign._cdata]
 
     def test_none_and_empty_ones(self) -> None:
         assert arena.allocate([], nothing) == []
         (empty,) = arena.allocate([0], nothing)
         assert (
             empty.nbytes() == 0
-            and block_of(empty).bytes().numel() == 0
+            and block_of(empty).as_bytes().numel() == 0
             and block_of(empty).pin(0, 0)
         )
 
     def test_the_block_is_seen_as_one_tensor_that_keeps_it(self) -> None:
         first, second = arena.allocate([64, 64], nothing)
-        whole = block_of(first).bytes()
+        whole = block_of(first).as_bytes()
         as_bytes(second).fill_(7)
         assert whole.tolist() == as_bytes(first).tolist() + [7] * 64
         del first, second
@@ -73,17 +73,17 @@ class TestStorages:
         first, second = arena.allocate([64, 64], dead.append)
         number = first._cdata
         del first
-        assert dead == [number] and number not in arena._places
+        assert dead == [number] and number not in blocks._places
         assert arena.bytes_in_use() == 128, "the other one still needs the block"
         del second
-        assert len(dead) == 2 and not arena._places
+        assert len(dead) == 2 and not blocks._places
 
 
 class TestSpares:
     def test_a_pinned_block_is_reused_and_pinned_once(self) -> None:
         storage, block = pinned_storage(3 * MIB)
         del storage
-        assert (arena.bytes_in_use(), arena.spare_bytes(), arena.pinned_bytes()) == (
+        assert (arena.bytes_in_use(), arena.spare_bytes(), pinning.registered_bytes()) == (
             0,
             3 * MIB,
             3 * MIB,
@@ -158,7 +158,11 @@ class TestSpares:
         assert simcuda.host_counters().registered == arena.spare_bytes() == 5 * MIB
         assert arena.trim() == 5 * MIB
         assert not any(is_mapped(address) for address in addresses.values())
-        assert (simcuda.host_counters().registered, arena.pinned_bytes(), arena.trim()) == (0, 0, 0)
+        assert (simcuda.host_counters().registered, pinning.registered_bytes(), arena.trim()) == (
+            0,
+            0,
+            0,
+        )
 
     def test_ram_limit_counts_spares(self) -> None:
         keep, _ = pinned_storage(8 * MIB)
@@ -190,43 +194,41 @@ class TestSpares:
         storage, block = pinned_storage(8 * MIB)
         del storage, block
         monkeypatch.setattr(arena, "_most_held", 1 << 40)
-        map_memory = arena.map_memory
+        map_memory = blocks.map_memory
 
         def refuses_while_there_are_spares(nbytes: int) -> Any:
             if arena.spare_bytes():
                 raise OSError("no memory")
             return map_memory(nbytes)
 
-        monkeypatch.setattr(arena, "map_memory", refuses_while_there_are_spares)
+        monkeypatch.setattr(blocks, "map_memory", refuses_while_there_are_spares)
         (_storage,) = arena.allocate([MIB], nothing)
         assert arena.spare_bytes() == 0 and arena.bytes_in_use() == MIB
 
     def test_idle_spares_go_back(self) -> None:
         storage, block = pinned_storage(MIB)
         del storage
-        assert arena.give_back_idle(block.idle_since + arena.IDLE_SECONDS - 1) == 0
-        assert arena.give_back_idle(block.idle_since + arena.IDLE_SECONDS) == MIB
+        assert arena.give_back_idle() == arena.give_back_idle(idle_seconds=3600) == 0
+        block.idle_since -= arena.IDLE_SECONDS
+        assert arena.give_back_idle() == MIB
         assert simcuda.host_counters().registered == 0
 
     def test_idle_spares_go_back_by_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ending, given_back = threading.Event(), threading.Event()
-        monkeypatch.setattr(arena, "IDLE_SECONDS", 0.01)
-        monkeypatch.setattr(arena, "_ending", ending)
-        monkeypatch.setattr(arena, "_idle_watch", None)  # the process's own waits for longer
-        release = arena.Block.release
+        given_back = threading.Event()
+        watch = giving_back.Watch(idle_seconds=0.01)
+        release = blocks.Block.release
 
-        def release_and_tell(block: arena.Block) -> None:
+        def release_and_tell(block: blocks.Block) -> None:
             release(block)
             given_back.set()
 
-        monkeypatch.setattr(arena.Block, "release", release_and_tell)
+        monkeypatch.setattr(blocks.Block, "release", release_and_tell)
         storage, block = pinned_storage(MIB)
-        watch = arena._idle_watch
-        assert watch is not None and not given_back.is_set(), "a block in use is not idle"
+        watch.start()
+        assert not given_back.is_set(), "a block in use is not idle"
         del storage, block
         assert given_back.wait(60) and simcuda.host_counters().registered == 0
-        ending.set()
-        watch.join(60)
+        watch.end()
 
     def test_a_storage_that_dies_while_the_arena_is_locked_waits_for_nobody(self) -> None:
         storage, _ = pinned_storage(MIB)
@@ -252,7 +254,7 @@ class TestSpares:
             assert is_mapped(address)
             assert "could not be unlocked" in caplog.text and operator_works()
         finally:
-            arena._never_unmapped.clear()
+            blocks.never_unmapped.clear()
 
 
 class TestProcesses:
@@ -260,8 +262,8 @@ class TestProcesses:
         "body",
         [
             "",
-            "arena.prepare(40 * arena.PIECE)",
-            "arena.prepare(arena.PIECE); arena.wait_until_prepared()",
+            "arena.prepare(40 * blocks.PIECE)",
+            "arena.prepare(blocks.PIECE); [thread.join() for thread in arena._preparers]",
             "del storage",
             "import weakref; keep.append(keep)",
         ],
@@ -271,10 +273,10 @@ class TestProcesses:
         script = f"""
             import simcuda; simcuda.activate(devices=1, memory="1GiB")
             import torch
-            from qmove_core.memory import arena
+            from qmove_core.memory import arena, blocks
             (storage,) = arena.allocate([3 << 20], lambda cdata: None)
             keep = [storage]
-            block = arena.place_of(storage)[0]
+            block = blocks.place_of(storage)[0]
             assert block.pin(0, block.nbytes)
             if "del" in {body!r}: keep.clear()
             {body}
@@ -301,11 +303,11 @@ class TestProcesses:
             assert pipe.read() == "fine"
         assert os.waitpid(child, 0)[1] == 0
         assert bool((as_bytes(storage) == 5).all()), "the child wrote into the parent's memory"
-        assert arena.pinned_bytes() == simcuda.host_counters().registered == 3 * MIB
+        assert pinning.registered_bytes() == simcuda.host_counters().registered == 3 * MIB
 
 
 def _in_child(storage: torch.UntypedStorage) -> None:
-    assert arena.spare_bytes() == arena.pinned_bytes() == 0
+    assert arena.spare_bytes() == pinning.registered_bytes() == 0
     assert not block_of(storage).pin(0, MIB)
     assert bool((as_bytes(storage)[:3] == 5).all())
     storage[0] = 9

@@ -11,11 +11,18 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, pages, pinning
-from qmove_core.memory.arena import PIECE
+from qmove_core.memory import arena, blocks, pages, pinning
+from qmove_core.memory.blocks import PIECE
 from qmove_core.memory.pages import PAGE
 from qmove_core.storages import as_bytes
-from tests.builders.arena import MIB, block_of, nothing, operator_works, pinned_storage
+from tests.builders.arena import (
+    MIB,
+    block_of,
+    nothing,
+    operator_works,
+    pinned_storage,
+    wait_until_prepared,
+)
 from tests.builders.interrupts import ctrl_c_at_line
 
 pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("empty_arena")]
@@ -48,7 +55,7 @@ class TestPinning:
             simcuda.host_counters().registered
             == simcuda.host_counters().pinned
             == pages
-            == arena.pinned_bytes()
+            == pinning.registered_bytes()
         )
         assert as_bytes(storage).is_pinned()
 
@@ -80,7 +87,7 @@ class TestPinning:
         storage, block = pinned_storage(PIECE + MIB)
         source = torch.arange(MIB, device="cuda").to(torch.uint8)
         with simcuda.strict_host_frees():
-            block.bytes()[PIECE:].copy_(source, non_blocking=True)
+            block.as_bytes()[PIECE:].copy_(source, non_blocking=True)
             torch.cuda.synchronize()
         assert torch.equal(as_bytes(storage)[PIECE:], source.cpu())
 
@@ -90,7 +97,7 @@ class TestPinning:
         with simcuda.fail("pin", nth=2, error=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             block.pin(0, block.nbytes)
         assert (
-            arena.pinned_bytes()
+            pinning.registered_bytes()
             == block.pinned_bytes
             == simcuda.host_counters().registered
             == PIECE
@@ -115,7 +122,7 @@ class TestPinning:
             except KeyboardInterrupt:
                 storages.clear()
             assert arena.bytes_in_use() == 0, number
-            assert arena.pinned_bytes() == simcuda.host_counters().registered, number
+            assert pinning.registered_bytes() == simcuda.host_counters().registered, number
             arena.trim()
             assert simcuda.host_counters().registered == 0, number
         assert number > 50, "it did go through the lines"
@@ -197,7 +204,7 @@ class TestRefusals:
         block = block_of(storage)
         with simcuda.fail("pin", nth=2, error=AssertionError("the driver was asked")):
             assert not block.pin(0, block.nbytes)
-        assert arena.pinned_bytes() == PIECE
+        assert pinning.registered_bytes() == PIECE
         (record,) = caplog.records
         assert "64.00 MiB (a test's limit)" in record.getMessage() and record.getMessage().endswith(
             "Do this."
@@ -231,8 +238,8 @@ class TestRefusals:
 class TestPreparing:
     def test_the_next_park_finds_everything_pinned(self) -> None:
         arena.prepare(2 * PIECE + MIB)
-        arena.wait_until_prepared()
-        assert arena.spare_bytes() == arena.pinned_bytes() == 2 * PIECE + MIB
+        wait_until_prepared()
+        assert arena.spare_bytes() == pinning.registered_bytes() == 2 * PIECE + MIB
         pins = simcuda.host_counters().pins
         storage, _block = pinned_storage(2 * PIECE + MIB)
         assert simcuda.host_counters().pins == pins == 3
@@ -255,7 +262,7 @@ class TestPreparing:
         waiting.start()
         gate.opened.set()
         waiting.join(60)
-        arena.wait_until_prepared()
+        wait_until_prepared()
         assert results == [True] and sorted(gate.addresses) == [
             block.address + i * PIECE for i in range(3)
         ]
@@ -266,13 +273,13 @@ class TestPreparing:
     ) -> None:
         gate = Gate(monkeypatch, at=2)
         told_to_stop = threading.Event()
-        stop_pinning = arena.Block.stop_pinning
+        stop_pinning = blocks.Block.stop_pinning
 
-        def stop_and_tell(block: arena.Block) -> None:
+        def stop_and_tell(block: blocks.Block) -> None:
             stop_pinning(block)
             told_to_stop.set()
 
-        monkeypatch.setattr(arena.Block, "stop_pinning", stop_and_tell)
+        monkeypatch.setattr(blocks.Block, "stop_pinning", stop_and_tell)
         arena.prepare(3 * PIECE)
         assert gate.reached.wait(60)
         trimmer = threading.Thread(target=arena.trim)
@@ -280,9 +287,12 @@ class TestPreparing:
         assert told_to_stop.wait(60)
         gate.opened.set()
         trimmer.join(60)
-        arena.wait_until_prepared()
+        wait_until_prepared()
         assert (
-            arena.spare_bytes() == arena.pinned_bytes() == simcuda.host_counters().registered == 0
+            arena.spare_bytes()
+            == pinning.registered_bytes()
+            == simcuda.host_counters().registered
+            == 0
         )
         assert len(gate.addresses) == 2, "it went on after it was told to stop"
 
@@ -296,14 +306,14 @@ class TestPreparing:
         del storage
         assert arena.spare_bytes() == PIECE
         gate.opened.set()
-        arena.wait_until_prepared()
-        assert arena.pinned_bytes() == PIECE
+        wait_until_prepared()
+        assert pinning.registered_bytes() == PIECE
 
     def test_a_spare_that_fits_is_enough(self) -> None:
         storage, block = pinned_storage(MIB)
         del storage, block
         arena.prepare(MIB)
-        arena.wait_until_prepared()
+        wait_until_prepared()
         assert arena.spare_bytes() == MIB and simcuda.host_counters().pins == 1
 
     def test_never_beyond_ram_limit(self) -> None:
@@ -317,14 +327,14 @@ class TestPreparing:
     def test_what_cannot_be_pinned_at_all_is_not_kept(self) -> None:
         with simcuda.fail("pin"):
             arena.prepare(2 * PIECE)
-            arena.wait_until_prepared()
-        assert arena.spare_bytes() == arena.pinned_bytes() == 0 and not arena._blocks
+            wait_until_prepared()
+        assert arena.spare_bytes() == pinning.registered_bytes() == 0 and not arena._blocks
 
     def test_a_refusal_in_the_background_leaves_pageable_memory(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         with simcuda.fail("pin", nth=2):
             arena.prepare(2 * PIECE)
-            arena.wait_until_prepared()
-        assert arena.pinned_bytes() == PIECE and arena.spare_bytes() == 2 * PIECE
+            wait_until_prepared()
+        assert pinning.registered_bytes() == PIECE and arena.spare_bytes() == 2 * PIECE
         assert len(caplog.records) == 1 and operator_works()

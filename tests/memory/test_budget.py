@@ -12,7 +12,7 @@ import torch
 import qmove_core as qmove
 from qmove_core import devices
 from qmove_core.actions import Action
-from qmove_core.memory import budget
+from qmove_core.memory import budget, limits
 from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
@@ -56,7 +56,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def machine_of_64_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(total=64 * GIB, available=40 * GIB)
-    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: memory)
 
 
 pytestmark = pytest.mark.usefixtures("machine_of_64_gib")
@@ -68,65 +68,65 @@ class TestCgroups:
     ) -> None:
         membership.write_text("0::/job\n")
         cgroup_v2(root / "job", limit=str(10 * GIB), used=4 * GIB, cached=1 * GIB)
-        assert budget.cgroup_free(root, membership) == 7 * GIB
+        assert limits.cgroup_free(root, membership) == 7 * GIB
 
     def test_v2_a_tighter_limit_on_an_ancestor_counts(self, root: Path, membership: Path) -> None:
         membership.write_text("0::/user.slice/job\n")
         cgroup_v2(root / "user.slice", limit=str(3 * GIB), used=2 * GIB)
         cgroup_v2(root / "user.slice" / "job", limit=str(10 * GIB), used=1 * GIB)
-        assert budget.cgroup_free(root, membership) == 1 * GIB
+        assert limits.cgroup_free(root, membership) == 1 * GIB
 
     def test_v2_max_is_no_limit(self, root: Path, membership: Path) -> None:
         membership.write_text("0::/job\n")
         cgroup_v2(root / "job", limit="max", used=4 * GIB)
-        assert budget.cgroup_free(root, membership) is None
+        assert limits.cgroup_free(root, membership) is None
 
     def test_v2_in_a_container_that_sees_only_its_own_group_at_the_root(
         self, root: Path, membership: Path
     ) -> None:
         membership.write_text("0::/\n")
         cgroup_v2(root, limit=str(8 * GIB), used=8 * GIB)
-        assert budget.cgroup_free(root, membership) == 0
+        assert limits.cgroup_free(root, membership) == 0
 
     def test_used_beyond_the_limit_leaves_nothing_and_never_less(
         self, root: Path, membership: Path
     ) -> None:
         membership.write_text("0::/job\n")
         cgroup_v2(root / "job", limit=str(1 * GIB), used=2 * GIB)
-        assert budget.cgroup_free(root, membership) == 0
+        assert limits.cgroup_free(root, membership) == 0
 
     def test_v1_memory_controller(self, root: Path, membership: Path) -> None:
         membership.write_text(
             "12:cpu,cpuacct:/elsewhere\n4:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
         )
         cgroup_v1(root / "memory" / "docker" / "abc", limit=6 * GIB, used=2 * GIB, cached=GIB // 2)
-        assert budget.cgroup_free(root, membership) == 4 * GIB + GIB // 2
+        assert limits.cgroup_free(root, membership) == 4 * GIB + GIB // 2
 
     def test_v1_container_whose_path_is_only_known_outside(
         self, root: Path, membership: Path
     ) -> None:
         membership.write_text("4:memory:/docker/abc\n")
         cgroup_v1(root / "memory", limit=2 * GIB, used=1 * GIB)
-        assert budget.cgroup_free(root, membership) == 1 * GIB
+        assert limits.cgroup_free(root, membership) == 1 * GIB
 
     def test_v1_unlimited_is_a_number_beyond_all_ram(self, root: Path, membership: Path) -> None:
         membership.write_text("4:memory:/\n")
         cgroup_v1(root / "memory", limit=9223372036854771712, used=1 * GIB)
-        assert budget.cgroup_free(root, membership) is None
+        assert limits.cgroup_free(root, membership) is None
 
     def test_without_cgroups(self, root: Path, membership: Path) -> None:
-        assert budget.cgroup_free(root, membership) is None  # no such file: not Linux
+        assert limits.cgroup_free(root, membership) is None  # no such file: not Linux
         membership.write_text("0::/job\n")
-        assert budget.cgroup_free(root, membership) is None  # no memory controller
+        assert limits.cgroup_free(root, membership) is None  # no memory controller
 
 
 class TestHostLimits:
     def test_the_tightest_comes_first_and_has_its_name(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(budget, "cgroup_free", lambda: 12 * GIB)
-        limits = budget.host_limits(ram_limit=30 * GIB, arena_bytes=5 * GIB)
-        assert [(limit.free, limit.name) for limit in limits] == [
+        monkeypatch.setattr(limits, "cgroup_free", lambda: 12 * GIB)
+        found = limits.host_limits(ram_limit=30 * GIB, arena_bytes=5 * GIB)
+        assert [(limit.free, limit.name) for limit in found] == [
             (12 * GIB, "cgroup limit"),
             (25 * GIB, "ram_limit of qmove.configure"),
             (40 * GIB, "available RAM"),
@@ -135,13 +135,13 @@ class TestHostLimits:
     def test_a_ram_limit_that_is_used_up_leaves_nothing(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(budget, "cgroup_free", lambda: None)
-        assert budget.host_limits(ram_limit=1 * GIB, arena_bytes=2 * GIB)[0].free == 0
+        monkeypatch.setattr(limits, "cgroup_free", lambda: None)
+        assert limits.host_limits(ram_limit=1 * GIB, arena_bytes=2 * GIB)[0].free == 0
 
     def test_exactly_what_is_free_may_be_taken_and_no_byte_more(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(budget, "cgroup_free", lambda: 1 * GIB)
+        monkeypatch.setattr(limits, "cgroup_free", lambda: 1 * GIB)
         budget.require_host(Action("park", "a model"), 1 * GIB, None)
         with pytest.raises(qmove.NotEnoughMemory) as caught:
             budget.require_host(Action("park", "a model"), 1 * GIB + 1, None)
@@ -163,7 +163,7 @@ class TestBeforeTheFirstByte:
     ) -> None:
         model = layers()
         before, allocated = snapshot(model), gpu.allocated()
-        monkeypatch.setattr(budget, "cgroup_free", lambda: 1000)
+        monkeypatch.setattr(limits, "cgroup_free", lambda: 1000)
         with pytest.raises(qmove.NotEnoughMemory, match="cgroup limit"):
             qmove.park(model)
         assert snapshot(model) == before
@@ -203,7 +203,7 @@ class TestBeforeTheFirstByte:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(devices, "free_memory", lambda device: None)
-        assert budget.host_limits(
+        assert limits.host_limits(
             None, 0
         )  # the host can say, and what follows is about the device alone
         budget.require_device(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.memory import arena, budget, giving_back, mirrors
+from qmove_core.memory import arena, giving_back, limits, mirrors
 from tests.builders.device import GPU
 from tests.builders.mirrors import BIAS, WEIGHT, WIDTH, held, mirrored, round_trip
 from tests.builders.models import layers
@@ -126,7 +126,7 @@ def test_mirrors_are_given_up_before_a_park_fails(
     if limit == "ram_limit":
         qmove.configure(ram_limit=allowed)
     elif limit == "cgroup limit":
-        monkeypatch.setattr(budget, "cgroup_free", lambda: allowed - held())
+        monkeypatch.setattr(limits, "cgroup_free", lambda: allowed - held())
     else:
         real = psutil.virtual_memory()
         monkeypatch.setattr(

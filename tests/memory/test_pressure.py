@@ -17,7 +17,8 @@ from torch import nn
 
 import qmove_core as qmove
 from qmove_core import homes
-from qmove_core.memory import arena, budget, mirrors, pressure
+from qmove_core.memory import arena, giving_back, limits, mirrors
+from tests.builders.arena import wait_until_prepared
 from tests.builders.device import GPU
 from tests.builders.mirrors import MODEL, WIDTH, mirrored, round_trip
 from tests.builders.models import layers
@@ -34,7 +35,7 @@ Free = Callable[[int], None]
 @pytest.fixture(autouse=True)
 def nobody_else_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process's own thread does not; and the arena is empty."""
-    monkeypatch.setattr(arena, "looks", [])
+    monkeypatch.setattr(giving_back.watch, "start", lambda: None)
     gc.collect()
     qmove.trim()
     assert arena.bytes_in_use() == arena.spare_bytes() == 0
@@ -46,11 +47,11 @@ def cgroup(monkeypatch: pytest.MonkeyPatch) -> Free:
     stay free."""
 
     def free(beyond_reserve: int) -> None:
-        left = pressure.reserve(16 * GIB) + beyond_reserve
-        monkeypatch.setattr(budget, "cgroup_free", lambda: left)
-        monkeypatch.setattr(pressure, "_resident", lambda: 16 * GIB - left)
+        left = giving_back.reserve(16 * GIB) + beyond_reserve
+        monkeypatch.setattr(limits, "cgroup_free", lambda: left)
+        monkeypatch.setattr(giving_back, "_resident", lambda: 16 * GIB - left)
         plenty = SimpleNamespace(total=64 * GIB, available=40 * GIB)
-        monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: plenty)
+        monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: plenty)
 
     return free
 
@@ -74,42 +75,50 @@ def test_the_least_recently_used_mirror_goes_and_parked_models_stay(
     round_trip(older)  # and so it is the newer one
     older, newer = newer, older
     cgroup(-1)
-    assert pressure.look() == MODEL
+    assert giving_back.trim_under_pressure() == MODEL
     assert (has_mirrors(older), has_mirrors(newer), arena.spare_bytes()) == (False, True, 0)
     assert "cgroup limit" in caplog.text and f"gave back {MODEL / MIB:.2f} MiB" in caplog.text
     cgroup(-64 * MODEL)
-    assert pressure.look() == MODEL
+    assert giving_back.trim_under_pressure() == MODEL
     assert (has_mirrors(newer), arena.bytes_in_use()) == (False, MODEL)
-    assert pressure.look() == 0, "nothing is left that could go"
+    assert giving_back.trim_under_pressure() == 0, "nothing is left that could go"
     assert qmove.is_parked(asleep) and contents(asleep) == before
 
 
 def test_spares_go_before_mirrors(gpu: GPU, cgroup: Free) -> None:
     model = mirrored()
     arena.prepare(2 * MIB)
-    arena.wait_until_prepared()
+    wait_until_prepared()
     cgroup(-MIB)
-    assert (pressure.look(), has_mirrors(model), arena.spare_bytes()) == (2 * MIB, True, 0)
+    assert (giving_back.trim_under_pressure(), has_mirrors(model), arena.spare_bytes()) == (
+        2 * MIB,
+        True,
+        0,
+    )
     cgroup(-MIB)
-    assert (pressure.look(), has_mirrors(model)) == (MODEL, False)
+    assert (giving_back.trim_under_pressure(), has_mirrors(model)) == (MODEL, False)
 
 
 def test_enough_is_free(gpu: GPU, cgroup: Free) -> None:
     model = mirrored()
     arena.prepare(2 * MIB)
-    arena.wait_until_prepared()
+    wait_until_prepared()
     cgroup(0)
-    assert (pressure.look(), has_mirrors(model), arena.spare_bytes()) == (0, True, 2 * MIB)
+    assert (giving_back.trim_under_pressure(), has_mirrors(model), arena.spare_bytes()) == (
+        0,
+        True,
+        2 * MIB,
+    )
 
 
 def test_another_process_takes_the_ram(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mirrored()
-    monkeypatch.setattr(budget, "cgroup_free", lambda: None)
-    monkeypatch.setattr(pressure, "_resident", lambda: 62 * GIB)
+    monkeypatch.setattr(limits, "cgroup_free", lambda: None)
+    monkeypatch.setattr(giving_back, "_resident", lambda: 62 * GIB)
     for available, given in ((4 * GIB, 0), (3 * GIB, MODEL)):
         memory = SimpleNamespace(total=64 * GIB, available=available)
-        monkeypatch.setattr(budget.psutil, "virtual_memory", lambda memory=memory: memory)
-        assert pressure.look() == given
+        monkeypatch.setattr(limits.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert giving_back.trim_under_pressure() == given
     assert not has_mirrors(model)
 
 
@@ -117,20 +126,20 @@ def test_the_limit_of_qmoves_own_is_not_one_for_others(gpu: GPU, cgroup: Free) -
     model = mirrored()
     cgroup(0)
     qmove.configure(ram_limit=MODEL)
-    assert pressure.look() == 0 and has_mirrors(model)
+    assert giving_back.trim_under_pressure() == 0 and has_mirrors(model)
 
 
 def test_while_a_move_runs_nothing_is_given_back_and_nobody_waits(gpu: GPU, cgroup: Free) -> None:
     model = mirrored()
     cgroup(-1)
     given: list[int] = []
-    watch = threading.Thread(target=lambda: given.append(pressure.look()))
+    watch = threading.Thread(target=lambda: given.append(giving_back.trim_under_pressure()))
     with homes.lock:
         watch.start()
         watch.join(60)
         assert not watch.is_alive(), "it waits for the move"
         assert (given, has_mirrors(model)) == ([0], True)
-    assert (pressure.look(), has_mirrors(model)) == (MODEL, False)
+    assert (giving_back.trim_under_pressure(), has_mirrors(model)) == (MODEL, False)
 
 
 @pytest.mark.parametrize(
@@ -144,58 +153,71 @@ def test_while_a_move_runs_nothing_is_given_back_and_nobody_waits(gpu: GPU, cgro
     ],
 )
 def test_how_much_is_to_stay_free(total: int, free: int) -> None:
-    assert pressure.reserve(total) == free
+    assert giving_back.reserve(total) == free
 
 
 class TestThread:
     @pytest.fixture(autouse=True)
-    def own_thread(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """The process's own may be asleep for long."""
-        ending = threading.Event()
-        monkeypatch.setattr(arena, "_ending", ending)
-        monkeypatch.setattr(arena, "_idle_watch", None)
-        monkeypatch.setattr(arena, "LOOK_SECONDS", 0.001)
-        yield
-        ending.set()
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[giving_back.Watch]:
+        """One that looks often; the process's own may be asleep for long."""
+        watch = giving_back.Watch(look_seconds=0.001)
+        monkeypatch.setattr(giving_back, "watch", watch)
+        yield watch
+        watch.end()
 
     def test_looks_while_the_arena_holds_anything_and_ends_then(
-        self, gpu: GPU, cgroup: Free, monkeypatch: pytest.MonkeyPatch
+        self,
+        gpu: GPU,
+        cgroup: Free,
+        monkeypatch: pytest.MonkeyPatch,
+        watch: giving_back.Watch,
     ) -> None:
-        looked, short = threading.Event(), threading.Event()
+        looked = threading.Event()
+        trim_under_pressure = giving_back.trim_under_pressure
 
-        def look() -> None:
-            if short.is_set():
-                pressure.look()
+        def look() -> int:
             looked.set()
+            return trim_under_pressure()
 
-        monkeypatch.setattr(arena, "looks", [look])
+        cgroup(GIB)
+        monkeypatch.setattr(giving_back, "trim_under_pressure", look)
         model = layers(4, width=WIDTH, device="cpu").cuda()
-        assert arena._idle_watch is None, "there is nothing to look after"
+        assert watch.thread is None, "there is nothing to look after"
         round_trip(model)
-        watch = arena._idle_watch
-        assert watch is not None and watch.daemon and watch.is_alive()
+        thread = watch.thread
+        assert thread is not None and thread.daemon and thread.is_alive()
         assert looked.wait(60) and has_mirrors(model)
         cgroup(-1)
-        short.set()
-        watch.join(60)
-        assert not watch.is_alive() and arena._idle_watch is None
+        thread.join(60)
+        assert not thread.is_alive() and watch.thread is None
         assert not has_mirrors(model) and arena.bytes_in_use() == arena.spare_bytes() == 0
 
-    def test_starts_again_with_the_next_block(self, gpu: GPU) -> None:
+    def test_starts_again_with_the_next_block(self, gpu: GPU, watch: giving_back.Watch) -> None:
         for _ in range(3):
             model = mirrored()
-            watch = arena._idle_watch
-            assert watch is not None and watch.is_alive()
+            thread = watch.thread
+            assert thread is not None and thread.is_alive()
             del model
             gc.collect()
             arena.trim()
-            watch.join(60)
-            assert not watch.is_alive() and arena._idle_watch is None
+            thread.join(60)
+            assert not thread.is_alive() and watch.thread is None
 
+    def test_no_thread_can_be_started(
+        self, gpu: GPU, monkeypatch: pytest.MonkeyPatch, watch: giving_back.Watch
+    ) -> None:
+        def refuses(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
 
-def test_is_looked_after_from_the_import_on() -> None:
-    script = "import qmove_core; from qmove_core.memory import arena, pressure; assert arena.looks == [pressure.look]"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuses)
+            model = layers(4, width=WIDTH)
+            before = contents(model)
+            assert qmove.prepare(model) == 0 and arena.spare_bytes() == 0
+            round_trip(model)
+        assert contents(model) == before and watch.thread is None
+        qmove.park(layers(1))
+        assert watch.thread is not None, "the next block tries again"
 
 
 @pytest.mark.parametrize("free", ["plenty", "none"])
@@ -206,16 +228,17 @@ def test_a_process_ends_without_a_word_while_it_looks(free: str) -> None:
         import threading
         from tests.builders.models import layers
         import qmove_core as qmove
-        from qmove_core.memory import arena, budget
-        arena.LOOK_SECONDS = 0.0001
+        from qmove_core.memory import giving_back, limits
         seen = threading.Event()
-        arena.looks.append(seen.set)
+        look = giving_back.trim_under_pressure
+        giving_back.trim_under_pressure = lambda: (look(), seen.set())
+        giving_back.watch = giving_back.Watch(look_seconds=0.0001)
         models = [layers(2), layers(2)]
         for model in models:
             qmove.park(model)
         for model in models:
             qmove.restore(model)
-        budget.cgroup_free = lambda: {{"plenty": 1 << 40, "none": 0}}[{free!r}]
+        limits.cgroup_free = lambda: {{"plenty": 1 << 40, "none": 0}}[{free!r}]
         seen.clear()
         assert seen.wait(60)
     """

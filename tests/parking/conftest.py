@@ -10,7 +10,7 @@ import pytest
 import qmove_core as qmove
 import simcuda
 from qmove_core.digests import digest
-from qmove_core.memory import mapped_files, pinning
+from qmove_core.memory import blocks, pinning
 from qmove_core.parking import streaming
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
@@ -47,4 +47,4 @@ def no_files_mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     streaming.wait_for()
     gc.collect()
     qmove.trim()
-    assert (simcuda.host_counters().registered, mapped_files.nbytes()) == (0, 0)
+    assert (simcuda.host_counters().registered, blocks.file_bytes()) == (0, 0)

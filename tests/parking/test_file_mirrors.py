@@ -4,7 +4,6 @@ without RAM."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import textwrap
@@ -20,9 +19,11 @@ from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, mapped_files, pinning
-from qmove_core.memory.pages import PAGE, round_to_pages
+from qmove_core.memory import arena
+from qmove_core.memory.mapped_files import WINDOW, WINDOWS
+from qmove_core.memory.pages import PAGE
 from qmove_core.transfer import copies
+from tests.builders.arena import MIB
 from tests.builders.device import GPU
 from tests.builders.file_mirrors import mirrored, saved
 from tests.builders.mirrors import MODEL, WIDTH, ones
@@ -95,47 +96,38 @@ def test_pages_become_private_ram_only_where_they_are_written_to(gpu: GPU, tmp_p
     assert private_bytes(path) == PAGE
 
 
-def test_pages_are_locked_while_they_are_copied_and_no_longer(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    parked = qmove.park(model)
-    with locked_while_copying() as seen:
-        parked.restore()
-    into = [notice for notice in seen if notice[0] == "h2d"]
-    assert into and all(
-        (pinned, registered) == (True, round_to_pages(path.stat().st_size))
-        for _, pinned, registered in into
-    )
-    assert simcuda.host_counters().registered == 0
-
-
-def test_the_device_may_only_read_what_is_locked(
-    gpu: GPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_copied_goes_through_locked_windows_and_the_file_is_never_locked(
+    gpu: GPU, tmp_path: Path, stream: bool
 ) -> None:
     model, _path = mirrored(tmp_path)
-    qmove.park(model)
-    flags: list[int] = []
-    register = torch.cuda.cudart().cudaHostRegister
-
-    def note(address: int, nbytes: int, how: int) -> Any:
-        flags.append(how)
-        return register(address, nbytes, how)
-
-    monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", note)
-    qmove.restore(model)
-    assert flags == [pinning.PORTABLE | 8]
-
-
-def test_a_streaming_restore_unlocks_when_everything_has_arrived(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
     before = contents(model)
     qmove.park(model)
-    qmove.restore(model, stream=True)
-    assert simcuda.host_counters().registered == round_to_pages(path.stat().st_size)
-    with torch.no_grad():
-        model(ones())
+    assert simcuda.host_counters().registered == 0
+    with locked_while_copying() as seen:
+        qmove.restore(model, stream=stream)
+    into = [(pinned, registered) for direction, pinned, registered in seen if direction == "h2d"]
+    assert into and set(into) == {(True, WINDOWS * WINDOW)}
     assert simcuda.host_counters().registered == 0
     assert contents(model) == before
     assert qmove.park(model).copied_bytes == 0, "it is mirrored again"
+
+
+@pytest.mark.parametrize("megabytes", [WINDOW // MIB - 1, WINDOW // MIB, 2 * WINDOW // MIB + 1])
+def test_a_storage_larger_than_a_window_comes_in_several(
+    gpu: GPU, tmp_path: Path, megabytes: int
+) -> None:
+    model = nn.ParameterDict(
+        {"big": torch.arange(megabytes * MIB // 4, dtype=torch.float32, device="cuda")}
+    )
+    before = contents(model)
+    qmove.mirror_files(model, saved(model, tmp_path))
+    assert qmove.park(model).copied_bytes == 0
+    with locked_while_copying() as seen:
+        qmove.restore(model)
+    copied = [direction for direction, *_ in seen].count("h2d")
+    assert copied == -(-megabytes * MIB // WINDOW) and contents(model) == before
+    assert qmove.park(model).copied_bytes == 0
 
 
 def test_two_models_of_one_file_may_be_under_way_at_once(gpu: GPU, tmp_path: Path) -> None:
@@ -172,27 +164,6 @@ def test_a_streaming_restore_that_fails_unlocks(
     assert contents(model) == before
 
 
-def test_a_copy_whose_event_fails_for_ever_is_over(gpu: GPU, tmp_path: Path) -> None:
-    model, _path = mirrored(tmp_path)
-    qmove.park(model)
-    storages = [parameter.untyped_storage() for parameter in model[0].parameters()]
-    place = arena.place_of(storages[0])
-    assert place is not None
-
-    class Broken:
-        def synchronize(self) -> None:
-            raise RuntimeError("the context is gone")
-
-    lent = mapped_files.Lent(storages)
-    lent.begin()
-    assert place[0].pin(0, PAGE)
-    waiting = [lent.until(Broken(), storage) for storage in storages]
-    for arriving, registered in zip(waiting, (True, False), strict=True):
-        with pytest.raises(RuntimeError, match="context"):
-            arriving.synchronize()
-        assert (simcuda.host_counters().registered > 0) is registered
-
-
 def test_a_restore_that_fails_unlocks(gpu: GPU, tmp_path: Path) -> None:
     model, _path = mirrored(tmp_path)
     before = contents(model)
@@ -220,19 +191,6 @@ def test_where_locking_is_refused_copies_go_unlocked(gpu: GPU, tmp_path: Path, w
     } == {(False, 0)}
     assert contents(model) == before
     assert torch.ones(2, device="cuda").sum().item() == 2, "no error was left behind"
-
-
-def test_a_file_of_many_pieces_is_copied_piece_by_piece(
-    gpu: GPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arena, "PIECE", 16 * PAGE)
-    model, _path = mirrored(tmp_path)
-    before = contents(model)
-    qmove.park(model)
-    with locked_while_copying() as seen:
-        qmove.restore(model)
-    assert sum(direction == "h2d" for direction, *_ in seen) >= MODEL // (16 * PAGE)
-    assert contents(model) == before
 
 
 def test_swapped_models_come_from_their_files(gpu: GPU, tmp_path: Path) -> None:
@@ -318,20 +276,12 @@ def test_a_process_ends_without_a_word(tmp_path: Path, then: str) -> None:
     script = f"""
         import simcuda; simcuda.activate(devices=1, memory="1GiB")
         import sys; sys.path.insert(0, ".")
-        import atexit
-        def check():  # after qmove's own endings
-            for file in mapped_files._locked.values():
-                assert sys.getrefcount(file._memory) > held, "what is locked may be unmapped"
-        atexit.register(check)
         from tests.builders.models import layers
         import qmove_core as qmove
-        from qmove_core.memory import mapped_files
         model = layers(2, width={WIDTH})
         assert qmove.mirror_files(model, {str(tmp_path / "model.safetensors")!r})
         assert qmove.park(model).copied_bytes == 0
         {then}
-        held = max([sys.getrefcount(file._memory) for file in mapped_files._locked.values()], default=0)
-        assert (held > 0) is {"stream" in then}
     """
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-c", textwrap.dedent(script)],
@@ -341,15 +291,3 @@ def test_a_process_ends_without_a_word(tmp_path: Path, then: str) -> None:
     assert not [
         word for word in ("Error", "Traceback", "ResourceWarning") if word in done.stderr
     ], done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_leaves_the_parents_locks_alone(gpu: GPU, tmp_path: Path) -> None:
-    model, path = mirrored(tmp_path)
-    qmove.park(model)
-    qmove.restore(model, stream=True)
-    child = os.fork()
-    if child == 0:
-        os._exit(len(mapped_files._locked))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert simcuda.host_counters().registered == round_to_pages(path.stat().st_size)

@@ -12,9 +12,9 @@ from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena
 from qmove_core.parking import swapping
 from qmove_core.transfer import copies
+from tests.builders.arena import wait_until_prepared
 from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
@@ -74,7 +74,7 @@ def test_both_directions_of_the_link_are_used_at_once(gpu: GPU) -> None:
     qmove.park(coming)
     seconds = qmove.inventory(leaving).nbytes / simcuda.link.current().d2h_pinned
     qmove.prepare(leaving)
-    arena.wait_until_prepared()
+    wait_until_prepared()
     simcuda.clock.reset()
 
     qmove.swap(leaving, coming)

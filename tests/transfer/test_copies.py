@@ -11,7 +11,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena
+from qmove_core.memory import arena, blocks
 from qmove_core.transfer import copies as engine
 from tests.builders.byte_tensors import MIB, equal, on_host, tensors
 from tests.builders.device import GPU
@@ -240,7 +240,7 @@ def test_where_only_a_part_can_be_pinned_all_is_right(gpu: GPU, stream: bool) ->
     model = tensors(*SIZES)
     expected = on_host(model)
     try:
-        simcuda.set_pinned_limit(simcuda.host_counters().pinned + arena.PIECE)
+        simcuda.set_pinned_limit(simcuda.host_counters().pinned + blocks.PIECE)
         with copies() as seen:
             qmove.park(model)
             assert equal(model, expected)
