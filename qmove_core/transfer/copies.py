@@ -127,6 +127,8 @@ class Transfer:
             if self._wait or kind is not None:
                 self._wait_for(list(self._streams.values()))
         finally:
+            if kind is not None:
+                self._pending.clear()  # whoever keeps the traceback keeps no memory
             if self._ends_reader:
                 self._reader.end()
 
