@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.memory import arena, giving_back, limits, mirrors
+from qmove_core.memory import arena, limits, mirrors
 from tests.builders.device import GPU
 from tests.builders.mirrors import BIAS, WEIGHT, WIDTH, held, mirrored, round_trip
 from tests.builders.models import layers

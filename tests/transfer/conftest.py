@@ -10,7 +10,7 @@ import pytest
 import qmove_core as qmove
 import simcuda
 from qmove_core.digests import digest
-from qmove_core.memory import arena, blocks
+from qmove_core.memory import blocks
 from qmove_core.parking import streaming
 from qmove_core.transfer import copies as engine
 from tests.builders.byte_tensors import MIB
@@ -36,7 +36,7 @@ def no_digests() -> None:
 def scaled_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registrations of 4 MiB, buffers of 2 MiB and "large" from 1 MiB on: a 16th of each."""
     qmove.trim()
-    monkeypatch.setattr(arena, "PIECE", blocks.PIECE // 16)
+    monkeypatch.setattr(blocks, "PIECE", blocks.PIECE // 16)
     monkeypatch.setattr(engine, "STAGING", engine.STAGING // 16)
     monkeypatch.setattr(engine, "SMALL", engine.SMALL // 16)
     assert (blocks.PIECE, engine.STAGING, engine.SMALL) == (4 * MIB, 2 * MIB, MIB)
