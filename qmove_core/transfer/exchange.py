@@ -69,8 +69,8 @@ class _Swap:
         more = {device: max(0, wanted[device] - present.get(device, 0)) for device in wanted}
         budget.require(coming.action, more)
         self._room = more  # no more on each device than the larger of the two takes there
-        self._blocks: dict[int, arena.Block] = {}  # that may be written to where a gap is
-        self._kept_in_use: list[torch.Tensor] = []
+        self._blocks: dict[int, HostBlock] = {}  # that may be written to where a gap is
+        self._kept_in_use: list[object] = []
         try:
             transaction.allocate_on_host(leaving)
             self._rounds = self._planned([])
