@@ -42,13 +42,15 @@ def mirror_files(
 
     A parked model can still be changed (pages that are written to become private RAM) and comes
     home with the changes; what was changed is parked as always from then on. While a model is
-    parked its files must not be overwritten in place: a restore then raises MappedFileChanged (see
-    `mapped_files.py` for what it cannot see). Replacing or deleting them does no harm. On Windows
-    mapped files cannot be replaced, and count against the commit limit in full.
+    parked its files must not be overwritten in place: the weights are lost then, and a restore
+    raises MappedFileChanged (`mapped_files.py`: how it knows, and what that costs). Replacing or
+    deleting them does no harm. On Windows mapped files cannot be replaced, and count against the
+    commit limit in full.
 
     Args:
         model: as for `qmove.park`; what of it is on an accelerator now.
-        files: one or several safetensors files. All of each is read once, through the page cache.
+        files: one or several safetensors files. What matches is read once, through the page cache,
+            tensor by tensor: RAM for the largest one is taken meanwhile.
         prefix: what names in the files have before the model's own ("model.diffusion_model." for
             example).
 
@@ -57,7 +59,7 @@ def mirror_files(
 
     Raises:
         CannotMirror: a file is missing or no whole safetensors file, or `keep_mirrors` is off.
-        MappedFileChanged: a file was written to meanwhile.
+        MappedFileChanged: a file became shorter meanwhile.
     """
     if not settings.keep_mirrors:
         raise CannotMirror(
