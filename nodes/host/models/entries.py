@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import uuid
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def entries_of(adopted: Adopted) -> list[Entry]:
         if device not in entries:
             entries[device] = Entry(adopted, device)
     return list(entries.values())
+
+
+_only_from: frozenset[torch.device] | None = None
+
+
+def unload_only(devices: Iterable[torch.device] | None) -> None:
+    """Until the next call entries on other devices than these stay; None: all yield, as usual."""
+    global _only_from
+    _only_from = None if devices is None else frozenset(devices)
 
 
 class Entry:
@@ -98,7 +108,8 @@ class Entry:
     def detach(self, unpatch_all: bool = True) -> None:
         """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew."""
         adopted = self._adopted()
-        if unpatch_all and adopted is not None:
+        may_leave = _only_from is None or self.load_device in _only_from
+        if unpatch_all and adopted is not None and may_leave:
             try:
                 adopted.park()
             except qmove.NotEnoughMemory as error:  # RAM is short: the model stays

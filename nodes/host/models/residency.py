@@ -18,6 +18,7 @@ import qmove_core as qmove
 
 from .. import comfy, meter, progress
 from ..contract import HostEntry, ListedModel
+from ..guard import is_interrupt
 from .adopted import Adopted, adopt, adopted_models
 from .entries import Entry, entries_of
 
@@ -28,6 +29,7 @@ Model = Adopted | HostEntry  # one that qmove moves, or one of ComfyUI's own
 EVERYTHING = 1e30  # bytes; what ComfyUI itself asks for when it unloads all
 
 _something_moved = False
+_left: set[str] = set()  # kinds of objects in ComfyUI's list that were said to be left alone
 
 
 def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
@@ -53,7 +55,7 @@ def register(models: Iterable[Adopted]) -> None:
     if host is None or not models:
         return
     _alive = [adopted.model for adopted in models]  # until ComfyUI has asked for all sizes
-    listed = {id(loaded.model) for loaded in host.current_loaded_models}
+    listed = {id(_entry_of(line)) for line in host.current_loaded_models}
     entries = [entry for adopted in models for entry in entries_of(adopted)]
     _drop([entry for entry in entries if id(entry) in listed and not entry.model_size()])
     for entry in entries:
@@ -96,7 +98,7 @@ def bring_home(models: Collection[Adopted], keep: Collection[Model] = ()) -> Non
         for adopted in away:
             adopted.come_home()
     finally:
-        _register_again(models)
+        register_again(models)
 
 
 def swap(leaving: Adopted, coming: Adopted) -> None:
@@ -117,10 +119,10 @@ def swap(leaving: Adopted, coming: Adopted) -> None:
 
             going.result, arriving.result = qmove.swap(leaving.model, coming.model, progress=report)
     finally:
-        _register_again([leaving, coming])
+        register_again([leaving, coming])
 
 
-def _register_again(models: Iterable[Adopted]) -> None:
+def register_again(models: Iterable[Adopted]) -> None:
     """After a request that may have failed, and whose entries ComfyUI may have taken out."""
     try:
         register(models)
@@ -161,25 +163,82 @@ def idle_models(used: Collection[Adopted]) -> list[Adopted]:
 
 
 def hosts_own_entries() -> list[HostEntry]:
-    """ComfyUI's own loaded models."""
+    """ComfyUI's own loaded models. What is in its list and is none of its kind is left to it."""
     host = comfy.model_management()
-    entries = [loaded.model for loaded in host.current_loaded_models] if host is not None else []
-    return [entry for entry in entries if entry is not None and not isinstance(entry, Entry)]
+    entries = [_entry_of(line) for line in host.current_loaded_models] if host is not None else []
+    return [e for e in entries if e is not None and type(e) is not Entry and _is_known_kind(e)]
+
+
+def _entry_of(line: Any) -> Any:
+    """What a line of ComfyUI's list stands for; None where it has died, or is no such line."""
+    try:
+        return line.model
+    except Exception as error:
+        _leave(line, error)
+        return None
+
+
+def _is_known_kind(entry: Any) -> bool:
+    """Whether an entry answers as ComfyUI's own do: some packs list objects of theirs."""
+    try:
+        _ = (
+            entry.__class__,
+            entry.model,
+            int(entry.loaded_size()),
+            int(entry.model_size()),
+            _is_dynamic(entry),
+        )
+        if not isinstance(entry.load_device, torch.device):
+            raise TypeError("its load_device is no device")
+        return True
+    except Exception as error:
+        _leave(entry, error)
+        return False
+
+
+def _leave(stranger: object, error: Exception) -> None:
+    if type(stranger).__name__ not in _left:
+        _left.add(type(stranger).__name__)
+        log.warning(
+            "In ComfyUI's list of loaded models is a %s that qmove cannot read (%s): it is left to "
+            "ComfyUI.",
+            type(stranger).__name__,
+            type(error).__name__,
+        )
 
 
 def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
     """ComfyUI's own loaded models that are not `used`, without those that yield by themselves."""
     models = {id(patcher.model) for patcher in used}  # clones share the model
     idle = [entry for entry in hosts_own_entries() if id(entry.model) not in models]
-    # `is_dynamic` is there from 0.18.2.
-    return [entry for entry in idle if not getattr(entry, "is_dynamic", lambda: False)()]
+    return [entry for entry in idle if not _is_dynamic(entry)]
+
+
+def _is_dynamic(entry: HostEntry) -> bool:
+    return bool(getattr(entry, "is_dynamic", lambda: False)())  # it is there from 0.18.2
 
 
 def make_room(device: torch.device, nbytes: int, keep: Iterable[Model]) -> None:
     """Has ComfyUI evict models, in its own order, until `nbytes` are free on `device`."""
     host = comfy.model_management()
-    if host is not None:
-        host.free_memory(nbytes, device, _lines_of(_entries_of(keep))[0])
+    keep = list(keep)
+    if host is not None and not _free(nbytes, device, _lines_of(_entries_of(keep))[0]):
+        ours = idle_models([model for model in keep if isinstance(model, Adopted)])
+        park_until_free([model for model in ours if device in model.resident], device, nbytes)
+
+
+def _free(nbytes: float, device: torch.device, keep: Sequence[ListedModel]) -> bool:
+    """Asks ComfyUI for room. Returns whether it could look: it may fail at a stranger."""
+    host = comfy.model_management()
+    try:
+        if host is not None:
+            host.free_memory(nbytes, device, keep)
+        return True
+    except Exception as error:
+        if is_interrupt(error):
+            raise
+        _leave(host, error)
+        return False
 
 
 def _entries_of(models: Iterable[Model]) -> list[HostEntry | Entry]:
@@ -195,7 +254,7 @@ def _unload(patchers: Sequence[HostEntry]) -> None:
     wanted, others = _lines_of(patchers)
     if host is not None and wanted:
         for device in dict.fromkeys(patcher.load_device for patcher in patchers):
-            host.free_memory(EVERYTHING, device, others)
+            _free(EVERYTHING, device, others)
 
 
 def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[ListedModel], list[ListedModel]]:
@@ -205,8 +264,10 @@ def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[ListedModel], 
     ids = {id(entry) if isinstance(entry, Entry) else id(entry.model) for entry in entries}
     lines: tuple[list[ListedModel], list[ListedModel]] = ([], [])
     for line in host.current_loaded_models if host is not None else []:
-        entry = line.model
-        key = id(entry) if isinstance(entry, Entry) or entry is None else id(entry.model)
+        entry = _entry_of(line)
+        is_ours = type(entry) is Entry
+        known = is_ours or (entry is not None and _is_known_kind(entry))
+        key = id(entry) if is_ours or not known else id(entry.model)
         lines[key not in ids].append(line)
     return lines
 
@@ -219,7 +280,7 @@ def _drop(entries: Collection[Entry]) -> None:
     ids = {id(entry) for entry in entries}
     for index in range(len(host.current_loaded_models) - 1, -1, -1):
         line = host.current_loaded_models[index]
-        if id(line.model) in ids:
+        if id(_entry_of(line)) in ids:
             del host.current_loaded_models[index]
             if line.model_finalizer is not None:
                 line.model_finalizer.detach()

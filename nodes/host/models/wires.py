@@ -20,6 +20,7 @@ from qmove_core import for_hosts
 
 from .. import comfy
 from ..contract import HostEntry
+from . import residency
 from .adopted import adopted_of, can_be_adopted
 
 log = logging.getLogger("qmove")
@@ -98,11 +99,10 @@ def _not_the_hosts(modules: list[nn.Module], patchers: list[HostEntry]) -> list[
     """Leaves out what ComfyUI manages itself: a VAE object holds its module beside its patcher."""
     if all(adopted_of(module) is not None for module in modules):
         return modules
-    host = comfy.model_management()
     patcher_class = comfy.model_patcher_class()
-    loaded = [line.model for line in host.current_loaded_models] if host is not None else []
     if patcher_class is not None:
-        patchers = patchers + [e for e in loaded if e is not None and isinstance(e, patcher_class)]
+        own = residency.hosts_own_entries()
+        patchers = patchers + [entry for entry in own if isinstance(entry, patcher_class)]
     roots = {id(patcher.model): patcher.model for patcher in patchers}.values()
     managed = {id(m) for root in roots if isinstance(root, nn.Module) for m in root.modules()}
     return [module for module in modules if id(module) not in managed]

@@ -156,46 +156,39 @@ def _bytes_of_tensors(outputs: Iterable[Any]) -> Needed:
     return totals
 
 
-def make_room_again(
+def note_shortage(
     node_id: str, class_name: str, measurement: Measurement | None, error: BaseException
-) -> bool:
-    """Parks what is idle on the device that was full, and notes what the node lacked.
-
-    Returns:
-        Whether there was anything to park.
-    """
-    full = second_try.full_devices(error)
-    took: Needed = {}
-    if measurement is not None:
-        took = needs.peak(measurement)
-        # More than was free when it began.
-        least = {device: free for device, free in measurement.free.items() if device in full}
-        needs.learned.learn(measurement.signature, least, {})
-    finding.look()
-    idle = [m for m in order_to_park(None, None, in_use) if any(is_on(m, d) for d in full)]
-    parked = [model for model in idle if _parks(model)]
+) -> None:
+    """Says what a node lacked that ran out of memory, and remembers that it takes more."""
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
-    for device, free in measurement.free.items() if measurement is not None else ():
-        free_now = meter.free_bytes(device) or 0
-        if took[device] or free != free_now:
-            lines.append(
-                f"  {device}: the node began with {readable_bytes(free)} free, and had taken "
-                f"{readable_bytes(took[device])} when that was not enough. Idle models were "
-                f"parked: {readable_bytes(free_now)} are free now."
-            )
+    full = second_try.full_devices(error) if measurement is not None else []
+    for device in full:
+        if measurement is None or device not in measurement.allocated:
+            continue
+        took = needs.peak(measurement)[device]
+        free = (meter.free_bytes(device) or 0) + needs.left(measurement)[device]
+        lines.append(
+            f"  {device}: {readable_bytes(free)} were free when the node began, and it had taken "
+            f"{readable_bytes(took)} when that was not enough."
+        )
+        needs.learned.learn(measurement.signature, {device: max(took, free)}, {})
     log.error("\n".join(lines))
-    return bool(parked)
 
 
-def _parks(model: Model) -> bool:
-    """Parks a model, or says why it stays: RAM is short, or it cannot be moved."""
-    try:
-        residency.park([model])
-    except qmove.QMoveError as error:
-        log.warning("%s", error)
-        return False
-    return True
+def make_room_again(full: Sequence[torch.device]) -> None:
+    """Parks all that is idle on the devices that were full: how much would do, nobody knows."""
+    for model in idle_on(full):
+        try:
+            residency.park([model])
+        except qmove.QMoveError as error:  # RAM is short, or it cannot be moved
+            log.warning("%s", error)
+
+
+def idle_on(devices: Sequence[torch.device]) -> list[Model]:
+    """Idle models on any of these devices, the least useful first, also those of no wire."""
+    finding.look()
+    return [m for m in order_to_park(None, None, in_use) if any(is_on(m, d) for d in devices)]
 
 
 def order_to_park(

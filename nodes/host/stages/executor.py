@@ -8,17 +8,19 @@ expected, the log says so and that feature is off.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .. import comfy, graph, hooks, progress
 from ..contract import ExecutionList
 from ..guard import is_interrupt, never_fails
-from ..models import node_models
+from ..models import entries, node_models, residency
+from ..models.adopted import adopted_models
 from ..panel import events, history
 from . import auto_parking, job_queue, needs, second_try
 from .needs import Measurement
@@ -51,8 +53,9 @@ _latest: weakref.ReferenceType[Any] | None = None
 def install() -> bool:
     """Wraps ComfyUI's methods, once. Returns whether qmove follows the stages now."""
     cls = comfy.execution_list_class()
-    stages = _has_method(cls, "stage_node_execution", is_async=True)
-    if not stages or not _has_method(cls, "complete_node_execution"):
+    if not hooks.fits(cls, "stage_node_execution", 1, is_async=True) or not hooks.fits(
+        cls, "complete_node_execution", 1
+    ):
         log.warning(
             "This ComfyUI runs its nodes in another way than qmove knows: nothing is parked or "
             "brought home between nodes. The nodes of qmove work, and parked models still wake "
@@ -61,9 +64,9 @@ def install() -> bool:
         return False
     _wrap(cls, "stage_node_execution", _wrap_stage)
     _wrap(cls, "complete_node_execution", _wrap_complete)
-    second_try.install(_give_room)
+    second_try.install(_Room())
     executor = comfy.prompt_executor_class()
-    if _has_method(executor, "handle_execution_error", parameters=7):
+    if hooks.fits(executor, "handle_execution_error", 7):
         _wrap(executor, "handle_execution_error", _wrap_error)
     else:
         log.warning(
@@ -71,13 +74,6 @@ def install() -> bool:
             "only ComfyUI itself makes room."
         )
     return True
-
-
-def _has_method(cls: Any, name: str, *, is_async: bool = False, parameters: int = 1) -> bool:
-    method = inspect.unwrap(getattr(cls, name, None) or len)
-    if not inspect.isfunction(method) or inspect.iscoroutinefunction(method) is not is_async:
-        return False
-    return len(inspect.signature(method).parameters) == parameters
 
 
 def _wrap(cls: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -135,6 +131,7 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     if nodes.is_cached(node_id):
         return
     _latest = weakref.ref(nodes)
+    entries.unload_only(None)
     history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
     if auto_parking.has_nothing_to_do():
         return
@@ -145,6 +142,8 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     is_lazy = hasattr(graph.class_of(nodes, node_id), "check_lazy_status")
     if is_lazy or node_id not in run.unfinished:
         run.measurement = _prepare(nodes, node_id)
+    # A loop takes nodes away that were put back: `inhibit_nodes`.
+    run.unfinished.intersection_update(nodes.pendingNodes)
     run.unfinished.add(node_id)
     history.stage_goes_on(nodes)
 
@@ -181,20 +180,49 @@ def _fail(error: BaseException | None) -> None:
     try:
         is_full = second_try.is_out_of_memory(error)
         if run is not None and run.node is not None and error is not None and is_full:
-            auto_parking.make_room_again(*run.node, run.measurement, error)
+            auto_parking.note_shortage(*run.node, run.measurement, error)
+            auto_parking.make_room_again(second_try.full_devices(error))
     finally:
+        entries.unload_only(None)
+        residency.register_again(adopted_models())
         _end(nodes)
 
 
-@never_fails("make room for a second try", False)
-def _give_room(node_id: str, error: BaseException) -> bool:
-    """Parks what is idle for a node that ran out of memory, once in a prompt."""
+class _Room:
+    """Room for a node that ran out of memory, once in a prompt: what is idle there is parked."""
+
+    def __init__(self) -> None:
+        self._full: list[torch.device] = []
+
+    @never_fails("see whether there is room for a second try", False)
+    def can_be_made(self, node_id: str, error: BaseException) -> bool:
+        run = _run_of(node_id)
+        if run is None or run.node is None or node_id in run.tried:
+            return False
+        self._full = second_try.full_devices(error)
+        if not auto_parking.idle_on(self._full):
+            return False
+        run.tried.add(node_id)
+        auto_parking.note_shortage(*run.node, run.measurement, error)
+        return True
+
+    @never_fails("make room for a second try", None)
+    def make(self, node_id: str) -> None:
+        auto_parking.make_room_again(self._full)
+        residency.register_woken()  # what moves from here on is the node's doing
+        run = _run_of(node_id)
+        if run is not None and run.measurement is not None:
+            run.measurement = needs.begin(run.measurement.signature)
+
+    @never_fails("keep to the device that is full", None)
+    def is_lacking(self, error: BaseException) -> None:
+        entries.unload_only(second_try.full_devices(error))
+
+
+def _run_of(node_id: str) -> _Run | None:
     nodes = running_graph()
     run = _runs.get(nodes) if nodes is not None else None
-    if run is None or run.node is None or run.node[0] != node_id or node_id in run.tried:
-        return False
-    run.tried.add(node_id)
-    return auto_parking.make_room_again(*run.node, run.measurement, error)
+    return run if run is not None and run.node is not None and run.node[0] == node_id else None
 
 
 @never_fails("end a prompt", None)

@@ -2,19 +2,18 @@
 
 ComfyUI calls a node through `get_output_data` of its `execution` module, in all versions since
 0.3.64, so that is wrapped: ComfyUI learns only of an error that stays. A node runs again only where
-nothing of its first try is left outside: it gave no result yet, and it is no output node, none that
-says of itself that it is not repeatable, and none that runs as a task beside others.
+nothing of its first try is left outside: it gave no result yet, and it is neither an output node
+nor one that says of itself that it is not repeatable.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 
@@ -28,52 +27,65 @@ log = logging.getLogger("qmove")
 _ON_A_GPU = re.compile(r"\bGPU (\d+)\b")
 
 
-def install(give_room: Callable[[str, BaseException], bool]) -> bool:
-    """Wraps ComfyUI's function, once. Returns whether it is as expected.
+class Room(Protocol):
+    """Who can make room for a node."""
 
-    Args:
-        give_room: given a node and its error, makes room for another try. False where there is none
-            to make, or the node has had its second try.
-    """
+    def can_be_made(self, node_id: str, error: BaseException) -> bool:
+        """Whether the node may have a second try. From here on it has had it."""
+
+    def make(self, node_id: str) -> None:
+        """Makes room. What the node had allocated is free again."""
+
+    def is_lacking(self, error: BaseException) -> None:
+        """ComfyUI is about to see this error, and to unload its models for it."""
+
+
+def install(room: Room) -> bool:
+    """Wraps ComfyUI's function, once. Returns whether it is as expected."""
     module: Any = comfy.module("execution")
-    original: Any = getattr(module, "get_output_data", _missing)
-    plain = inspect.unwrap(original)
-    names = list(inspect.signature(plain).parameters) if inspect.iscoroutinefunction(plain) else []
-    if names[:4] != ["prompt_id", "unique_id", "obj", "input_data_all"] or (
-        "pre_execute_cb" not in names
+    if not hooks.fits(
+        module, "get_output_data", 4, ["execution_block_cb", "pre_execute_cb"], is_async=True
     ):
         log.warning(
             "This ComfyUI calls its nodes in another way than qmove knows: a node that runs out of "
             "memory does not run again by itself."
         )
         return False
+    original = module.get_output_data
 
     @functools.wraps(original)
-    async def get_output_data(*args: Any, **kwargs: Any) -> Any:
-        node_id, node = args[1], args[2]
-        calls = _Calls(kwargs.get("pre_execute_cb"))
+    async def get_output_data(
+        prompt_id: Any, unique_id: str, obj: Any, *args: Any, **options: Any
+    ) -> Any:
+        calls = _Calls(options.get("pre_execute_cb"))
+        counted = {**options, "pre_execute_cb": calls}
         try:
-            return await original(*args, **{**kwargs, "pre_execute_cb": calls})
+            return await original(prompt_id, unique_id, obj, *args, **counted)
         except Exception as error:
-            if not _may_run_again(node, calls, error) or not give_room(node_id, error):
+            if not is_out_of_memory(error):
+                raise
+            if not _may_run_again(obj, calls) or not room.can_be_made(unique_id, error):
+                room.is_lacking(error)
                 raise
         # Out here the error is gone, and with its frames what the node had allocated.
         gc.collect()
-        log.info("Node %s runs again: idle models were parked for it.", node_id)
-        return await original(*args, **kwargs)
+        room.make(unique_id)
+        log.info("Node %s runs again: idle models were parked for it.", unique_id)
+        try:
+            return await original(prompt_id, unique_id, obj, *args, **options)
+        except Exception as error:
+            if is_out_of_memory(error):
+                room.is_lacking(error)
+            raise
 
     hooks.wrap(module, "get_output_data", get_output_data)
     return True
 
 
-def _missing() -> None:
-    """In place of a function that is not there."""
-
-
 class _Calls:
     """Counts how often the node's function is called: once for each element of a list."""
 
-    def __init__(self, callback: Callable[[int], object] | None) -> None:
+    def __init__(self, callback: Any) -> None:
         self._callback, self.count = callback, 0
 
     def __call__(self, index: int) -> None:
@@ -82,13 +94,9 @@ class _Calls:
             self._callback(index)
 
 
-def _may_run_again(node: Any, calls: _Calls, error: Exception) -> bool:
-    return (
-        settings.auto_park()
-        and calls.count <= 1
-        and is_allowed(node if isinstance(node, type) else type(node))
-        and is_out_of_memory(error)
-    )
+def _may_run_again(node: Any, calls: _Calls) -> bool:
+    node_class = node if isinstance(node, type) else type(node)
+    return settings.auto_park() and calls.count <= 1 and is_allowed(node_class)
 
 
 def is_allowed(node_class: Any) -> bool:

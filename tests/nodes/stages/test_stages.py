@@ -196,6 +196,57 @@ def test_hooks_are_put_in_once_and_come_out_again(host: FakeHost) -> None:
     assert hooked(host) == originals
 
 
+WRAPPERS_OF_OTHERS = {
+    "plain": lambda original: lambda *args, **kwargs: original(*args, **kwargs),
+    "with functools.wraps": lambda original: functools.wraps(original)(
+        lambda *args, **kwargs: original(*args, **kwargs)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS_OF_OTHERS)
+@pytest.mark.parametrize("owner", ["list_class", "executor_class", "execution"])
+def test_what_another_pack_has_wrapped_before_is_followed_all_the_same(
+    host: FakeHost, owner: str, wrapper: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hooks.unwrap_all()
+    names = {
+        "list_class": ["stage_node_execution", "complete_node_execution"],
+        "executor_class": ["handle_execution_error"],
+        "execution": ["get_output_data"],
+    }[owner]
+    of = getattr(host, owner)
+    for name in names:
+        setattr(of, name, WRAPPERS_OF_OTHERS[wrapper](getattr(of, name)))
+
+    assert executor.install()
+    host.run(careless_nodes.stages(1, 16))
+
+    assert caplog.text == ""
+    assert host.errors == []
+    assert host.management.current_loaded_models != []  # it was seen and listed
+
+
+def test_functions_of_the_host_with_other_parameters_are_not_followed(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each switches off what needs it, says so once, and the rest works."""
+
+    async def get_output_data(prompt_id: str, node: Any) -> Any: ...
+
+    get_output_data.__module__ = host.execution.__name__
+    hooks.unwrap_all()
+    original, host.execution.get_output_data = host.execution.get_output_data, get_output_data
+    try:
+        assert executor.install()
+        assert host.execution.get_output_data is get_output_data
+        assert "does not run again" in caplog.text
+    finally:
+        host.execution.get_output_data = original
+    host.run(careless_nodes.stages(1, 16))
+    assert host.errors == []
+
+
 def test_a_hook_that_another_pack_has_wrapped_stays_below_it(host: FakeHost) -> None:
     ours = host.list_class.complete_node_execution
 
