@@ -18,11 +18,12 @@ from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
 from .model.heap import Heap
-from .model.places import Place, places
+from .model.places import AT_ONCE, Place, places
 from .parking.records import parked_bytes
 from .slots import slots_of
 
 __all__ = [
+    "AT_ONCE",
     "Description",
     "Heap",
     "Place",

@@ -37,6 +37,12 @@ def node_classes() -> NodeClasses:
     return getattr(module("nodes"), "NODE_CLASS_MAPPINGS", {})
 
 
+def names_of_node_classes() -> dict[type, str]:
+    """What people call the nodes, by class."""
+    titles = getattr(module("nodes"), "NODE_DISPLAY_NAME_MAPPINGS", {})
+    return {cls: titles.get(name, name) for name, cls in node_classes().items()}
+
+
 def execution_list_class() -> type | None:
     return getattr(module("comfy_execution.graph"), "ExecutionList", None)
 

@@ -77,6 +77,9 @@ class Heap:
             for tensor in self._storages.pop(cdata, ()):
                 self._tensors.pop(id(tensor), None)
 
+    def is_unclaimed(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._tensors
+
     def unclaimed(self) -> dict[torch.device, int]:
         """Bytes that are not accounted for, by device."""
         totals: dict[torch.device, int] = {}

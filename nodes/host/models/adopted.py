@@ -1,7 +1,7 @@
 """The models that qmove knows in this ComfyUI: their true sizes, and which modules are their parts.
 
-A model is adopted when it appears on a wire, or is given to one of our nodes. All references to it
-are weak: adopting a model keeps nothing alive.
+A model is adopted when it appears on a wire, is given to one of our nodes, or is found where a pack
+hides it. All references to it are weak: adopting a model keeps nothing alive.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import qmove_core as qmove
 from qmove_core import for_hosts
 
 from .. import progress
+from .loose_tensors import LooseTensors, living_groups
 
 log = logging.getLogger("qmove")
 
@@ -33,9 +34,11 @@ _by_module: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> weak reference to 
 
 
 class Adopted:
-    """One model: a module, or an object that holds tensors of its own.
+    """One model: a module, an object that holds tensors of its own, or tensors without an owner.
 
     Attributes:
+        place: where it was found, in words; empty for one that came on a wire.
+        users: the node classes that keep it themselves, so that no wire tells of it.
         number: its id for as long as the process runs; never used again.
         last_used: grows from use to use of any model; 0 for one that was not used yet.
         last_used_at: seconds since the epoch; None for one that was not used yet.
@@ -47,6 +50,8 @@ class Adopted:
         self.last_used = 0
         self.last_used_at: float | None = None
         self.description = for_hosts.Description()
+        self.place = ""
+        self.users: weakref.WeakSet[type] = weakref.WeakSet()  # a class may hold the model
         self._model = weakref.ref(model)
         self._fingerprint: object = None
         self._holdings: list[list[TensorWeakRef]] = []
@@ -58,8 +63,16 @@ class Adopted:
         return self._model()
 
     @property
+    def movable(self) -> Any:
+        """What the core is to move for it."""
+        model = self.model
+        return model.tensors() if isinstance(model, LooseTensors) else model
+
+    @property
     def name(self) -> str:
-        return type(self.model).__name__
+        """For people: the model's class, or that of what it was found in."""
+        model = self.model
+        return model.place if isinstance(model, LooseTensors) else type(model).__name__
 
     def note_use(self) -> None:
         self.last_used = next(_uses)
@@ -71,8 +84,8 @@ class Adopted:
         if fingerprint == self._fingerprint:
             return
         others = [other for other in adopted_models() if other is not self]
-        elsewhere = {storage._cdata for other in others for _, storage in other._storages()}
-        held = qmove.inventory(self.model)
+        elsewhere = {cdata for other in others for cdata in other.storages()}
+        held = qmove.inventory(self.movable)
         self.description = for_hosts.describe(held)
         self._holdings = [
             [TensorWeakRef(tensor) for tensor in holding.tensors]
@@ -98,10 +111,14 @@ class Adopted:
         self._move("restore", qmove.restore, sum(self.parked.values()))
 
     def _move(self, verb: str, move: Callable[..., Any], nbytes: int) -> None:
-        model = self.model
+        model = self.movable
         if model is not None and nbytes:
             with progress.shown(verb, self.name, self.number, nbytes) as shown:
                 shown.result = move(model, progress=shown.report)
+
+    def storages(self) -> set[int]:
+        """The `_cdata` of its storages, wherever they are now."""
+        return {storage._cdata for _, storage in self._storages()}
 
     def _storages(self) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
         """One living tensor of each holding, and its storage."""
@@ -128,6 +145,7 @@ class Adopted:
 
 def adopted_models() -> list[Adopted]:
     """All adopted models, in the order in which they were adopted."""
+    living_groups()
     return sorted(_by_model.values(), key=lambda adopted: adopted.number) if _by_model.data else []
 
 
@@ -171,6 +189,8 @@ def can_be_adopted(model: object) -> bool:
 
 def _fingerprint(model: Any) -> object:
     """Changes when tensors come or go. Cheap: an inventory looks at every object of the model."""
+    if isinstance(model, LooseTensors):
+        return frozenset(map(id, model.tensors().values()))
     if not isinstance(model, nn.Module):
         values = getattr(model, "__dict__", {}).items()
         return tuple(sorted((name, id(value)) for name, value in values))

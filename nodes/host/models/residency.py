@@ -117,7 +117,9 @@ def swap(leaving: Adopted, coming: Adopted) -> None:
                 going.report(int(share * nbytes[0]), nbytes[0])
                 arriving.report(int(share * nbytes[1]), nbytes[1])
 
-            going.result, arriving.result = qmove.swap(leaving.model, coming.model, progress=report)
+            going.result, arriving.result = qmove.swap(
+                leaving.movable, coming.movable, progress=report
+            )
     finally:
         register_again([leaving, coming])
 

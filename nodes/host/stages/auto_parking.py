@@ -139,8 +139,8 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
     if settings.auto_park():
         known = {adopted.number for adopted in adopted_models()}
         taken = residency.take_in(wires.find_models(outputs).modules)
+        taken += finding.look(nodes, node_id)
         given = [adopted for adopted in taken if adopted.number not in known]
-        finding.look()
     if measurement is not None and measurement.allocated and not moved:
         kept = Counter(needs.left(measurement))
         for adopted in given:
@@ -226,7 +226,7 @@ def _inputs(values: Iterable[Any]) -> NodeInputs:
     wanted: list[Any] = [model for model in _parked_objects() if id(model) in found.seen]
     wanted += [m for m in found.modules if settings.auto_park() or adopted_of(m) is not None]
     wanted += [owner for owner in found.tensor_owners if adopted_of(owner) is not None]
-    models = residency.take_in(wanted)
+    models = residency.take_in([*wanted, *finding.groups_among(found.seen)])
     for adopted in models:
         adopted.note_use()
     return NodeInputs(models, found.patchers)
@@ -254,6 +254,7 @@ def _make_room(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: N
         if not wanted or (free := meter.free_bytes(device)) is None or free >= wanted:
             continue
         if order is None:
+            finding.look()
             order = order_to_park(nodes, node_id, inputs)
         there = [model for model in order if is_on(model, device)]
         if there and not _swap(device, there, inputs.models, wanted):
@@ -318,7 +319,7 @@ def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, neede
     for device, nbytes in model.parked.items():
         if (meter.free_bytes(device) or 0) < _room_for(device, nbytes, room):
             return
-    if qmove.prefetch(model.model) is not None:
+    if qmove.prefetch(model.movable) is not None:
         log.info("%s begins to come home: it is needed next", model.name)
         residency.register([model])
 

@@ -107,7 +107,7 @@ def _move(adopted: Adopted, target: torch.device) -> None:
         coming = sum(resident.values()) + sum(adopted.parked.values()) - resident.get(target, 0)
         if coming > (meter.free_bytes(target) or 0):
             residency.make_room(target, coming, [adopted])
-    qmove.move(adopted.model, target)
+    qmove.move(adopted.movable, target)
     adopted.refresh()
 
 
