@@ -139,7 +139,7 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
     if settings.auto_park():
         known = {adopted.number for adopted in adopted_models()}
         taken = residency.take_in(wires.find_models(outputs).modules)
-        taken += finding.look(nodes, node_id)
+        finding.look(nodes, node_id)  # what a node keeps it does not take again
         given = [adopted for adopted in taken if adopted.number not in known]
     if measurement is not None and measurement.allocated and not moved:
         kept = Counter(needs.left(measurement))
