@@ -165,6 +165,16 @@ class LiveAutogradGraph(QMoveError):
         )
 
 
+class InUse(QMoveError):
+    """Another thread uses the model."""
+
+    def __init__(self, action: Action, thread: str, how: str) -> None:
+        super().__init__(
+            f"Cannot {action.infinitive}: another thread, {thread!r}, {how}. "
+            f"{action.nothing_done.capitalize()}. Try again when it has ended."
+        )
+
+
 class DtypeCastRefused(QMoveError, TypeError):
     """A cast that would destroy quantized weights."""
 

@@ -18,6 +18,7 @@ from qmove_core.errors import (
     CannotMove,
     ChangesNotKept,
     CorruptedCopy,
+    InUse,
     LiveAutogradGraph,
     MetaTensorsPresent,
     NotEnoughDeviceMemory,
@@ -53,6 +54,7 @@ WITH_AN_ACTION: dict[type[QMoveError], Callable[[Action], QMoveError]] = {
     ),
     OffloadedDataError: lambda action: OffloadedDataError(action, REASONS, ADVICE),
     ChangesNotKept: lambda action: ChangesNotKept(action, REASONS),
+    InUse: lambda action: InUse(action, "MainThread", "keeps it home (qmove.resident)"),
     LiveAutogradGraph: lambda action: LiveAutogradGraph(action, ["lm_head.weight"]),
 }
 

@@ -184,7 +184,7 @@ def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
 def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
     record.register()
     owners = _Owners(held.modules)
-    tops = _tops(held.modules.values())
+    tops = outermost(held.modules.values())
     wakes_whole = isinstance(record.model, nn.Module) or len(tops) == 1
     put_away(tensor for move in moves for tensor in move.tensors)
     noted: set[int] = set()
@@ -207,7 +207,7 @@ def look_after_outsiders(plan: MovePlan) -> None:
             put_away(tensor for ref in move.origin.tensors if (tensor := ref()) is not None)
 
 
-def _tops(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def outermost(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Those modules that are in no other of them."""
     modules = list(modules)
     inside = {id(child) for module in modules for child in module.children()}
@@ -221,7 +221,7 @@ class _WakeModel:
     """
 
     __slots__ = ("_record", "_top")
-    waits = False
+    waits = gives_way = False
 
     def __init__(self, record: Record, top: nn.Module | None) -> None:
         self._record, self._top = record, None if top is None else weakref.ref(top)

@@ -22,7 +22,7 @@ from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import plans, records, sleeping, stats, streaming
+from . import in_use, plans, records, sleeping, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -95,11 +95,13 @@ def park(
         NoTensors, MetaTensorsPresent, LiveAutogradGraph: see the messages.
         NotEnoughMemory: the host has not enough free memory.
         CannotMove: some tensors cannot be moved, with names and reasons.
+        InUse: another thread pins it (`resident`), or does not come to the end of a forward.
     """
     started = time.perf_counter()
     with homes.lock:
         plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
-        done = carry_out(plan, progress)
+        with in_use.kept_still(plan):
+            done = carry_out(plan, progress)
         plans.look_after_outsiders(plan)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
@@ -205,7 +207,8 @@ def move(
     started = time.perf_counter()
     with homes.lock:
         plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
-        done = carry_out(plan, progress)
+        with in_use.kept_still(plan, wakes=False):
+            done = carry_out(plan, progress)
     seconds = time.perf_counter() - started
     moved = Moved(
         plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
@@ -226,14 +229,21 @@ def parked(model: object, **options: Any) -> Iterator[Parked]:
 
 @contextmanager
 def resident(model: object) -> Iterator[Restored]:
-    """Keeps `model` home inside the body; if it was parked before, it is parked again after it."""
+    """Keeps `model` home inside the body; if it was parked before, it is parked again after it.
+
+    Other threads cannot park or move it meanwhile. Where bodies overlap, the last one parks it.
+
+    Raises:
+        As `restore`. Another thread that parks or moves it gets InUse.
+    """
     with homes.lock:
-        was_parked, record = is_parked(model), records.record_of(model)
+        pin = in_use.pinned(model)
+        pin.parks_after, record = is_parked(model), records.record_of(model)
         extra = record.extra if record else []
     try:
         yield restore(model)
     finally:
-        if was_parked:
+        if in_use.unpin(pin):
             park(model, extra=extra)
 
 

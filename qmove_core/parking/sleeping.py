@@ -42,6 +42,10 @@ class Waker(Protocol):
     def waits(self) -> bool:
         """Whether the module is asleep because its tensors are under way."""
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether the next one takes its place."""
+
     def __call__(self, module: nn.Module) -> None: ...
 
 
@@ -56,9 +60,12 @@ def put_to_sleep(modules: Iterable[nn.Module], waker: Waker) -> list[nn.Module]:
     asleep = []
     try:
         for module in modules:
-            if module not in _wakers:
+            before = _wakers.get(module)
+            if before is None:
                 asleep.append(module)
                 _put_one_to_sleep(module, waker)
+            elif before.gives_way:
+                _wakers[module] = waker
     except BaseException:
         wake_up(asleep)
         raise
@@ -93,7 +100,8 @@ def note_home(module: nn.Module, device: torch.device) -> None:
 
 def is_parked(module: nn.Module) -> bool:
     """Whether the module is asleep because it is parked, and not because it is under way."""
-    return module in _wakers and not _is_under_way(module)
+    waker = _wakers.get(module)
+    return waker is not None and not waker.waits and not waker.gives_way
 
 
 def _is_under_way(module: nn.Module) -> bool:

@@ -316,7 +316,7 @@ class StreamingRestore:
 class _Group:
     """What wakes the modules of one layer group: the arrival of its parts."""
 
-    waits = True
+    waits, gives_way = True, False
 
     def __init__(
         self, arriving: StreamingRestore, parts: Sequence[_Part], modules: Iterable[nn.Module]

@@ -14,7 +14,7 @@ from ..transfer.copies import Progress
 from ..transfer.exchange import exchange
 from ..transfer.moves import MovePlan
 from ..transfer.transaction import carry_out
-from . import plans
+from . import in_use, plans
 from .requests import Parked, Restored, park, parked_result, restore, restored_result, wake
 
 log = logging.getLogger("qmove")
@@ -51,7 +51,8 @@ def swap(
         if settings.verify or not out.moves or not into.moves or _share(out, into):
             return park(leaving, progress=progress), restore(coming, progress=progress)
         try:
-            gone, come = exchange(out, into, progress)
+            with in_use.kept_still(out):
+                gone, come = exchange(out, into, progress)
             plans.look_after_outsiders(out)
         except BaseException:
             _go_back(leaving, coming)

@@ -112,7 +112,7 @@ class Entry:
         if unpatch_all and adopted is not None and may_leave:
             try:
                 adopted.park()
-            except qmove.NotEnoughMemory as error:  # RAM is short: the model stays
+            except (qmove.NotEnoughMemory, qmove.InUse) as error:  # the model stays
                 log.warning("%s", error)
 
     # What it asks of its own models, and an entry does not have ----------------------------------
