@@ -127,11 +127,11 @@ def _let_forwards_end(action: Action, modules: set[int], wakes: bool) -> None:
 
 def _thread_inside(modules: set[int], wakes: bool) -> str | None:
     """The name of another thread that is inside of one of these modules."""
-    for ident, frame in sys._current_frames().items():
-        if ident != threading.get_ident() and _is_inside(frame, modules, wakes):
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
-            return names.get(ident, str(ident))
-    return None
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)  # this one would hold itself, and the plan with it
+    inside = [ident for ident in frames if _is_inside(frames[ident], modules, wakes)]
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return names.get(inside[0], str(inside[0])) if inside else None
 
 
 def _is_inside(innermost: FrameType, modules: set[int], wakes: bool) -> bool:

@@ -28,6 +28,7 @@ ONLY_LOOK = (
     "holdings.py",
     "slots.py",
     "budget.py",
+    "limits.py",
 )  # they cannot leave it half
 
 
