@@ -25,7 +25,7 @@ from qmove_core import for_hosts
 from .. import comfy, graph, meter
 from ..contract import ExecutionList
 from ..guard import never_fails
-from . import managers, residency
+from . import managers, residency, wires
 from .adopted import Adopted, adopted_models, adopted_of
 from .loose_tensors import LooseTensors, group_of, living_groups
 
@@ -125,8 +125,7 @@ def taken_by(node_class: type | None) -> list[Adopted]:
 
 def groups_among(seen: set[int]) -> list[LooseTensors]:
     """The groups of which a tensor is among these objects, by `id`."""
-    groups = living_groups()
-    return [g for g in groups if not seen.isdisjoint(map(id, g.tensors().values()))]
+    return [group for group in living_groups() if not seen.isdisjoint(group.ids())]
 
 
 def left_alone() -> list[LeftAlone]:
@@ -203,12 +202,16 @@ def _take_outputs(nodes: ExecutionList, node_id: str) -> list[Adopted]:
     found: list[Adopted] = []
     for index, values in enumerate(graph.outputs_of(nodes, node_id)):
         kind = types[index] if index < len(types) else "*"
-        tensors = [t for t in graph.tensors_in([values]) if _storage(t) is not None]
-        if kind in _MEDIA or kind == "*" or any(isinstance(v, torch.Tensor) for v in values):
-            _books.on_wires.update((id(tensor), TensorWeakRef(tensor)) for tensor in tensors)
-        elif sum(tensor.nbytes for tensor in tensors) >= WORTH_A_LOOK:
+        on_wire = wires.find_models([values])
+        is_media = kind in _MEDIA or kind == "*" or any(isinstance(v, torch.Tensor) for v in values)
+        if is_media:
+            _books.on_wires.update((id(tensor), TensorWeakRef(tensor)) for tensor in on_wire.loose)
+            continue
+        models: list[Any] = list(on_wire.tensor_owners)
+        if sum(tensor.nbytes for tensor in on_wire.loose) >= WORTH_A_LOOK:
             place = f"{kind} of {graph.class_name_of(nodes, node_id)}"
-            found += residency.take_in([group_of(place, tensors)])
+            models.append(group_of(place, on_wire.loose))
+        found += residency.take_in(models)
     return found
 
 

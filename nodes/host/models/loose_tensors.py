@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.weak import TensorWeakRef
@@ -25,6 +25,10 @@ class LooseTensors:
         alive = {id(tensor): tensor for tensor in (*self.tensors().values(), *tensors)}
         self._references = [TensorWeakRef(tensor) for tensor in alive.values()]
 
+    def ids(self) -> set[int]:
+        """The `id` of each that is still alive."""
+        return {id(tensor) for tensor in self.tensors().values()}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are still alive: what the core parks and restores."""
         alive = [tensor for ref in self._references if (tensor := ref()) is not None]
@@ -34,9 +38,11 @@ class LooseTensors:
 _groups: list[LooseTensors] = []  # nothing else keeps a group; it keeps no tensor
 
 
-def group_of(place: str, tensors: Iterable[torch.Tensor]) -> LooseTensors:
-    """The group of this place, with these tensors in it."""
-    group = next((group for group in living_groups() if group.place == place), None)
+def group_of(place: str, tensors: Sequence[torch.Tensor]) -> LooseTensors:
+    """The group that is kept in this place or has one of these tensors, with all of them in it."""
+    ids = set(map(id, tensors))
+    groups = living_groups()
+    group = next((g for g in groups if g.place == place or not ids.isdisjoint(g.ids())), None)
     if group is None:
         group = LooseTensors(place, tensors)
         _groups.append(group)

@@ -35,12 +35,14 @@ class Found:
     modules: outermost modules that are not ComfyUI's own.
     patchers: ComfyUI's own models, which only ComfyUI moves.
     tensor_owners: objects that hold accelerator tensors of their own, outside of any module.
+    loose: tensors on an accelerator, or parked, in dicts and lists: no object owns them.
     seen: ids of all objects that were met.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     patchers: list[HostEntry] = field(default_factory=list)
     tensor_owners: list[Any] = field(default_factory=list)
+    loose: list[torch.Tensor] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
     def all(self) -> list[Any]:
@@ -67,7 +69,11 @@ def find_models(values: Iterable[object]) -> Found:
         found.seen.add(id(obj))
         alive.append(obj)
         if isinstance(obj, torch.Tensor):
-            if owner is not None and obj.device.type not in ("cpu", "meta"):
+            if for_hosts.parked_home(obj) is None and obj.device.type in ("cpu", "meta"):
+                continue
+            if owner is None:
+                found.loose.append(obj)
+            else:
                 owners[id(owner)] = owner
         elif isinstance(obj, nn.Module):
             found.modules.append(obj)

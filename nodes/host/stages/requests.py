@@ -14,6 +14,7 @@ from .. import comfy, meter
 from ..contract import HostEntry
 from ..models import residency, wires
 from ..models.adopted import Adopted, adopted_models
+from ..models.loose_tensors import group_of
 from . import auto_parking, executor
 
 HOME = "home"
@@ -21,11 +22,20 @@ HOME = "home"
 
 def park_value(value: object) -> str:
     """Parks all models in a value; returns a line for each."""
-    found = wires.find_models([value])
-    if not found.all():
+    models, patchers = _models_in(value)
+    if not models and not patchers:
         return f"{_what(value)} holds no model: nothing to park."
-    models = residency.take_in([*found.modules, *found.tensor_owners], registered=False)
-    return park_models(models, found.patchers)
+    return park_models(models, patchers)
+
+
+def _models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
+    """The models in a value, and ComfyUI's own ones. Tensors in dicts and lists count as one."""
+    found = wires.find_models([value])
+    models: list[object] = [*found.modules, *found.tensor_owners]
+    if found.loose:
+        name = f"{type(value).__name__} of {len(found.loose)} tensors at {id(value):x}"
+        models.append(group_of(name, found.loose))
+    return residency.take_in(models, registered=False), found.patchers
 
 
 def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
@@ -69,17 +79,16 @@ def restore_all(device: str = HOME) -> str:
 
 def restore_value(value: object, device: str = HOME) -> str:
     """Brings all models in a value home, or to `device`; returns a line for each."""
-    found = wires.find_models([value])
-    if not found.all():
+    models, patchers = _models_in(value)
+    if not models and not patchers:
         return f"{_what(value)} holds no model: nothing to restore."
-    models = residency.take_in([*found.modules, *found.tensor_owners], registered=False)
     lines = [restore_models(models, device)] if models else []
     host = comfy.model_management()
-    if found.patchers and host is not None:
-        host.load_models_gpu(found.patchers)
+    if patchers and host is not None:
+        host.load_models_gpu(patchers)
         lines += [
             f"ComfyUI loaded {_name(patcher)} on {patcher.load_device}, which it chooses itself."
-            for patcher in found.patchers
+            for patcher in patchers
         ]
     return "\n".join(lines)
 

@@ -13,8 +13,10 @@ import torch
 from qmove_pack.nodes.host import settings
 from qmove_pack.nodes.host.models import finding
 from qmove_pack.nodes.host.models.adopted import adopted_models
+from qmove_pack.nodes.host.stages import requests
 from torch import nn
 
+import qmove_core as qmove
 import simcuda
 from tests.builders.device import GPU
 from tests.nodes.builders import careless_nodes
@@ -274,3 +276,97 @@ def test_what_cannot_be_explained_is_looked_for_once(host: FakeHost, looks: list
 
     assert len(looks) == 1
     assert [(a.name, a.place) for a in adopted_models()] == []
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "tensor"])
+def test_the_park_node_takes_tensors_without_a_module(host: FakeHost, gpu: GPU, kind: str) -> None:
+    cache = {
+        "k": torch.ones(MIB // 4, device=gpu.device),
+        "more": [torch.ones(9, device=gpu.device)],
+    }
+    value = {"dict": cache, "list": [cache], "tensor": cache["k"]}[kind]
+
+    assert "left cuda:0" in requests.park_value(value)
+    assert qmove.inventory(value).by_device == {"cpu": qmove.inventory(value).nbytes}
+
+    requests.restore_value(value)
+    assert qmove.inventory(value).by_device == {"cuda:0": qmove.inventory(value).nbytes}
+    assert bool((cache["k"] == 1).all())
+
+
+def test_state_on_a_wire_is_parked_for_others_and_home_before_its_node(host: FakeHost) -> None:
+    class Track(_Hiding):
+        RETURN_TYPES = ("VIDEO_STATE", "STRING")
+
+        def run(self, seed: int, after: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+            return features(), "tracked"
+
+    class Read(_Hiding):
+        INPUTS: ClassVar[dict[str, Any]] = {"state": ("*", {}), "after": ("*", {})}
+
+        def run(self, state: Any, after: Any = None) -> tuple[Any]:  # type: ignore[override]
+            return (
+                str(state["features"][0].device),
+                [t.cpu().mean().item() for t in state["features"]],
+            )
+
+    Read.RETURN_TYPES = ("STRING", "LIST")  # type: ignore[attr-defined]
+    host.add(Track, Read)
+    load = node("Load", mib=LOADED_MIB, shape="plain", after=("track", 1))
+    use = node("Use", model=("load", 0), seed=1)
+    read = node("Read", state=("track", 0), after=("use", 0))
+
+    outputs = host.run({"track": node("Track", seed=0), "load": load, "use": use, "read": read})
+
+    assert host.errors == []
+    assert [value[0] for value in outputs["read"]] == ["cuda:0", [1.0, 2.0, 3.0, 4.0]]
+
+
+def test_images_on_wires_are_no_models(host: FakeHost, looks: list[Any]) -> None:
+    class Draw(_Hiding):
+        RETURN_TYPES = ("IMAGE", "LATENT")
+
+        def run(self, seed: int, after: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+            image = torch.zeros(2 * MIB, device="cuda:0")
+            return image, {"samples": torch.zeros(2 * MIB, device="cuda:0")}
+
+    host.add(Draw)
+    host.run({"draw": node("Draw", seed=0)})
+
+    assert (adopted_models(), looks) == ([], [])
+    assert sum(finding.on_wires().values()) == 16 * MIB
+
+
+def offloaded_by_accelerate(model: nn.Module) -> None:
+    model[0]._hf_hook = type("AlignDevicesHook", (), {"offload": True})()  # type: ignore[index]
+
+
+def swapped_in_blocks(model: nn.Module) -> None:
+    model.blocks_to_swap = 2  # type: ignore[assignment]
+
+
+def managed_by_mmgp(model: nn.Module) -> None:
+    model[0]._mm_manager = object()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("manage", [offloaded_by_accelerate, swapped_in_blocks, managed_by_mmgp])
+def test_what_another_manager_moves_is_left_alone_and_said(
+    host: FakeHost, looks: list[Any], manage: Any
+) -> None:
+    class Managed(_Hiding):
+        def model(self) -> Any:
+            if pack.kept is None:
+                pack.kept = load()
+                manage(pack.kept)
+            return pack.kept
+
+    host.add(Managed)
+    for seed in range(3):
+        host.run({"hide": node("Managed", seed=seed)})
+
+    assert adopted_models() == []
+    (left,) = finding.left_alone()
+    assert left.name == "Sequential"
+    assert left.reason.startswith("moved by")
+    assert sum(left.resident.values()) == torch.cuda.memory_allocated()
+    assert len(looks) == 1
