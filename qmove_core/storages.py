@@ -13,6 +13,9 @@ import torch
 
 EMPTY = torch.UntypedStorage(0)  # stands where a storage was dropped
 
+# `torch.empty`, past what replaces it for the whole process: accelerate's `init_empty_weights`.
+empty = torch._C._VariableFunctions.empty
+
 
 def use_count(storage: torch.UntypedStorage) -> int:
     """How many tensors look into a storage, and one for `storage` itself."""
@@ -43,7 +46,7 @@ def rebind_all(
 
 
 def _look_into(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
-    view = torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(
+    view = empty(0, dtype=tensor.dtype, device=storage.device).set_(
         storage, tensor.storage_offset(), tensor.size(), tensor.stride()
     )
     if tensor.is_conj():
@@ -58,7 +61,7 @@ def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
     Call it outside inference mode.
     """
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+    return empty(0, dtype=torch.uint8, device=storage.device).set_(
         storage, 0, (storage.nbytes(),), (1,)
     )
 
@@ -67,11 +70,9 @@ def tensor_over(
     storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int]
 ) -> torch.Tensor:
     """A contiguous tensor at the start of `storage`, which shares its memory."""
-    strides = torch.empty(tuple(shape), device="meta").stride()
+    strides = empty(tuple(shape), device="meta").stride()
     with torch.inference_mode(False):
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(
-            storage, 0, tuple(shape), strides
-        )
+        return empty(0, dtype=dtype, device=storage.device).set_(storage, 0, tuple(shape), strides)
 
 
 def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def stand_in(tensor: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
         torch._C.DisableTorchFunctionSubclass(),
         torch.inference_mode(tensor.is_inference()),
     ):
-        shared = torch.empty(0, dtype=content.dtype, device=content.device).set_(
+        shared = empty(0, dtype=content.dtype, device=content.device).set_(
             content.untyped_storage(), content.storage_offset(), content.size(), content.stride()
         )
         return shared.requires_grad_(tensor.requires_grad)

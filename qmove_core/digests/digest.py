@@ -26,7 +26,7 @@ from itertools import groupby
 import torch
 
 from ..errors import DigestUnavailable
-from ..storages import as_bytes
+from ..storages import as_bytes, empty
 from .digest_tree import (
     MOST_PADDING,
     PIECE,
@@ -345,10 +345,11 @@ class _Staging:
         gathered, rows = plan.rows_gathered(), plan.rows()
         workspace = products.workspace(nbytes)
         self.rows = min((nbytes // 8 * 5 if workspace else nbytes // 4 * 3) // ROW, gathered)
-        self._bytes = torch.empty(
+        self._bytes = empty(
             max(self.rows, SPARE if gathered else 0) * ROW, dtype=torch.uint8, device=device
         )
-        self._zeros = torch.zeros(MOST_PADDING if gathered else 0, dtype=torch.uint8, device=device)
+        zeros = MOST_PADDING if gathered else 0
+        self._zeros = empty(zeros, dtype=torch.uint8, device=device).zero_()
         held = min(nbytes // 8 // PRODUCT, -(-rows // _PIECE_ROWS) * _PIECE_ROWS)
         self.tree = Tree(
             products(device, min(workspace, max(rows, SPARE))),

@@ -23,6 +23,8 @@ import weakref
 
 import torch
 
+from ..storages import empty
+
 ROW = 1024  # bytes; the most of which float32 can hold the sum of products
 COLUMNS = 8  # the fewest that `_int_mm` takes
 PRODUCT = COLUMNS * 4  # bytes of a row's product
@@ -130,8 +132,8 @@ class FloatProducts:
 
     def __init__(self, device: torch.device, rows: int) -> None:
         self._numbers = matrices(device).float()
-        self._rows = torch.empty(rows * ROW, dtype=torch.float32, device=device)
-        self._out = torch.empty(rows, COLUMNS, dtype=torch.float32, device=device)
+        self._rows = empty(rows * ROW, dtype=torch.float32, device=device)
+        self._out = empty(rows, COLUMNS, dtype=torch.float32, device=device)
 
     @staticmethod
     def workspace(staging: int) -> int:
@@ -170,11 +172,11 @@ class Tree:
         self._products = products
         self.capacity, self._filled, self._done = rows, 0, 0
         self._runs: list[tuple[Shape, int]] = []
-        self._level1 = torch.empty(rows + SPARE * GROUP, COLUMNS, dtype=torch.int32, device=device)
-        self._level2 = torch.empty(
+        self._level1 = empty(rows + SPARE * GROUP, COLUMNS, dtype=torch.int32, device=device)
+        self._level2 = empty(
             rows // GROUPS + SPARE * GROUPS, COLUMNS, dtype=torch.int32, device=device
         )
-        self.out = torch.empty(pieces + SPARE, COLUMNS, dtype=torch.int32, device=device)
+        self.out = empty(pieces + SPARE, COLUMNS, dtype=torch.int32, device=device)
 
     def add(self, rows: torch.Tensor, runs: list[tuple[Shape, int]]) -> None:
         """Takes `rows` (int8, n x 1024, n > 16) in, of which `runs` says (shape, pieces) in order;

@@ -36,6 +36,7 @@ from ..memory.budget import allocate
 from ..model import kinds
 from ..model.inventory import inventory
 from ..model.kinds import bitsandbytes_offloaded
+from ..moving import moving
 from ..storages import exchange, stand_in, tensor_over
 from ..transfer.copies import Progress
 from .plan import DEVICE_ADVICE, TensorPlan, check_budget, placement, plan
@@ -108,7 +109,7 @@ def materialize(
     None: there was nothing to materialize.
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         action, place, held = (
             Action("materialize", model),
             placement(target_device),
@@ -139,7 +140,7 @@ def materialize(
         )
         with interrupts_deferred():
             _commit(model, modules, done)
-    _report(model, plans, time.perf_counter() - started)
+        _report(model, plans, time.perf_counter() - started)
     return done
 
 

@@ -20,6 +20,7 @@ from ..integrations.weights_map import keep_instead
 from ..memory import budget
 from ..model.holdings import Inventory
 from ..model.inventory import inventory
+from ..moving import moving
 from ..parking import requests
 from ..storages import exchange, stand_in
 from ..transfer.copies import Progress
@@ -61,7 +62,7 @@ def materialized(
 def undo(model: object, done: Materialized) -> None:
     """Undoes `materialize`, and keeps changes; see `materialized`."""
     action = Action("dispatch", model, "again")
-    with homes.lock:
+    with moving():
         if requests.is_parked(model) and not done.was_parked:
             requests.restore(model)
         held = inventory(model)

@@ -12,6 +12,7 @@ from .. import devices, homes, hosting
 from ..actions import Action
 from ..errors import NotEnoughDeviceMemory, NotEnoughMemory, is_out_of_memory
 from ..settings import settings
+from ..storages import empty
 from . import arena, giving_back
 from .limits import host_limits
 
@@ -126,9 +127,7 @@ def allocate(
             if device.type == "cpu":
                 storages.append(next(on_host))
             else:
-                storages.append(
-                    torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
-                )
+                storages.append(empty(nbytes, dtype=torch.uint8, device=device).untyped_storage())
     except RuntimeError as error:
         storages.clear()  # whoever keeps the traceback keeps this frame
         if not is_out_of_memory(error):

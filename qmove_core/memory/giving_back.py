@@ -18,6 +18,7 @@ import psutil
 
 from .. import homes
 from ..errors import readable_bytes
+from ..moving import moving
 from . import arena, limits, mirrors
 
 log = logging.getLogger("qmove")
@@ -40,7 +41,7 @@ def trim(nbytes: int | None = None) -> int:
     Returns:
         Bytes given back; less than asked if there are no more.
     """
-    with homes.lock:
+    with moving():
         before = arena.bytes_held()
         wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
         arena.trim(max(0, arena.spare_bytes() - wanted))

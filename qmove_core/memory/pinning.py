@@ -24,6 +24,7 @@ import torch
 from .. import devices
 from ..errors import readable_bytes
 from ..settings import settings
+from ..storages import empty
 
 log = logging.getLogger("qmove")
 
@@ -232,7 +233,7 @@ def _clear_error(index: int) -> None:
     finds and so clears it.
     """
     try:
-        torch.zeros(1, device=torch.device("cuda", index))
+        empty(1, dtype=torch.float32, device=torch.device("cuda", index)).zero_()
     except RuntimeError as error:
         log.debug("cleared the error of a refused call: %s", error)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import homes
 from ..collector import collection_deferred
+from ..moving import ordinary_state
 from . import kinds
 from .holdings import Holding, Immovable, Inventory, MetaTensor
 from .walk import FoundTensor, walk
@@ -27,7 +28,7 @@ def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
         An `Inventory`. It refers to the model's tensors, and so keeps them alive.
     """
     roots = [("", model), *((f"<extra {index}>", root) for index, root in enumerate(extra))]
-    with collection_deferred():
+    with ordinary_state(), collection_deferred():
         walked = walk(roots, leave_out=kinds.process_wide_tensors())
         result = Inventory(holdings=[])
         _sort_in(walked.tensors.values(), result)

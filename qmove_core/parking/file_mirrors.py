@@ -16,6 +16,7 @@ from ..memory.mapped_files import MappedFile
 from ..model.holdings import Holding
 from ..model.inventory import inventory
 from ..model.kinds import bitsandbytes_layout
+from ..moving import moving
 from ..saved_tensors import NotSafetensors, read_header
 from ..settings import settings
 from . import streaming
@@ -70,7 +71,7 @@ def mirror_files(
         [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
     )
     saved = [_Saved(path) for path in paths]
-    with homes.lock:
+    with moving():
         held = inventory(model)
         streaming.wait_for(holding.storage for holding in held.holdings)
         left = [

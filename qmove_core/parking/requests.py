@@ -17,7 +17,7 @@ from ..errors import readable_bytes
 from ..memory import arena, budget, mirrors
 from ..model.holders import Straggler
 from ..model.inventory import inventory
-from ..plain_torch import plain_torch
+from ..moving import moving
 from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
@@ -98,7 +98,7 @@ def park(
         InUse: another thread pins it (`resident`), or does not come to the end of a forward.
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
         with in_use.kept_still(plan):
             done = carry_out(plan, progress)
@@ -133,7 +133,7 @@ def restore(
         UnknownDevice: there is no such device.
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         plan = _with_room(lambda: plans.to_restore(model, device))
         if stream and progress is None and plan.moves and streaming.can_stream(plan):
             done = _restore_streaming(plan)
@@ -153,7 +153,7 @@ def prefetch(model: object) -> Restored | None:
         memory, or if the model cannot be used while it arrives (see `restore(stream=True)`).
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         plan = plans.to_restore(model)
         if not budget.has_room(plan.arriving):
             return None
@@ -175,7 +175,7 @@ def prepare(model: object) -> int:
     Returns:
         Bytes that are being prepared, or are ready.
     """
-    with homes.lock:
+    with moving():
         plan = plans.to_park(model, wake, allow_live_graph=True)
         needed = arena.bytes_for(
             [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
@@ -205,15 +205,15 @@ def move(
         reasons.
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
         with in_use.kept_still(plan, wakes=False):
             done = carry_out(plan, progress)
-    seconds = time.perf_counter() - started
-    moved = Moved(
-        plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
-    )
-    _report(f"moved to {devices.resolve(device)}:", model, moved)
+        seconds = time.perf_counter() - started
+        moved = Moved(
+            plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
+        )
+        _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
 
 
@@ -236,7 +236,7 @@ def resident(model: object) -> Iterator[Restored]:
     Raises:
         As `restore`. Another thread that parks or moves it gets InUse.
     """
-    with homes.lock:
+    with moving():
         pin = in_use.pinned(model)
         pin.parks_after, record = is_parked(model), records.record_of(model)
         extra = record.extra if record else []
@@ -249,7 +249,7 @@ def resident(model: object) -> Iterator[Restored]:
 
 def is_parked(model: object) -> bool:
     """Whether anything of `model` is parked."""
-    with homes.lock:
+    with moving():
         held = inventory(model)
         origins = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
         away = [origin for origin in origins if origin is not None and origin.is_parked]
@@ -264,7 +264,7 @@ def parked_models() -> list[Any]:
 
     A dict or list appears as a new dict of what is left of its contents.
     """
-    with homes.lock:
+    with moving():
         return records.parked_models()
 
 
@@ -292,8 +292,7 @@ def wake(model: object, *, stream: bool) -> None:
 
     A model that streams begins to run when its first layer is there.
     """
-    with plain_torch():
-        restore(model, stream=stream)
+    restore(model, stream=stream)
 
 
 def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes, hosting
-from ..homes import Origin, lock
+from ..homes import Origin
 from ..interrupts import interrupts_deferred
 from ..model import kinds
 from ..model.holdings import Holding, Inventory
-from ..plain_torch import plain_torch
+from ..moving import moving, ordinary_state
 from ..settings import settings
 from ..storages import rebind, use_count
 from ..transfer.copies import CopyJob, Transfer
@@ -109,7 +109,7 @@ def wait_for(storages: Iterable[torch.UntypedStorage] | None = None) -> None:
 
     Also ends those whose model is gone.
     """
-    with lock:
+    with moving():
         if not _under_way:
             return
         wanted = None if storages is None else {storage._cdata for storage in storages}
@@ -234,7 +234,7 @@ class StreamingRestore:
 
     def wait_for(self, parts: Sequence[_Part]) -> None:
         """Returns when the tensors of these parts are home."""
-        with lock, plain_torch():
+        with moving():
             if self not in _under_way:
                 return
             self._synchronize(parts)
@@ -244,7 +244,7 @@ class StreamingRestore:
 
     def finish(self) -> None:
         """Returns when everything is there."""
-        with lock, plain_torch():
+        with moving():
             if self not in _under_way:
                 return
             self._synchronize(self._parts)
@@ -333,7 +333,7 @@ class _Group:
         """Wakes those of its modules that wait for this restore, and for no later one."""
         waiting = [m for m in self._living() if sleeping.sleeps_by(m, self)]
         sleeping.wake_up(waiting)
-        with plain_torch():
+        with ordinary_state():
             _refresh([(p, p.there()) for p in self._parts], waiting)
 
     def _living(self) -> list[nn.Module]:

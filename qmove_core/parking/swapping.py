@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from .. import homes
 from ..memory import budget
+from ..moving import moving
 from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.exchange import exchange
@@ -44,7 +44,7 @@ def swap(
         whole.
     """
     started = time.perf_counter()
-    with homes.lock:
+    with moving():
         out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
         if budget.make_room(_lacking(out, into)):  # that may have parked other models
             out, into = plans.to_park(leaving, wake), plans.to_restore(coming)

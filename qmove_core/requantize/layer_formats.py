@@ -206,8 +206,10 @@ class FourBit(LayerFormat):
 
     def options(self, module: nn.Module, weight: Any) -> tuple[torch.dtype, dict[str, Any]]:
         state = quant_state_of(module)
-        dtype = weight.dtype if state is None else state.dtype
-        return dtype, {name: getattr(weight, name) for name in self.weight_options}
+        options = {name: getattr(weight, name) for name in self.weight_options}
+        if state is None:
+            return weight.dtype, options
+        return state.dtype, options | {"code": state.code.tolist()}
 
     def quantized(self, module: nn.Module, recipe: Recipe, values: torch.Tensor) -> nn.Parameter:
         from bitsandbytes.functional import quantize_4bit
@@ -218,9 +220,11 @@ class FourBit(LayerFormat):
         }
         nested = bool(recipe.options["compress_statistics"])
         packed, state = quantize_4bit(values.contiguous(), compress_statistics=nested, **options)
-        return Params4bit(
-            packed, quant_state=state, module=module, bnb_quantized=True, **recipe.options
-        )
+        if state.code.dtype != torch.float32:  # it was made in PyTorch's default dtype
+            code = recipe.options["code"]
+            state.code = torch.tensor(code, dtype=torch.float32, device=packed.device)
+        given = {name: recipe.options[name] for name in self.weight_options}
+        return Params4bit(packed, quant_state=state, module=module, bnb_quantized=True, **given)
 
     def attributes_with(self, weight: Any) -> dict[str, Any]:
         return {"quant_state": weight.quant_state}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from .. import devices, homes
+from .. import devices
 from ..actions import Action
 from ..class_variants import own_class
 from ..devices import Device
@@ -25,6 +25,7 @@ from ..model.holdings import Inventory
 from ..model.inventory import inventory
 from ..model.quantized import quantized_weights
 from ..model.walk import walk
+from ..moving import moving
 from ..parking.plans import refuse_meta
 from ..parking.requests import move
 from .layer_changes import Change, carry_out
@@ -67,7 +68,7 @@ def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None 
 
     After an error the model is as it was, where it was.
     """
-    with homes.lock:
+    with moving():
         involved = _dequantize(model, devices.resolve(device), dtype)
         devices.release_cached(involved)  # by now nothing refers to the quantized weights
     return model
@@ -101,7 +102,7 @@ def move_and_requantize(model: Model, device: Device) -> Model:
 
     After an error the model is as it was, where it was.
     """
-    with homes.lock:
+    with moving():
         involved = _requantize(model, devices.resolve(device))
         devices.release_cached(involved)
     return model

@@ -21,7 +21,7 @@ from ..errors import DigestUnavailable
 from ..memory import blocks
 from ..memory.blocks import HostBlock, place_of
 from ..memory.mapped_files import WINDOW, FileReader, MappedFile
-from ..storages import EMPTY, as_bytes
+from ..storages import EMPTY, as_bytes, empty
 
 # Called as (bytes copied, bytes in all). What it raises stops the move, which is then rolled back.
 Progress = Callable[[int, int], None]
@@ -269,7 +269,7 @@ class Transfer:
         if len(batch) == 1:
             return None
         try:
-            return torch.empty(_length(batch), dtype=torch.uint8, device=device)
+            return empty(_length(batch), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:  # this batch is copied singly, the next ones are smaller
             self._staging //= 4
             return None
@@ -340,7 +340,7 @@ def bytes_of(jobs: Iterable[CopyJob]) -> int:
 
 
 def _storage_on(device: torch.device, nbytes: int) -> torch.UntypedStorage:
-    return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+    return empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
 
 
 def _read(unread: list[Pending], pending: Pending, index: int) -> Digest:

@@ -66,9 +66,15 @@ def attach(
     """Gives a weight its `parts`, as loading a checkpoint does. `undo` gets what takes them off."""
     if is_of(tensor, "Params4bit"):
         from bitsandbytes.functional import QuantState
+        from bitsandbytes.utils import unpack_tensor_to_dict
 
         quant_state = tensor.quant_state  # the module refers to the same object
         read = QuantState.from_dict(dict(parts), tensor.device)
+        if read.offset is not None and read.offset.dtype != torch.float32:
+            # It was made in PyTorch's default dtype, which may be coarser.
+            packed = next(part for name, part in parts.items() if name in PACKED_STATE.values())
+            offset = unpack_tensor_to_dict(packed)["nested_offset"]
+            read.offset = torch.tensor(offset, dtype=torch.float32, device=tensor.device)
         undo.callback(set_aside(quant_state, **vars(read)))
         undo.callback(set_aside(tensor, bnb_quantized=True))
         return
