@@ -44,7 +44,6 @@ def ordinary_state() -> Iterator[None]:
             # It refers to what operators were given, and such tensors exchange nothing any more.
             back.callback(_record, True)
             _record(False)
-        back.enter_context(_C._DisableFuncTorch())
         back.enter_context(_C._DisableAutocast())
         back.enter_context(torch.inference_mode(False))
         back.enter_context(torch.no_grad())
@@ -60,8 +59,14 @@ def _record(switched_on: bool) -> None:
 
 
 def _set_aside_modes(back: ExitStack) -> None:
-    """Of functions (`torch.device`, `set_default_device`) and of operators (FakeTensorMode)."""
+    """Of functions (`torch.device`, `set_default_device`), of operators (FakeTensorMode), and of
+    transforms (`vmap`, `grad`)."""
     for _ in range(_overrides._len_torch_function_stack()):
         back.callback(_overrides._push_mode, _overrides._pop_mode())
     if _C._len_torch_dispatch_stack():
         back.enter_context(_dispatch._disable_current_modes())
+    if _C._functorch.peek_interpreter_stack() is not None:
+        from torch._functorch import pyfunctorch
+
+        transforms: Any = pyfunctorch.temporarily_clear_interpreter_stack
+        back.enter_context(transforms())
