@@ -77,7 +77,13 @@ def to_park(
     for holding in held.holdings:
         if holding.device.type == "cpu" and belonging.home_of(holding) is None:
             homes.settle(holding.storage)
-    return MovePlan(action, held, moves, lambda: _fall_asleep(record, held, moves))
+    return MovePlan(
+        action,
+        held,
+        moves,
+        lambda: _fall_asleep(record, held, moves),
+        lambda: _look_after_outsiders(moves),
+    )
 
 
 def to_restore(model: object, device: Device | DeviceMap | None = None) -> MovePlan:
@@ -200,9 +206,9 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
         sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
 
 
-def look_after_outsiders(plan: MovePlan) -> None:
+def _look_after_outsiders(moves: Iterable[StorageMove]) -> None:
     """Lets the tensors outside of a parked model that moved with it come home by themselves too."""
-    for move in plan.moves:
+    for move in moves:
         if move.origin is not None:
             put_away(tensor for ref in move.origin.tensors if (tensor := ref()) is not None)
 

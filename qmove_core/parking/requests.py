@@ -102,7 +102,6 @@ def park(
         plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
         with in_use.kept_still(plan):
             done = carry_out(plan, progress)
-        plans.look_after_outsiders(plan)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 
 import torch
 
@@ -50,13 +51,15 @@ def swap(
             out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
         if settings.verify or not out.moves or not into.moves or _share(out, into):
             return park(leaving, progress=progress), restore(coming, progress=progress)
+        done = None
         try:
-            with in_use.kept_still(out):
-                gone, come = exchange(out, into, progress)
-            plans.look_after_outsiders(out)
+            with ExitStack() as until_done, in_use.kept_still(out):
+                done = exchange(out, into, until_done, progress)
         except BaseException:
-            _go_back(leaving, coming)
+            if done is None:
+                _go_back(leaving, coming)
             raise
+        gone, come = done
     seconds = time.perf_counter() - started
     return parked_result(leaving, out, gone, seconds), restored_result(coming, into, come, seconds)
 
@@ -81,7 +84,8 @@ def _go_back(leaving: object, coming: object) -> None:
         out = plans.to_park(coming, wake, allow_live_graph=True)
         into = plans.to_restore(leaving)
         if out.moves and into.moves:
-            exchange(out, into)
+            with ExitStack() as until_done:
+                exchange(out, into, until_done)
         else:
             carry_out(out)
             carry_out(into)

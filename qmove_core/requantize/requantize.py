@@ -19,7 +19,7 @@ from ..actions import Action
 from ..class_variants import own_class
 from ..devices import Device
 from ..errors import CannotMove, readable_bytes
-from ..interrupts import interrupts_deferred
+from ..interrupts import interrupts_deferred, not_a_failure
 from ..memory import budget
 from ..model.holdings import Inventory
 from ..model.inventory import inventory
@@ -70,7 +70,7 @@ def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None 
     """
     with moving():
         involved = _dequantize(model, devices.resolve(device), dtype)
-        devices.release_cached(involved)  # by now nothing refers to the quantized weights
+        _release_cached(involved)  # by now nothing refers to the quantized weights
     return model
 
 
@@ -103,9 +103,13 @@ def move_and_requantize(model: Model, device: Device) -> Model:
     After an error the model is as it was, where it was.
     """
     with moving():
-        involved = _requantize(model, devices.resolve(device))
-        devices.release_cached(involved)
+        _release_cached(_requantize(model, devices.resolve(device)))
     return model
+
+
+def _release_cached(involved: set[torch.device]) -> None:
+    with interrupts_deferred() as later, not_a_failure(later, "give memory back to the driver"):
+        devices.release_cached(involved)
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,13 @@ def _dequantize(
     casts = _casts_along(held, work, replaced, dtype)
     dtypes_before = [(tensor, tensor.dtype) for tensor, _dtype in casts]
 
-    _transform(model, action, held, target, work, casts)
-    for item in work:
-        _recipes[item.module] = item.recipe
-    for tensor, before in dtypes_before:
-        _dtypes_before.setdefault(tensor, before)
+    def note_recipes() -> None:
+        for item in work:
+            _recipes[item.module] = item.recipe
+        for tensor, before in dtypes_before:
+            _dtypes_before.setdefault(tensor, before)
+
+    _transform(model, action, held, target, work, casts, note_recipes)
     return {holding.device for holding in held.holdings}
 
 
@@ -201,11 +207,14 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
         for tensor in (*root.parameters(), *root.buffers())
         if tensor in _dtypes_before and id(tensor) not in replaced
     ]
-    _transform(model, action, held, target, work, casts)
-    for item in work:
-        del _recipes[item.module]
-    for tensor, _before in casts:
-        _dtypes_before.pop(tensor, None)
+
+    def forget_recipes() -> None:
+        for item in work:
+            _recipes.pop(item.module, None)
+        for tensor, _before in casts:
+            _dtypes_before.pop(tensor, None)
+
+    _transform(model, action, held, target, work, casts, forget_recipes)
     return {holding.device for holding in held.holdings}
 
 
@@ -216,8 +225,12 @@ def _transform(
     target: torch.device,
     work: Sequence[_Work],
     casts: Casts,
+    on_commit: Callable[[], None],
 ) -> None:
-    """Makes all layers anew on `target` and moves the rest of the model there: all, or nothing."""
+    """Makes all layers anew on `target` and moves the rest of the model there: all, or nothing.
+
+    `on_commit` notes it.
+    """
     started = time.perf_counter()
     needed = _check_budget(action, held, target, work, casts)
     made: dict[int, nn.Parameter] = {}
@@ -238,6 +251,7 @@ def _transform(
                 undo.callback(_assign, tensor, tensor.data)
             _assign(tensor, values)
         move(model, target)
+        on_commit()
         undo.pop_all()
     nbytes, seconds = sum(item.nbytes for item in work), time.perf_counter() - started
     log.info(

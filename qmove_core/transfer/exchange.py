@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from contextlib import ExitStack
 
 import torch
 
@@ -32,9 +33,16 @@ from .transaction import MoveTransaction
 
 
 def exchange(
-    leaving: MovePlan, coming: MovePlan, progress: Progress | None = None
+    leaving: MovePlan,
+    coming: MovePlan,
+    until_done: ExitStack,
+    progress: Progress | None = None,
 ) -> tuple[Done, Done]:
     """Carries out both plans at once.
+
+    Args:
+        until_done: interrupts that come when both have moved are delivered when it ends: the caller
+            then knows that they have.
 
     After an error what has moved has moved: `leaving` and `coming` are both asleep then, each with
     every byte, and the caller plans the way back.
@@ -54,8 +62,9 @@ def exchange(
             targets = [move.target for move in uncommitted if move.target is not None]
             for move, digest in zip(uncommitted, mirrors.current_digests(targets), strict=True):
                 move.digest = digest
+        later = until_done.enter_context(interrupts_deferred())
         transaction.commit()
-        stragglers = transaction.finish()
+        stragglers = transaction.finish(later)
         return Done(leaving.copied_bytes, stragglers, False), Done(coming.copied_bytes, [], False)
 
 

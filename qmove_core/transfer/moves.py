@@ -14,6 +14,7 @@ from ..memory.budget import bytes_by_device
 from ..memory.mirrors import Mirror
 from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
+from ..storages import rebind
 from .copies import CopyJob, bytes_of
 
 
@@ -22,6 +23,7 @@ class StorageMove(CopyJob):
 
     Attributes:
         holding: the tensors that look into it.
+        before: what was known of it on the host.
         origin: what is to be known of it on the host; None for what needs no way back.
         outsiders: tensors outside the model that looked into it and move with it.
         came_from: the device it was on.
@@ -31,6 +33,7 @@ class StorageMove(CopyJob):
     """
 
     __slots__ = (
+        "before",
         "came_from",
         "holding",
         "is_committed",
@@ -50,6 +53,7 @@ class StorageMove(CopyJob):
         super().__init__(holding.storage, device)
         self.holding, self.origin, self.outsiders = holding, origin, list(outsiders)
         self.came_from = self.source.device
+        self.before = homes.origin_of(self.source)
         self.mirror: Mirror | None = None
         self.is_unchanged = self.is_committed = False
 
@@ -68,6 +72,15 @@ class StorageMove(CopyJob):
             homes.forget(self.source._cdata)
         self.is_committed = True
 
+    def go_back(self) -> None:
+        """Lets the tensors look into their old place, as if nothing had been noted of the new."""
+        rebind(self.tensors, self.source)
+        if self.target is not None and self.origin is not None:
+            homes.forget(self.target._cdata)
+        if self.before is not None:
+            homes.remember(self.source, self.before)
+        self.is_committed = False
+
 
 @dataclass(frozen=True)
 class MovePlan:
@@ -78,12 +91,14 @@ class MovePlan:
         held: what the model holds.
         moves: one for each storage that moves; what the model needs first comes first.
         on_commit: called when everything lies in its new place; if it raises, all goes back.
+        on_outsiders: called when the tensors outside the model have come along, after the commit.
     """
 
     action: Action
     held: Inventory
     moves: list[StorageMove]
     on_commit: Callable[[], None]
+    on_outsiders: Callable[[], None] = lambda: None
 
     @property
     def nbytes(self) -> int:

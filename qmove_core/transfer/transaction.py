@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from .. import devices, hosting
 from ..collector import collection_deferred
 from ..errors import CorruptedCopy
-from ..interrupts import interrupts_deferred
+from ..interrupts import Later, interrupts_deferred, not_a_failure
 from ..memory import budget, mirrors
 from ..memory.blocks import place_of
 from ..memory.budget import allocate, bytes_by_device
@@ -46,6 +46,8 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
     Raises:
         NotEnoughMemory: checked before the first byte moves.
         CorruptedCopy: `verify` is on, and what arrived is not what was sent.
+
+    What fails after the commit is logged. An interrupt that comes then is raised when all is done.
     """
     with MoveTransaction(plan) as transaction:
         with collection_deferred():
@@ -53,9 +55,9 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
             transaction.allocate_on_host()
         transaction.copy(transaction.to_copy(), progress)
         verified = settings.verify and transaction.verify()
-        with collection_deferred():
+        with interrupts_deferred() as later, collection_deferred():
             transaction.commit()
-            stragglers = transaction.finish()
+            stragglers = transaction.finish(later)
         return Done(plan.copied_bytes, stragglers, verified)
 
 
@@ -184,16 +186,17 @@ class MoveTransaction:
                 )
                 for plan in self.plans:
                     kinds.refresh(plan.held)
+                for move in pending:
+                    move.note_origin()
                 for plan in self.plans:
                     plan.on_commit()
             except BaseException:
                 self._roll_back(pending)
                 raise
-            for move in pending:
-                move.note_origin()
 
     def _roll_back(self, pending: Sequence[StorageMove]) -> None:
-        rebind_all((move.tensors, move.source) for move in pending)
+        for move in pending:
+            move.go_back()
         for plan in self.plans:
             kinds.refresh(plan.held)
 
@@ -204,24 +207,38 @@ class MoveTransaction:
         """
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             assert move.target is not None
-            rebind(move.tensors, move.target)
-            move.note_origin()
+            try:
+                rebind(move.tensors, move.target)
+                move.note_origin()
+            except BaseException:
+                move.go_back()
+                raise
             watched = self._drop_source(move)
         self._watched.append((move, watched))
         return watched
 
     # After the commit -----------------------------------------------------------------------------
 
-    def finish(self) -> list[Straggler]:
-        """Keeps mirrors, drops the old storages, and looks at which of them live on."""
-        keep_as_mirrors(self.moves)
+    def finish(self, later: Later) -> list[Straggler]:
+        """Keeps mirrors, drops the old storages, and looks at which of them live on.
+
+        It raises nothing: the models have moved. Interrupts come `later`.
+        """
+        stragglers: list[Straggler] = []
+        with not_a_failure(later, "keep host copies"):
+            keep_as_mirrors(self.moves)
         for move in self.moves:
             if move.source is not EMPTY:
                 self._watched.append((move, self._drop_source(move)))
-        stragglers = _take_outsiders_along(self._watched)
-        devices.release_cached({move.came_from for move in self.moves})
+        with not_a_failure(later, "look for what stayed behind"):
+            stragglers = _take_outsiders_along(self._watched)
+            for plan in self.plans:
+                plan.on_outsiders()
+        with not_a_failure(later, "give unused memory back to the driver"):
+            devices.release_cached({move.came_from for move in self.moves})
         if self.moves:
-            hosting.tell_moved()
+            with not_a_failure(later, "tell the host program of a move"):
+                hosting.tell_moved()
         return stragglers
 
     @staticmethod
