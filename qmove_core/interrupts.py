@@ -7,7 +7,7 @@ import functools
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -52,17 +52,24 @@ def interrupts_deferred() -> Iterator[Later]:
         yield later
     finally:
         _this_thread.later = None
-        _call_all([functools.partial(signal.signal, n, handlers[n]) for n in reversed(held)], later)
+        restore: list[Callable[[], object]] = [
+            functools.partial(signal.signal, n, handlers[n]) for n in reversed(held)
+        ]
+        _call_all(restore, later)
 
 
-def _call_all(*calls: Sequence[Callable[[], object]]) -> None:
-    """Calls all, also when one raises or is interrupted."""
-    pending = [call for some in calls for call in some]
-    if pending:
-        try:
-            pending[0]()
-        finally:
-            _call_all(pending[1:])
+def _call_all(*lists: list[Callable[[], object]]) -> None:
+    """Calls and drops all, also when one raises or is interrupted. (A frame that was interrupted
+    may have the list among its variables.)"""
+    for calls in lists:
+        if calls:
+            call = calls.pop(0)
+            try:
+                call()
+            finally:
+                del call
+                _call_all(*lists)
+            return
 
 
 @contextmanager
