@@ -127,8 +127,8 @@ def _let_forwards_end(action: Action, modules: set[int], wakes: bool) -> None:
 
 def _thread_inside(modules: set[int], wakes: bool) -> str | None:
     """The name of another thread that is inside of one of these modules."""
-    frames = sys._current_frames()
-    frames.pop(threading.get_ident(), None)  # this one would hold itself, and the plan with it
+    mine = threading.get_ident()  # this frame would hold itself, and the plan with it
+    frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != mine}
     inside = [ident for ident in frames if _is_inside(frames[ident], modules, wakes)]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return names.get(inside[0], str(inside[0])) if inside else None
