@@ -13,6 +13,7 @@ import atexit
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 import psutil
 
@@ -22,6 +23,8 @@ from ..moving import moving
 from . import arena, limits, mirrors
 
 log = logging.getLogger("qmove")
+
+under_way: list[Callable[[], None]] = []  # end restores whose host bytes are held until then
 
 LOOK_SECONDS = 5.0
 SHARE = 0.05  # of what may be used: what is kept free for others
@@ -34,6 +37,7 @@ def trim(nbytes: int | None = None) -> int:
     for it.
 
     Spare blocks go first, then the host copies of resident models, the least recently used first.
+    A model that still arrives is waited for: its host bytes are of no more use then.
 
     Args:
         nbytes: bytes to give back at least; None for all there are.
@@ -42,6 +46,8 @@ def trim(nbytes: int | None = None) -> int:
         Bytes given back; less than asked if there are no more.
     """
     with moving():
+        for end in under_way:
+            end()
         before = arena.bytes_held()
         wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
         arena.trim(max(0, arena.spare_bytes() - wanted))

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
 from torch import nn
 
 from .. import homes
@@ -77,6 +78,7 @@ def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
         asleep += sleeping.put_to_sleep(modules, waiting)
         tensors += put_away(tensor for move in plan.moves for tensor in move.tensors)
         _let_forwards_end(plan.action, ids, wakes)
+        torch.clear_autocast_cache()  # it holds copies of the weights in another dtype
         yield
     except BaseException:
         with interrupts_deferred():

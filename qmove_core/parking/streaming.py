@@ -29,6 +29,7 @@ from torch.utils.weak import TensorWeakRef
 from .. import devices, homes, hosting
 from ..homes import Origin
 from ..interrupts import interrupts_deferred
+from ..memory import giving_back
 from ..model import kinds
 from ..model.holdings import Holding, Inventory
 from ..moving import moving, ordinary_state
@@ -121,7 +122,7 @@ def wait_for(storages: Iterable[torch.UntypedStorage] | None = None) -> None:
 class _Part(CopyJob):
     """One storage under way. Its origin has weak references to the tensors that look into it."""
 
-    __slots__ = ("__weakref__", "_finalizer", "came_to", "origin", "was_origin", "was_unshared")
+    __slots__ = ("__weakref__", "_finalizers", "came_to", "origin", "was_origin", "was_unshared")
 
     def __init__(self, arriving: StreamingRestore, move: StorageMove) -> None:
         super().__init__(move.source, move.device)
@@ -136,7 +137,7 @@ class _Part(CopyJob):
         )
         self.was_unshared = False
         self.came_to: int | None = None  # where its tensors look since it is there
-        self._finalizer = weakref.finalize(move.holding.tensors[0], self._drop_target)
+        self._finalizers = [weakref.finalize(tensor, self._drop) for tensor in move.tensors]
 
     def take_over(self, move: StorageMove) -> None:
         """Knows the copy, now that it is queued."""
@@ -181,15 +182,18 @@ class _Part(CopyJob):
 
     def forget(self) -> None:
         """Drops everything; finalizers and the garbage collector may still refer to this object."""
-        self._finalizer.detach()
+        for finalizer in self._finalizers:
+            finalizer.detach()
         self.drop_storages()
         self.was_origin = None
         del self.origin
 
-    def _drop_target(self) -> None:
-        """Its tensor is gone: frees the memory, unless a copy still writes to it."""
-        if self.is_abandoned() and (self.arrival is None or self.arrival.query()):
-            self.target = None
+    def _drop(self) -> None:
+        """A tensor is gone. After the last one both storages go, when no copy writes to them."""
+        if self.is_abandoned():
+            if self.arrival is not None:
+                self.arrival.synchronize()
+            self.drop_storages()
 
 
 class StreamingRestore:
@@ -253,12 +257,14 @@ class StreamingRestore:
                 _under_way.remove(self)
                 for group in self._groups:
                     group.wake()
-                alone = zip(self._parts, unshared(self._parts), strict=True)
-                arrived = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
-                for part in arrived:
-                    part.digest = part.read_digest()
-                keep_as_mirrors(arrived)
-                self.forget()
+                try:
+                    alone = zip(self._parts, unshared(self._parts), strict=True)
+                    there = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
+                    for part in there:
+                        part.digest = part.read_digest()
+                    keep_as_mirrors(there)
+                finally:
+                    self.forget()
 
     def _be_there(self, parts: Iterable[_Part]) -> None:
         with interrupts_deferred():
@@ -350,3 +356,6 @@ def _refresh(
         if tensors
     ]
     kinds.refresh(Inventory(holdings, modules={str(i): m for i, m in enumerate(modules)}))
+
+
+giving_back.under_way.append(wait_for)
