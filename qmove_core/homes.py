@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,15 @@ class Origin:
             self.tensors = [ref for ref in self.tensors if ref() is not None]
         self.tensors.append(TensorWeakRef(tensor))
 
-    def tensors_on(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
-        """Those tensors that are alive and still look into the storage."""
-        alive = [tensor for ref in self.tensors if (tensor := ref()) is not None]
+    def tensors_on(
+        self, storage: torch.UntypedStorage, but: Set[int] = frozenset()
+    ) -> list[torch.Tensor]:
+        """Those tensors that are alive and still look into the storage, without those whose `id` is
+        among `but`."""
+        found = [tensor for ref in self.tensors if (tensor := ref()) is not None]
+        alive = [tensor for tensor in found if id(tensor) not in but] if but else found
+        if not alive:
+            return []
         with torch._C.DisableTorchFunctionSubclass():
             return [t for t in alive if t.untyped_storage()._cdata == storage._cdata]
 
@@ -84,18 +90,20 @@ def parked_origins() -> Iterator[Origin]:
     return (o for o in list(_origins.values()) if o.is_parked and not o.is_result)
 
 
-def tensors_of(record: object) -> list[tuple[torch.UntypedStorage, list[torch.Tensor]]]:
-    """The parked storages of a model, each with the tensors that look into it."""
+def tensors_of(record: object, but: Set[int]) -> list[list[torch.Tensor]]:
+    """For each parked storage of a model the tensors that look into it.
+
+    Without the storages whose `_cdata` is among `but`.
+    """
     found = []
-    for origin in list(_origins.values()):
-        if origin.record is record and origin.is_parked and not origin.is_result:
-            alive = (tensor for ref in origin.tensors if (tensor := ref()) is not None)
-            with torch._C.DisableTorchFunctionSubclass():
-                storages = [tensor.untyped_storage() for tensor in alive]
-            for storage in storages:
-                if origin_of(storage) is origin:
-                    found.append((storage, origin.tensors_on(storage)))
-                    break
+    for cdata, origin in list(_origins.items()):
+        if cdata in but or origin.record is not record or not origin.is_parked or origin.is_result:
+            continue
+        alive = [tensor for ref in origin.tensors if (tensor := ref()) is not None]
+        with torch._C.DisableTorchFunctionSubclass():
+            alive = [tensor for tensor in alive if tensor.untyped_storage()._cdata == cdata]
+        if alive:
+            found.append(alive)
     return found
 
 

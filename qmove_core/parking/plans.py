@@ -12,6 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes
 from ..actions import Action
+from ..collector import collection_deferred
 from ..devices import Device, DeviceMap
 from ..errors import (
     CannotMove,
@@ -65,14 +66,15 @@ def to_park(
     if before is not None:  # parked already, and something has come onto a device since
         extra = (*before.extra, *extra)
     record = Record(model, extra, wake)
-    moves = [
-        StorageMove(
-            holding,
-            devices.CPU,
-            Origin(holding.device, holding.nbytes, record, _weakly(holding.tensors)),
-        )
-        for holding in away
-    ]
+    with collection_deferred():
+        moves = [
+            StorageMove(
+                holding,
+                devices.CPU,
+                Origin(holding.device, holding.nbytes, record, _weakly(holding.tensors)),
+            )
+            for holding in away
+        ]
     belonging = _Neighbours(held)
     for holding in held.holdings:
         if holding.device.type == "cpu" and belonging.home_of(holding) is None:
@@ -124,10 +126,10 @@ def _to_bring(
     """Moves holdings to where the model is to run, and wakes it."""
     moves, staying = [], []
     for holding, target in goals:
-        origin = homes.origin_of(holding.storage)
+        storage = holding.storage
+        origin = homes.origin_of(storage)
         known = {id(tensor) for tensor in holding.tensors}
-        outsiders = origin.tensors_on(holding.storage) if origin else []
-        outsiders = [tensor for tensor in outsiders if id(tensor) not in known]
+        outsiders = origin.tensors_on(storage, but=known) if origin else []
         if holding.device != target:
             to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
             moves.append(StorageMove(holding, target, to_host, outsiders))
@@ -153,13 +155,11 @@ def _add_what_left(held: Inventory, record: Record) -> None:
     It may be put back, where nobody can see it (`parameter.data = kept`), when the model is home.
     """
     known = {holding.storage._cdata for holding in held.holdings}
-    for storage, tensors in homes.tensors_of(record):
-        if storage._cdata not in known:
-            first, nbytes = tensors[0], storage.nbytes()
-            name = "<outside of the model>"
-            held.holdings.append(
-                Holding(nbytes, storage.device, "tensor", first.dtype, [name], tensors)
-            )
+    for tensors in homes.tensors_of(record, known):
+        name, dtype = "<outside of the model>", tensors[0].dtype
+        holding = Holding(0, devices.CPU, "tensor", dtype, [name], tensors)
+        holding.nbytes = holding.storage.nbytes()
+        held.holdings.append(holding)
 
 
 def _weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:
@@ -209,7 +209,7 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
 def _look_after_outsiders(moves: Iterable[StorageMove]) -> None:
     """Lets the tensors outside of a parked model that moved with it come home by themselves too."""
     for move in moves:
-        if move.origin is not None:
+        if move.origin is not None and len(move.origin.tensors) > len(move.holding.tensors):
             put_away(tensor for ref in move.origin.tensors if (tensor := ref()) is not None)
 
 
