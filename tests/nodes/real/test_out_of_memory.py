@@ -17,6 +17,7 @@ from tests.nodes.builders.real_prompts import (
     needs_comfyui,
     node,
     show,
+    shown,
     start,
     use,
 )
@@ -27,7 +28,7 @@ MEMORY = "4000MiB"
 IDLE_MIB = 2600
 
 
-def work(mib: int, seed: int, name: str = "CarelessScratch", **inputs: Any) -> dict[str, Any]:
+def work(mib: Any, seed: int, name: str = "CarelessScratch", **inputs: Any) -> dict[str, Any]:
     return node(name, mib=mib, device="cuda:0", seed=seed, **inputs)
 
 
@@ -92,6 +93,36 @@ def test_a_node_that_does_things_outside_does_not_run_twice(comfyui: ComfyUI) ->
         if seed > 200:
             assert_passed(comfyui, history)
         assert comfyui.times_noted(f"scratch 1700 {seed}") == 1
+
+
+def test_a_node_that_has_run_for_one_element_of_a_list_does_not_run_again(comfyui: ComfyUI) -> None:
+    for seed in (400, 401):
+        prompt = {
+            "load": load(IDLE_MIB),
+            "use": use("load", seed=8),
+            "sizes": node("CarelessSizes", sizes="32 1650", after=("use", 0)),
+            "work": work(("sizes", 0), seed),
+            "show": show("work"),
+        }
+        history = comfyui.run(prompt)
+        if seed > 400:  # known by then
+            assert_passed(comfyui, history)
+        assert comfyui.times_noted(f"scratch 32 {seed}") == 1
+        assert comfyui.times_noted(f"scratch 1650 {seed}") == 1
+
+
+def test_not_enough_memory_is_out_of_memory_to_comfyui_and_to_packs(tmp_path: Path) -> None:
+    """A parked model is used where it has no room: the node that falls back to less does so."""
+    with start(tmp_path, MEMORY) as comfyui:
+        prompt = {
+            "load": load(IDLE_MIB),
+            "tiles": node("CarelessTiles", model=("load", 0), mib=1700),
+            "show": show("tiles"),
+        }
+        history = comfyui.run(prompt)
+
+        assert_passed(comfyui, history)
+        assert shown(history)["show"] == ["tiled", "NotEnoughDeviceMemory", "True"]
 
 
 def test_switched_off_a_node_that_runs_out_of_memory_does_not_run_again(tmp_path: Path) -> None:

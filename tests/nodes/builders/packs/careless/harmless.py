@@ -123,6 +123,58 @@ class CarelessScratch:
         return (f"{mib} {seed}",)
 
 
+class CarelessSizes:
+    """Gives a list of sizes: the node behind it runs once for each."""
+
+    CATEGORY = "careless"
+    FUNCTION = "run"
+    RETURN_TYPES = ("INT",)
+    OUTPUT_IS_LIST = (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"sizes": ("STRING", {"default": "64 64"})},
+            "optional": {"after": ("STRING", {"forceInput": True})},
+        }
+
+    def run(self, sizes, after=""):
+        return ([int(size) for size in sizes.split()],)
+
+
+class CarelessTiles:
+    """Runs its model beside much scratch memory; out of memory it makes do with less, as many packs
+    do, by what they take for out of memory."""
+
+    CATEGORY = "careless"
+    FUNCTION = "run"
+    RETURN_TYPES = ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("CARELESS_MODEL",),
+                "mib": ("INT", {"default": 64, "max": 1 << 20}),
+            }
+        }
+
+    def run(self, model, mib):
+        import qmove_core
+
+        qmove_core.park(model)
+        scratch = torch.empty(mib * 2**20, dtype=torch.uint8, device="cuda:0")
+        x = torch.ones(1, 1024, device="cuda:0")
+        try:
+            model(x)
+        except comfy.model_management.OOM_EXCEPTION as error:
+            is_oom = getattr(comfy.model_management, "is_oom", lambda error: True)  # from 0.18
+            del scratch
+            model(x)
+            return (f"tiled {type(error).__name__} {is_oom(error)}",)
+        return ("whole",)
+
+
 class CarelessSave(CarelessScratch):
     """The same, in a node that does things outside: it must not run twice."""
 
@@ -136,5 +188,5 @@ class CarelessSave(CarelessScratch):
 
 NODES = (
     *(CarelessText, CarelessLoop, CarelessOwnLoader, CarelessSample),
-    *(CarelessScratch, CarelessSave),
+    *(CarelessScratch, CarelessSizes, CarelessTiles, CarelessSave),
 )
