@@ -72,10 +72,8 @@ def _lacking(out: MovePlan, into: MovePlan) -> dict[torch.device, int]:
 
 def _share(out: MovePlan, into: MovePlan) -> bool:
     """Whether a storage that is to leave belongs to both models."""
-    leaving = {id(tensor) for move in out.moves for tensor in move.holding.tensors}
-    return any(
-        id(tensor) in leaving for holding in into.held.holdings for tensor in holding.tensors
-    )
+    leaving = {move.source._cdata for move in out.moves}
+    return any(holding.storage._cdata in leaving for holding in into.held.holdings)
 
 
 def _go_back(leaving: object, coming: object) -> None:
