@@ -92,12 +92,13 @@ class MetaTensor:
 class Immovable:
     """A tensor, or an object that points into tensors, whose bytes qmove cannot move.
 
-    `device` is None where it may be any.
+    `device` is None where it may be any; `nbytes` is 0 where they cannot be counted.
     """
 
     name: str
     device: torch.device | None
     reason: str
+    nbytes: int = 0
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Inventory:
         holdings: one for each storage, in the order in which the walk met them.
         meta: tensors on the meta device.
         immovable: what qmove cannot move, and why.
+        addressed: the storages (`_cdata`) that a raw address points to; each is among `immovable`.
         foreign: names of modules that are reached but are not the model's own. Pass them as roots
             to take them along.
         wrappers: (name, tensor) of wrapper subclasses; their inner tensors are among the holdings.
@@ -117,6 +119,7 @@ class Inventory:
     holdings: list[Holding]
     meta: list[MetaTensor] = field(default_factory=list)
     immovable: list[Immovable] = field(default_factory=list)
+    addressed: set[int] = field(default_factory=set)
     foreign: list[str] = field(default_factory=list)
     wrappers: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from .. import homes
 from ..collector import collection_deferred
 from ..moving import ordinary_state
 from . import kinds
+from .addresses import keeps_addresses, pointed_to
 from .holdings import Holding, Immovable, Inventory, MetaTensor
-from .walk import FoundTensor, walk
+from .walk import FoundTensor, Walk, walk
 
 
 def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
@@ -31,7 +32,8 @@ def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
     with ordinary_state(), collection_deferred():
         walked = walk(roots, leave_out=kinds.process_wide_tensors())
         result = Inventory(holdings=[])
-        _sort_in(walked.tensors.values(), result)
+        _sort_in(walked.tensors.values(), walked.unreachable, result)
+        _find_addressed(walked, result)
     result.immovable += [
         Immovable(name, None, _GRAPH.format(type(obj).__name__)) for name, obj in walked.fixed
     ]
@@ -46,7 +48,29 @@ def inventory(model: object, *, extra: Iterable[object] = ()) -> Inventory:
 _GRAPH = "a {} replays kernels with the raw addresses of the weights; delete it first"
 
 
-def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
+_ADDRESS = "{} has its raw address, and would read other memory if it moved"
+
+
+def _find_addressed(walked: Walk, result: Inventory) -> None:
+    """Notes the storages that something in the model points to: they stay where they are."""
+    pointed = pointed_to(result.holdings, walked.numbers)
+    keepers = [(name, m) for name, m in walked.modules.values() if keeps_addresses(m)]
+    if keepers:
+        by_tensor = {id(tensor): h for h in result.holdings for tensor in h.tensors}
+        for name, module in keepers:
+            kernel = f"the kernel of {name} ({type(module).__name__})"
+            for tensor in (*module.__dict__.values(), *module.parameters(), *module.buffers()):
+                if (holding := by_tensor.get(id(tensor))) and holding.device.type != "cpu":
+                    pointed[id(holding)] = holding, kernel
+    for holding, name in pointed.values():
+        reason = _ADDRESS.format(name)
+        result.addressed.add(holding.storage._cdata)
+        result.immovable.append(Immovable(holding.name, holding.device, reason, holding.nbytes))
+
+
+def _sort_in(
+    tensors: Iterable[FoundTensor], unreachable: Mapping[int, str], result: Inventory
+) -> None:
     by_storage: dict[int, Holding] = {}
     lazy: Any = nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]
     with torch._C.DisableTorchFunction():
@@ -54,6 +78,10 @@ def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
             tensor, names = found.tensor, found.names
             if isinstance(tensor, lazy):
                 continue  # of a module before its first forward: no bytes yet
+            if id(tensor) in unreachable:
+                reason = unreachable[id(tensor)]
+                result.immovable.append(Immovable(names[0], tensor.device, reason))
+                continue
             if hasattr(type(tensor), "__tensor_flatten__"):
                 result.wrappers.append((names[0], tensor))
                 continue
@@ -63,7 +91,8 @@ def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
                 continue
             obstacle = _obstacle(tensor)
             if obstacle:
-                result.immovable.append(Immovable(names[0], tensor.device, obstacle))
+                nbytes = _bytes_of(tensor)
+                result.immovable.append(Immovable(names[0], tensor.device, obstacle, nbytes))
                 continue
             storage = tensor.untyped_storage()
             holding = by_storage.get(storage._cdata)
@@ -77,6 +106,13 @@ def _sort_in(tensors: Iterable[FoundTensor], result: Inventory) -> None:
                 holding.names += names
                 holding.tensors.append(tensor)
     result.holdings = list(by_storage.values())
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """As far as they can be counted."""
+    if tensor.layout is torch.sparse_coo:
+        return int(tensor._indices().nbytes + tensor._values().nbytes)
+    return tensor.untyped_storage().nbytes() if torch._C._has_storage(tensor) else 0
 
 
 def _obstacle(tensor: torch.Tensor) -> str:
@@ -97,7 +133,9 @@ def _obstacle(tensor: torch.Tensor) -> str:
         return "it belongs to a running functorch transform"
     try:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() != 0 or storage.nbytes() == 0:
+        # Asking that of a fake tensor, on the meta device in truth, warns or raises.
+        is_real = storage.device.type != "meta"
+        if is_real and (storage.data_ptr() != 0 or storage.nbytes() == 0):
             return ""
     except RuntimeError:  # a wrapper subclass: its storage has no data pointer to ask for
         pass

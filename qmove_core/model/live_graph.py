@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,19 @@ def tensors_in_live_graph(inventory: Inventory) -> list[str]:
     suspects = _held_in_cpp(inventory)
     if not suspects:
         return []
-    return sorted(suspects[storage] for storage in _needed_by_graphs() & suspects.keys())
+    needed = _needed_by_graphs(_made_by_norms(inventory))
+    return sorted(suspects[storage] for storage in needed & suspects.keys())
+
+
+def _made_by_norms(inventory: Inventory) -> set[int]:
+    """The ids of the weights that `torch.nn.utils.weight_norm` and `spectral_norm` compute anew in
+    each forward. Nobody goes back through their graphs of before."""
+    return {
+        id(module.__dict__.get(hook.name))
+        for module in inventory.modules.values()
+        for hook in module.__dict__.get("_forward_pre_hooks", {}).values()
+        if type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+    }
 
 
 def _held_in_cpp(inventory: Inventory) -> dict[int, str]:
@@ -45,29 +57,35 @@ def _held_in_cpp(inventory: Inventory) -> dict[int, str]:
     return suspects
 
 
-def _needed_by_graphs() -> set[int]:
+def _needed_by_graphs(left_out: set[int]) -> set[int]:
     """Storages of all tensors that a graph which some tensor object keeps alive has saved, or
     sends gradients to.
     """
     needed: set[int] = set()
     with torch._C.DisableTorchFunction():
-        roots = [
+        found = [
             obj
             for obj in gc.get_objects()
             if issubclass(type(obj), torch.Tensor) and obj.grad_fn is not None
         ]
+        seen = set(_nodes([obj.grad_fn for obj in found if id(obj) in left_out], set()))
+        seen = {node for node in seen if not hasattr(node, "variable")}
+        roots = [obj for obj in found if id(obj) not in left_out and obj.grad_fn not in seen]
         needed.update(_storages(roots))
-        pending = [root.grad_fn for root in roots]
-        seen = set(pending)
-        while pending:
-            node = pending.pop()
+        for node in _nodes([root.grad_fn for root in roots], seen):
             needed.update(_storages([getattr(node, "variable", None)]))  # of an AccumulateGrad
             needed.update(_storages(_saved_by(node)))
-            for following, _index in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    pending.append(following)
     return needed
+
+
+def _nodes(pending: list[Any], seen: set[Any]) -> Iterator[Any]:
+    """The nodes of the graphs that end in these, each once, without those `seen` already."""
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [following for following, _index in node.next_functions]
 
 
 def _saved_by(node: Any) -> list[object]:

@@ -16,6 +16,7 @@ module that contains the root: a back-reference.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import inspect
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 
 from ..slots import slots_of
+from .addresses import LEAST, numbers_in
 
 
 class Reach(IntEnum):
@@ -62,12 +64,16 @@ class Walk:
         foreign: modules at which the walk stopped, as (name, module).
         fixed: objects that hold raw device addresses (CUDA graphs), as (name, object). What they
             point to cannot move.
+        numbers: integers that are large enough to be raw addresses, as (name, number).
+        unreachable: wrapper subclasses whose inner tensors cannot be asked for, by `id`, and why.
     """
 
     tensors: dict[int, FoundTensor] = field(default_factory=dict)
     modules: dict[int, tuple[str, nn.Module]] = field(default_factory=dict)
     foreign: list[tuple[str, nn.Module]] = field(default_factory=list)
     fixed: list[tuple[str, object]] = field(default_factory=list)
+    numbers: list[tuple[str, int]] = field(default_factory=list)
+    unreachable: dict[int, str] = field(default_factory=dict)
 
 
 def walk(roots: Iterable[tuple[str, object]], leave_out: Set[int] = frozenset()) -> Walk:
@@ -120,6 +126,8 @@ class _Walker:
         """Records a tensor with what hangs on it, and queues what else may hold one, each once."""
         visitor = self._visitor_of(type(obj))  # type: ignore[arg-type]
         if visitor is _Walker._skip:
+            if type(obj) is int and obj >= LEAST:
+                self.result.numbers.append((name, obj))
             return
         key = id(obj)
         if key in self._seen:
@@ -142,7 +150,7 @@ class _Walker:
         """Whether a module met for the first time is the model's own; a foreign one is noted."""
         own = self.result.modules
         contains_the_model = reach is Reach.OWN and any(
-            id(child) in own for child in module.modules()
+            id(child) in own for _name, child in _modules_below("", module)
         )
         if reach is Reach.BEYOND or contains_the_model:
             self.result.foreign.append((name, module))
@@ -151,7 +159,7 @@ class _Walker:
         return True
 
     def _own(self, name: str, module: nn.Module) -> None:
-        for child_name, child in module.named_modules(prefix=name):
+        for child_name, child in _modules_below(name, module):
             self.result.modules.setdefault(id(child), (child_name, child))
 
     # One visitor for each shape of object ----------------------------------------------------
@@ -159,14 +167,26 @@ class _Walker:
     def _skip(self, obj: object, name: str, reach: Reach, kind: str) -> None:
         pass
 
+    def _numbers(self, obj: Any, name: str, reach: Reach, kind: str) -> None:
+        """Of ctypes and numpy. An array of objects may hold tensors as well."""
+        if getattr(getattr(obj, "dtype", None), "kind", "") == "O":
+            self._sequence(obj.reshape(-1).tolist(), name, reach, kind)
+        else:
+            self.result.numbers += [(name, number) for number in numbers_in(obj)]
+
     def _fixed(self, obj: object, name: str, reach: Reach, kind: str) -> None:
         self.result.fixed.append((name, obj))
 
     def _tensor(self, tensor: torch.Tensor, name: str) -> None:
         if hasattr(type(tensor), "__tensor_flatten__"):
-            inner_names, _context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-            for inner in inner_names:
-                self._push(getattr(tensor, inner), f"{name}.{inner}", Reach.BEYOND, _INNER)
+            try:
+                inner_names, _context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+                parts = [(f"{name}.{inner}", getattr(tensor, inner)) for inner in inner_names]
+            except Exception as error:  # the author's own code
+                parts, reason = [], f"its __tensor_flatten__ raises {type(error).__name__}: {error}"
+                self.result.unreachable[id(tensor)] = reason
+            for inner, part in parts:
+                self._push(part, inner, Reach.BEYOND, _INNER)
         for attribute, value in tensor.__dict__.items():
             self._push(value, f"{name}.{attribute}", Reach.BEYOND, _QUANTIZATION)
         # A view holds its base in C++. (An inference tensor has no base to ask for.)
@@ -179,10 +199,11 @@ class _Walker:
 
     def _module(self, module: nn.Module, name: str, reach: Reach, kind: str) -> None:
         prefix = f"{name}." if name else ""
+        # One that never called super().__init__() has none of these.
         registered: tuple[tuple[Mapping[str, object], str], ...] = (
-            (module._modules, _STATE),
-            (module._parameters, _PARAMETER),
-            (module._buffers, _BUFFER),
+            (_read(module, "_modules") or {}, _STATE),
+            (_read(module, "_parameters") or {}, _PARAMETER),
+            (_read(module, "_buffers") or {}, _BUFFER),
         )
         for named, its_kind in registered:
             for attribute, value in named.items():
@@ -200,6 +221,7 @@ class _Walker:
             if isinstance(key, str):
                 self._push(value, f"{name}.{key}" if name else key, reach, kind)
             elif isinstance(key, int):
+                self._push(key, f"a key of {name}", reach, kind)
                 self._push(value, f"{name}[{key}]", reach, kind)
             else:  # an optimizer's state has parameters for keys
                 self._push(key, f"{name}.keys()[{index}]", reach, kind)
@@ -253,7 +275,10 @@ class _Walker:
             named = named | {slot: _read(obj, slot) for slot in slots}
         for attribute, value in named.items():
             cls = type(value)
-            if cls not in _BUILT_IN or (value and cls not in _PLAIN):
+            if cls is int:
+                if value >= LEAST:
+                    yield attribute, value
+            elif cls not in _BUILT_IN or (value and cls not in _PLAIN):
                 yield attribute, value
 
 
@@ -283,6 +308,11 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._module
     if issubclass(cls, torch.cuda.CUDAGraph):
         return _Walker._fixed
+    if issubclass(cls, (ctypes._SimpleCData, ctypes.Array, ctypes._Pointer)) or any(
+        base.__module__ == "numpy" and base.__name__ in ("ndarray", "integer")
+        for base in cls.__mro__
+    ):
+        return _Walker._numbers
     if issubclass(cls, _SKIPPED) or cls.__module__ in ("numpy", "threading", "_thread", "enum"):
         return _Walker._skip
     # Another mapping may load what it is asked for (accelerate's offloaded weights).
@@ -299,6 +329,20 @@ def _visitor_of(cls: type) -> Callable[..., None]:
     if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or slots_of(cls)):
         return _Walker._object
     return _Walker._opaque
+
+
+def _modules_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, which fails where one never called super().__init__()."""
+    pending, seen = [(name, module)], set[int]()
+    while pending:
+        name, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [*(_read(module, "_modules") or {}).items()]
+        prefix = f"{name}." if name else ""
+        pending += [(prefix + key, child) for key, child in reversed(children) if child is not None]
 
 
 def _is_module(obj: object) -> TypeGuard[nn.Module]:

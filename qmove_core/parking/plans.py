@@ -25,6 +25,7 @@ from ..errors import (
 from ..homes import Origin
 from ..integrations import accelerate_dispatch, diffusers_offload
 from ..model import kinds, live_graph
+from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
 from ..transfer.moves import MovePlan, StorageMove
@@ -41,10 +42,12 @@ def to_park(
     extra: Iterable[object] = (),
     *,
     allow_live_graph: bool = False,
+    strict: bool = False,
 ) -> MovePlan:
     """What parking `model` takes: no move if it is parked already.
 
     Args:
+        strict: refuse what cannot be moved, which otherwise stays where it is.
         wake: brings home the model, or the list of tensors, that it is given; it may stream if
             `stream` is true. Called when the parked model is used.
     """
@@ -55,12 +58,14 @@ def to_park(
     away = [
         holding
         for holding in layer_order.holdings_in_order(held)
-        if holding.device.type != "cpu" and not _is_emptied(holding)
+        if holding.device.type != "cpu"
+        and not _is_emptied(holding)
+        and holding.storage._cdata not in held.addressed
     ]
-    if not away:
+    if not away and not (strict and held.immovable):
         return MovePlan(action, held, [], lambda: None)
     accelerate_dispatch.refuse_lost(action, held)
-    _refuse_immovable(action, held, devices.CPU)
+    _refuse_immovable(action, held, devices.CPU, left_alone=not strict)
     if not allow_live_graph:
         _refuse_live_graph(action, held)
     if before is not None:  # parked already, and something has come onto a device since
@@ -338,11 +343,21 @@ def refuse_meta(action: Action, held: Inventory) -> None:
 
 
 def _refuse_immovable(
-    action: Action, held: Inventory, target: torch.device, obstacles: Sequence[tuple[str, str]] = ()
+    action: Action,
+    held: Inventory,
+    target: torch.device,
+    obstacles: Sequence[tuple[str, str]] = (),
+    *,
+    left_alone: bool = False,
 ) -> None:
+    """With `left_alone` only what may have the address of anything in the model."""
     reasons = [
         *obstacles,
-        *((item.name, item.reason) for item in held.immovable if item.device != target),
+        *(
+            (item.name, item.reason)
+            for item in held.immovable
+            if item.device is None or (item.device != target and not left_alone)
+        ),
         *(
             (holding.name, f"its storage was cut to {readable_bytes(holding.nbytes)}")
             for holding in held.holdings
@@ -351,6 +366,15 @@ def _refuse_immovable(
     ]
     if reasons:
         raise CannotMove(action, reasons)
+
+
+def left_alone(plan: MovePlan) -> list[Straggler]:
+    """What a park leaves where it is, since it cannot be moved."""
+    return [
+        Straggler(item.name, item.device, item.nbytes, (item.reason,))
+        for item in plan.held.immovable
+        if item.device is not None and item.device.type != "cpu"
+    ]
 
 
 def _refuse_live_graph(action: Action, held: Inventory) -> None:

@@ -71,6 +71,7 @@ def park(
     *,
     extra: Iterable[object] = (),
     allow_live_graph: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Parked:
     """Moves every byte that `model` has on accelerators into host memory. The model wakes by itself
@@ -85,6 +86,8 @@ def park(
         extra: objects that go with it (an optimizer, a cache). They come home with the model.
         allow_live_graph: park although an autograd graph still needs the weights. What it saved
             then stays on the device.
+        strict: refuse a model that holds what cannot be moved (a sparse tensor, one whose raw
+            address a kernel has, ...). Otherwise that stays where it is, and is a straggler.
         progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops the park with
             nothing moved.
 
@@ -94,12 +97,13 @@ def park(
     Raises:
         NoTensors, MetaTensorsPresent, LiveAutogradGraph: see the messages.
         NotEnoughMemory: the host has not enough free memory.
-        CannotMove: some tensors cannot be moved, with names and reasons.
+        CannotMove: a storage was cut, a graph has raw addresses; with `strict` whatever cannot be
+            moved; with names and reasons.
         InUse: another thread pins it (`resident`), or does not come to the end of a forward.
     """
     started = time.perf_counter()
     with moving():
-        plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph)
+        plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph, strict=strict)
         with in_use.kept_still(plan):
             done = carry_out(plan, progress)
     return parked_result(model, plan, done, time.perf_counter() - started)
@@ -270,8 +274,9 @@ def parked_models() -> list[Any]:
 def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Parked:
     """Reports a park."""
     verified = done.verified if plan.moves else settings.verify
+    stragglers = [*plans.left_alone(plan), *done.stragglers]
     result = Parked(
-        plan.nbytes, done.copied_bytes, seconds, plan.origins, done.stragglers, verified, model
+        plan.nbytes, done.copied_bytes, seconds, plan.origins, stragglers, verified, model
     )
     _report("parked", model, result)
     return result

@@ -1,0 +1,77 @@
+"""Raw addresses: numbers that a model keeps of where its bytes lie. What they point to cannot move.
+
+Kernels of GPTQ, ExLlama and the like keep `tensor.data_ptr()` as an integer, in a table of int64 or
+in a ctypes object. After a move they would read memory that belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .holdings import Holding
+
+LEAST = 1 << 24  # no allocator gives an address below it, and counts and sizes rarely exceed it
+_LONGEST_TABLE = 4096  # numbers; a longer tensor or array is data
+
+# Layers whose kernels keep addresses in C++, where nobody can look, and the attribute that says so.
+_KNOWN = re.compile("exllama|bitblas", re.IGNORECASE)
+_HANDLES = ("q4", "q_handle", "q_tensors", "bitblas_matmul")
+
+
+def numbers_in(obj: Any) -> Iterator[int]:
+    """The numbers in a ctypes object or a numpy array that may be addresses."""
+    if isinstance(obj, ctypes.Array):
+        yield from (number for item in obj for number in numbers_in(item))
+    elif isinstance(obj, int):
+        if obj >= LEAST:
+            yield obj
+    elif isinstance(obj, ctypes._SimpleCData):
+        yield from numbers_in(obj.value or 0) if not isinstance(obj.value, bytes) else ()
+    elif isinstance(obj, ctypes._Pointer):
+        yield ctypes.cast(obj, ctypes.c_void_p).value or 0
+    elif obj.dtype.kind in ("i", "u") and obj.itemsize == 8 and obj.size <= _LONGEST_TABLE:
+        yield from (number for number in obj.reshape(-1).tolist() if number >= LEAST)
+
+
+def pointed_to(
+    holdings: Sequence[Holding], numbers: Iterable[tuple[str, int]]
+) -> dict[int, tuple[Holding, str]]:
+    """The holdings on accelerators that one of these (name, number) points into, by their ids, with
+    the name."""
+    there = [(h.storage.data_ptr(), h) for h in holdings if h.device.type != "cpu" and h.nbytes]
+    if not there:
+        return {}
+    there.sort(key=lambda pair: pair[0])
+    starts = [start for start, _holding in there]
+    found: dict[int, tuple[Holding, str]] = {}
+    for name, number in (*numbers, *_in_tables(holdings)):
+        index = bisect.bisect_right(starts, number) - 1
+        if index >= 0 and number < starts[index] + there[index][1].nbytes:
+            found.setdefault(id(there[index][1]), (there[index][1], name))
+    return found
+
+
+def _in_tables(holdings: Sequence[Holding]) -> Iterator[tuple[str, int]]:
+    """What short tensors of int64 contain."""
+    for holding in holdings:
+        if holding.nbytes > _LONGEST_TABLE * 8 or holding.lacks_bytes:
+            continue
+        for tensor in holding.tensors:
+            if tensor.dtype in (torch.int64, torch.uint64) and tensor.dim():
+                name = holding.name
+                with torch._C.DisableTorchFunction():
+                    numbers = torch.Tensor.reshape(tensor, -1).tolist()
+                yield from ((name, number) for number in numbers if number >= LEAST)
+
+
+def keeps_addresses(module: Any) -> bool:
+    """Whether a layer is one of those known to keep addresses in C++, and does by now."""
+    return _KNOWN.search(type(module).__name__) is not None and any(
+        module.__dict__.get(name) is not None for name in _HANDLES
+    )
