@@ -21,6 +21,8 @@ _LONGEST_TABLE = 4096  # numbers; a longer tensor or array is data
 
 # Layers whose kernels keep addresses in C++, where nobody can look, and the attribute that says so.
 _KNOWN = re.compile("exllama|bitblas", re.IGNORECASE)
+# accelerate's hooks tell tied weights by their addresses; nothing is read there.
+_NO_POINTER = re.compile(r"\.tied_(params_map|pointers_to_remove)\b")
 _HANDLES = ("q4", "q_handle", "q_tensors", "bitblas_matmul")
 
 
@@ -51,6 +53,8 @@ def pointed_to(
     starts = [start for start, _holding in there]
     found: dict[int, tuple[Holding, str]] = {}
     for name, number in (*numbers, *_in_tables(holdings)):
+        if _NO_POINTER.search(name):
+            continue
         index = bisect.bisect_right(starts, number) - 1
         if index >= 0 and number < starts[index] + there[index][1].nbytes:
             found.setdefault(id(there[index][1]), (there[index][1], name))

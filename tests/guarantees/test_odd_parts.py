@@ -238,6 +238,19 @@ def test_numbers_that_are_no_addresses_hinder_nothing(gpu: GPU) -> None:
     assert qmove.park(model).stragglers == []
 
 
+def test_addresses_by_which_accelerate_tells_tied_weights_hinder_nothing(gpu: GPU) -> None:
+    class Hook:
+        pass
+
+    model, hook = layers(2), Hook()
+    address = model[0].weight.data_ptr()
+    vars(hook).update(
+        tied_params_map={address: {}}, tied_pointers_to_remove={(address, gpu.device)}
+    )
+    model[0]._hf_hook = hook
+    assert qmove.park(model).stragglers == []
+
+
 @pytest.mark.parametrize("name", ["ExllamaV2QuantLinear", "WQLinear_Exllama", "BitBLASQuantLinear"])
 def test_layers_known_to_keep_addresses_in_cpp_stay(gpu: GPU, name: str) -> None:
     layer = type(name, (nn.Linear,), {})(8, 8).cuda()
