@@ -196,6 +196,10 @@ def wait_for_work(stream: Any, device: torch.device) -> None:
 
 
 def release_cached(devices: Iterable[torch.device]) -> None:
-    """Returns the allocator's unused blocks to the driver, to be seen free by other programs."""
+    """Returns to the driver what is held unused, to be seen free by other programs: the allocator's
+    blocks, and the workspaces that cuBLAS keeps for each thread and stream (8 to 32 MiB; those of
+    others are made anew when they are needed)."""
     for device_type in {device.type for device in devices} - {"cpu"}:
+        if device_type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+            torch._C._cuda_clearCublasWorkspaces()
         torch.get_device_module(device_type).empty_cache()

@@ -90,10 +90,6 @@ class CorruptedCopy(QMoveError):
         )
 
 
-class DigestUnavailable(QMoveError):
-    """This device computes no exact digests. Compare the bytes themselves, or copy them."""
-
-
 class UnknownDevice(QMoveError, ValueError):
     """A device that this machine does not have, or a name that is no device."""
 

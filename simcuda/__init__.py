@@ -30,6 +30,7 @@ from simcuda.counters import (
     reset_counters,
     set_memory,
     set_pinned_limit,
+    set_workspaces,
     strict_host_frees,
 )
 from simcuda.faults import CopyNotice, Fault, fail, flip_bit, on_copy
@@ -57,5 +58,6 @@ __all__ = [
     "reset_counters",
     "set_memory",
     "set_pinned_limit",
+    "set_workspaces",
     "strict_host_frees",
 ]

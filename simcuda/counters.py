@@ -124,6 +124,13 @@ def reset_contexts(size: int | str = 0) -> None:
     sim().sim_reset_contexts(parse_size(size))
 
 
+def set_workspaces(size: int | str) -> None:
+    """What cuBLAS takes of a device for each thread and stream that multiplies there, from its first
+    product on until ``torch._C._cuda_clearCublasWorkspaces()`` (real ones: 8 to 32 MiB; 0, as it
+    starts: nothing). Clears those there are."""
+    sim().sim_set_workspaces(parse_size(size))
+
+
 def set_pinned_limit(size: int | str | None) -> None:
     """How much host memory may be page-locked at once; None for no limit (as it starts)."""
     sim().sim_set_pinned_limit((1 << 64) - 1 if size is None else parse_size(size))

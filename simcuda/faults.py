@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simcuda.library import NoticeFn, RawNotice, sim
 
-KINDS = ("alloc", "pinned_alloc", "pin", "copy")
+KINDS = ("alloc", "pinned_alloc", "pin", "copy", "op")
 _DIRECTIONS = ("h2d", "d2h", "d2d")
 
 
@@ -67,29 +67,39 @@ def fail(
     after_bytes: int | None = None,
     times: int = 1,
     late: bool = False,
+    min_rows: int = 0,
 ) -> Iterator[Fault]:
     """Inside the block, the ``nth`` event of a kind fails (counted from 1, from the block's start).
 
     Args:
         kind: "alloc" (device memory), "pinned_alloc" (PyTorch's pinned allocator), "pin"
-            (cudaHostRegister), or "copy" (over the link, in any direction).
+            (cudaHostRegister), "copy" (over the link, in any direction), or "op:NAME" (an operator
+            of PyTorch on a device, "op:_int_mm" for example).
         error: what to raise, an exception or its class, ``KeyboardInterrupt`` and other
             ``BaseException`` included. None for what CUDA does: ``torch.OutOfMemoryError``;
             ``torch.AcceleratorError`` for a pinned allocation or a copy; for a pin the code
-            ``cudaErrorMemoryAllocation``, which also stays behind as the thread's last error.
+            ``cudaErrorMemoryAllocation``, which also stays behind as the thread's last error; for
+            an operator what cuBLAS raises for a shape that it lacks.
         after_bytes: for "copy": how many bytes reach the destination first; None for half of them.
         times: how many events in a row fail, from the ``nth`` on.
         late: for a "copy" that is queued: fail when it runs, at the call that waits, instead of
             when it is queued.
+        min_rows: for an operator: fail only where its first tensor has so many rows at least.
     """
-    if kind not in KINDS:
+    kind, _, operator = kind.partition(":")
+    if kind not in KINDS or bool(operator) != (kind == "op"):
         raise ValueError(f"cannot fail {kind!r}: use one of {', '.join(KINDS)}")
     if nth < 1 or times < 1:
         raise ValueError(f"nth and times count from 1 (nth={nth}, times={times})")
+    if error is None and operator:
+        error = RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"
+        )
     raised = error() if isinstance(error, type) else error
     addresses = (None, None) if raised is None else _new_references(raised, times)
     stop = -1 if after_bytes is None else after_bytes
-    fault = Fault(sim().sim_add_fault(KINDS.index(kind), nth, times, stop, late, False, *addresses))
+    planned = (KINDS.index(kind), nth, times, stop, late, False, *addresses)
+    fault = Fault(sim().sim_add_fault(*planned, operator.encode(), min_rows))
     try:
         yield fault
     finally:
@@ -108,7 +118,8 @@ def flip_bit(kind: str = "copy", nth: int = 1) -> Iterator[Fault]:
         raise ValueError(f"a bit can flip in a copy only, not in {kind!r}")
     if nth < 1:
         raise ValueError(f"nth counts from 1 (nth={nth})")
-    fault = Fault(sim().sim_add_fault(KINDS.index("copy"), nth, 1, -1, False, True, None, None))
+    planned = (KINDS.index("copy"), nth, 1, -1, False, True, None, None)
+    fault = Fault(sim().sim_add_fault(*planned, b"", 0))
     try:
         yield fault
     finally:

@@ -32,6 +32,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_capacity": (c_uint64, [c_int]),
     "sim_has_context": (c_int, [c_int]),
     "sim_reset_contexts": (None, [c_uint64]),
+    "sim_set_workspaces": (None, [c_uint64]),
+    "sim_clear_workspaces": (None, []),
     "sim_counters": (None, [c_int, ctypes.POINTER(c_uint64)]),
     "sim_host_counters": (None, [ctypes.POINTER(c_uint64)]),
     "sim_reset_counters": (None, []),
@@ -43,7 +45,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_error_string": (c_char_p, [c_int]),
     "sim_add_fault": (
         c_int64,
-        [c_int, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p],
+        [c_int, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p, c_char_p, c_int64],
     ),
     "sim_fault_fired": (c_int64, [c_int64]),
     "sim_remove_fault": (None, [c_int64]),

@@ -249,6 +249,7 @@ def install_bindings() -> None:
         "_cuda_resetAccumulatedMemoryStats": c._accelerator_resetAccumulatedStats,
         "_cuda_hostMemoryStats": _host_memory_stats,
         "_cuda_emptyCache": c._accelerator_emptyCache,
+        "_cuda_clearCublasWorkspaces": sim().sim_clear_workspaces,
         "_cuda_memorySnapshot": lambda *_: {"segments": [], "device_traces": []},
         "_cuda_getAllocatorBackend": lambda: "native",
         "_cuda_set_sync_debug_mode": lambda mode: None,

@@ -125,7 +125,7 @@ def test_numbers_and_lists_of_names_agree_with_their_nouns() -> None:
 # The other classes have the sentence that they are raised with.
 
 OTHER_CLASSES = {
-    *("QMoveError", "DigestUnavailable", "UnknownDevice", "NoTensors", "DtypeCastRefused"),
+    *("QMoveError", "UnknownDevice", "NoTensors", "DtypeCastRefused"),
     *("MissingDependency", "CannotMirror", "CannotInspect", "NoAccelerator", "NotSafetensors"),
 }
 

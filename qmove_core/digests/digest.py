@@ -16,7 +16,6 @@ MiB or FEW storages. Then two kernels for each shape of piece that occurs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from itertools import groupby
 
 import torch
 
-from ..errors import DigestUnavailable
+from ..errors import is_out_of_memory
 from ..storages import as_bytes, empty
 from .digest_tree import (
     MOST_PADDING,
@@ -51,81 +50,39 @@ Digest = int
 
 STAGING = 64 << 20
 LEAST_STAGING = 1 << 20
-_TRYING_OUT = 16 << 20  # bytes of a device that the samples take, once
-_tried_out: set[torch.device] = set()
 IN_PLACE = (
     8 << 20
 )  # reading a smaller storage where it lies saves less than launching a kernel for it costs
 FEW = 512  # storages gathered by one call, whose cost on the host grows faster than their number
 
 
-def digest_storages(storages: Sequence[torch.UntypedStorage]) -> list[Digest]:
+def digest_storages(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:
     """The digests of `storages`, which lie on one device. Queued on its current stream, for which
-    it then waits.
-
-    Raises:
-        DigestUnavailable: see `available`.
-        torch.OutOfMemoryError: the device has no room for even 1 MiB of staging. Nothing stays
-        allocated.
-    """
+    it then waits. As for failures: `queue_digests`."""
     return queue_digests(storages).values()
 
 
-@functools.cache
-def _products(device: torch.device) -> type[Products] | None:
-    """How exact products are computed on `device`: the fastest way that stands the test."""
-    if device.type == "cpu":
-        return FloatProducts
-    ways: list[type[Products]] = (
-        [IntProducts, FloatProducts] if hasattr(torch, "_int_mm") else [FloatProducts]
-    )
-    expected = _sample(FloatProducts, torch.device("cpu"))
-    for way in ways:
-        try:
-            if _sample(way, device) == expected:
-                return way
-            reason = "wrong results"
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-        log.info("digests on %s do not use %s: %s", device, way.__name__, reason)
-    return None
-
-
-def _sample(way: type[Products], device: torch.device) -> list[Digest]:
-    """The digests of pieces of each shape, of random bytes and of those whose products are the
-    largest."""
-    with torch.no_grad(), torch.inference_mode(False):
-        content = random_bytes(PIECE, device)
-        largest = torch.where(matrices(device) < 0, -128, 127).to(torch.int8)
-        contents = [content[: groups * rows * ROW] for groups, rows in SHAPES] + [
-            largest[: len(largest) // ROW * ROW]
-        ]
-        return _queue_with(way, [part.view(torch.uint8) for part in contents], device).values()
-
-
-def queue_digests(
-    storages: Sequence[torch.UntypedStorage], *, at_most: int | None = None
-) -> Pending:
+def queue_digests(storages: Sequence[torch.UntypedStorage], *, at_most: int = STAGING) -> Pending:
     """As `digest_storages`, but only queued. Keep the storages, and what they hold, until
     `values()` has returned.
 
+    A digest only makes moves cheaper, so none fails for it: whatever goes wrong, for lack of memory
+    or in a library, means None in place of each digest, said once in the log. It is tried again the
+    next time.
+
     Args:
         at_most: bytes of memory it may take for staging there, if less than STAGING.
+
+    Raises:
+        torch.AcceleratorError: what the device reports of work that was queued before: a copy that
+            failed must not go unseen.
     """
-    if at_most is not None and storages and at_most < _needed_first(storages[0].device):
-        raise torch.OutOfMemoryError(
-            f"Digests take {LEAST_STAGING} bytes at least; {at_most} were allowed."
-        )
-    with torch.no_grad(), torch.inference_mode(False):
-        return _queue([as_bytes(storage) for storage in storages], at_most)
-
-
-def _needed_first(device: torch.device) -> int:
-    """Bytes without which nothing can be computed there: more of them the first time, for trying it
-    out."""
-    return LEAST_STAGING if device in _tried_out else _TRYING_OUT
+    try:
+        with torch.no_grad(), torch.inference_mode(False):
+            return _queue([as_bytes(storage) for storage in storages], at_most)
+    except Exception as error:
+        _note_failure(storages[0].device, error)
+        return Pending.of_none(len(storages))
 
 
 def available(device: torch.device) -> bool:
@@ -133,7 +90,102 @@ def available(device: torch.device) -> bool:
 
     The first time it is tried out, on one piece of each shape.
     """
-    return _products(device) is not None
+    try:
+        return _products(device) is not None
+    except Exception as error:
+        _note_failure(device, error)
+        return False
+
+
+_chosen: dict[torch.device, type[Products] | None] = {}
+_failed: set[tuple[torch.device, type[Products]]] = set()  # ways that no longer are to be used
+_said: set[tuple[torch.device, str]] = set()
+
+
+def _products(device: torch.device) -> type[Products] | None:
+    """How exact products are computed on `device`: the fastest way that stands the test.
+
+    Raises:
+        RuntimeError: a shortage, or an error of work that was queued before. Nothing is concluded
+            from those.
+    """
+    if device not in _chosen:
+        _chosen[device] = _fastest_exact(device)
+    return _chosen[device]
+
+
+def _fastest_exact(device: torch.device) -> type[Products] | None:
+    if device.type == "cpu":
+        return FloatProducts
+    ways: list[type[Products]] = (
+        [IntProducts, FloatProducts] if hasattr(torch, "_int_mm") else [FloatProducts]
+    )
+    expected = _sample(FloatProducts, torch.device("cpu"))
+    for way in ways:
+        if (device, way) in _failed:
+            continue
+        try:
+            if _sample(way, device) == expected:
+                return way
+            reason = "wrong results"
+        except RuntimeError as error:
+            if _is_shortage(error) or _is_of_earlier_work(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        log.info("digests on %s do not use %s: %s", device, way.__name__, reason)
+    return None
+
+
+def _sample(way: type[Products], device: torch.device) -> list[Digest | None]:
+    """The digests of pieces of each shape, of random bytes and of those whose products are the
+    largest. Takes little memory, as it may run when the device is nearly full."""
+    with torch.no_grad(), torch.inference_mode(False):
+        content = random_bytes(PIECE, device)
+        largest = torch.where(matrices(device) < 0, -128, 127).to(torch.int8)
+        contents = [content[: groups * rows * ROW] for groups, rows in SHAPES] + [
+            largest[: len(largest) // ROW * ROW]
+        ]
+        parts = [part.view(torch.uint8) for part in contents]
+        return _queue_with(way, parts, device, LEAST_STAGING).read()
+
+
+class _Inexact(Exception):
+    """A device of which no way of multiplying stood the test."""
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether there was no room: cuBLAS says so, too, when it cannot make its handle."""
+    return is_out_of_memory(error) or "STATUS_NOT_INITIALIZED" in str(error)
+
+
+def _is_of_earlier_work(error: Exception) -> bool:
+    """Whether a device reports what was queued before.
+
+    Since torch 2.8 this has a class of its own; until then only the words, which errors of cuBLAS
+    share.
+    """
+    if not isinstance(error, RuntimeError) or _is_shortage(error):
+        return False
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if accelerator_error is not None:
+        return isinstance(error, accelerator_error)
+    text = str(error)
+    return text.startswith(("CUDA error", "HIP error")) and "BLAS_STATUS" not in text
+
+
+def _note_failure(device: torch.device, error: Exception) -> None:
+    """Says once why there is no digest. Raises what has nothing to do with digests."""
+    if _is_of_earlier_work(error):
+        raise error
+    fails_for_good = not _is_shortage(error) and not isinstance(error, _Inexact)
+    if fails_for_good and _chosen.get(device) is IntProducts:
+        # A library that lacks a shape, for example: the same digests can be had in another way.
+        _failed.add((device, IntProducts))
+        del _chosen[device]
+    reason = str(error).partition("\n")[0]
+    if (device, reason) not in _said:
+        _said.add((device, reason))
+        log.info("no digests on %s this time, so more is copied: %s", device, reason)
 
 
 class Pending:
@@ -148,23 +200,48 @@ class Pending:
         self._numbers = (
             None if out is None else matrices(out.device)
         )  # for those that are queued next
-        self._values: list[Digest] | None = None
+        self._values: list[Digest | None] | None = None
 
-    def values(self) -> list[Digest]:
-        """Waits until they are computed, and reads them. The order is that of the storages."""
+    @classmethod
+    def of_none(cls, count: int) -> Pending:
+        """In place of digests that could not be computed."""
+        pending = cls(None, [])
+        pending._values = [None] * count
+        return pending
+
+    def values(self) -> list[Digest | None]:
+        """Waits until they are computed, and reads them. The order is that of the storages.
+
+        As for failures: `queue_digests`.
+        """
         if self._values is None:
-            self._take(memoryview(b"") if self._out is None else _read(self._out, self._stream))
+            out, count = self._out, len(self._places)
+            try:
+                return self.read()
+            except Exception as error:
+                self._take_values([None] * count)
+                assert out is not None
+                _note_failure(out.device, error)
+        assert self._values is not None
+        return self._values
+
+    def read(self) -> list[Digest | None]:
+        """`values`, but raises whatever goes wrong."""
+        self._take(memoryview(b"") if self._out is None else _read(self._out, self._stream))
         assert self._values is not None
         return self._values
 
     def _take(self, content: memoryview) -> None:
-        self._values = [_combined(nbytes, content, rows) for nbytes, rows in self._places]
+        self._take_values([_combined(nbytes, content, rows) for nbytes, rows in self._places])
+
+    def _take_values(self, values: list[Digest | None]) -> None:
+        self._values = values
         self._out = self._stream = self._numbers = None
 
 
 def read_together(pendings: Sequence[Pending]) -> None:
     """Reads what was queued on one stream of one device in one copy, where there is room to put it
-    together."""
+    together. As for failures: `queue_digests`."""
     unread = [(pending, pending._out) for pending in pendings if pending._out is not None]
     if not unread:
         return
@@ -172,11 +249,14 @@ def read_together(pendings: Sequence[Pending]) -> None:
     try:
         with torch.inference_mode(False), _on(stream):
             together = torch.cat([out for _pending, out in unread])
-    except torch.OutOfMemoryError:
+        content = _read(together, stream)
+    except Exception as error:
+        if not _is_shortage(error):
+            _note_failure(unread[0][1].device, error)
         for pending, _out in unread:
             pending.values()
         return
-    content, start = _read(together, stream), 0
+    start = 0
     for pending, out in unread:
         end = start + out.shape[0] * PRODUCT
         pending._take(content[start:end])
@@ -205,7 +285,7 @@ def _on(stream: torch.Stream | None) -> contextlib.AbstractContextManager[object
     )
 
 
-def _queue(contents: list[torch.Tensor], at_most: int | None = None) -> Pending:
+def _queue(contents: list[torch.Tensor], at_most: int) -> Pending:
     """Queues the digests of flat uint8 tensors."""
     found = {content.device for content in contents}
     if len(found) > 1:
@@ -216,13 +296,11 @@ def _queue(contents: list[torch.Tensor], at_most: int | None = None) -> Pending:
     if not any(content.numel() for content in contents):
         return Pending(None, [(0, []) for _content in contents])
     (device,) = found
+    if at_most < LEAST_STAGING:  # nothing is wrong: the caller has no more room than the model's
+        return Pending.of_none(len(contents))
     products = _products(device)
-    _tried_out.add(device)
     if products is None:
-        raise DigestUnavailable(
-            f"{device} multiplies 8-bit numbers inexactly, so that digests computed there mean "
-            "nothing."
-        )
+        raise _Inexact("it multiplies 8-bit numbers inexactly")
     return _queue_with(products, contents, device, at_most)
 
 
@@ -230,12 +308,10 @@ def _queue_with(
     products: type[Products],
     contents: list[torch.Tensor],
     device: torch.device,
-    at_most: int | None = None,
+    at_most: int,
 ) -> Pending:
     plan = _plan(contents)
-    staging = _staging(
-        products, plan, device, STAGING if at_most is None else min(STAGING, at_most)
-    )
+    staging = _staging(products, plan, device, min(STAGING, at_most))
     tree = staging.tree
     for rows in plan.in_place:
         for some in rows.split(tree.capacity):
@@ -380,7 +456,9 @@ def _staging(products: type[Products], plan: _Plan, device: torch.device, nbytes
     while nbytes >= LEAST_STAGING:
         try:
             return _Staging(products, plan, nbytes, device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_shortage(error):
+                raise
             reason = str(error)
         nbytes //= 2
     # Raised out here, so that no traceback keeps what was allocated.

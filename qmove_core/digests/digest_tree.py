@@ -13,8 +13,11 @@ matrices, as a computer's and its user's do. The matrices are fixed and public: 
 deceive the digest can.
 
 Why matrix products: PyTorch has no integer dot product on GPUs, and products and sums one by one
-pass over the bytes four times. `torch._int_mm` reads them once, on tensor cores. Where it is
-missing float32 is as exact: 1024 x 128 x 128 = 2^24.
+pass over the bytes four times, while `torch._int_mm` reads them once, on tensor cores. The price is
+cuBLAS: it may lack a shape, run out of memory, and keeps a workspace. So any failure means that
+there is no digest this time (`digest.py`), and its workspaces are freed after each move
+(`devices.release_cached`). Where `_int_mm` is missing or fails float32 is as exact: 1024 x 128 x
+128 = 2^24.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Part:
     name: str
     start: int
     end: int
-    digest: Digest
+    digest: Digest | None
     checksum: int
     stamp: _Stamp | None
 
@@ -118,7 +118,7 @@ class MappedFile(HostBlock):
 
     def storage_of(
         self, name: str, start: int, end: int, released: Released
-    ) -> tuple[torch.UntypedStorage, Digest]:
+    ) -> tuple[torch.UntypedStorage, Digest | None]:
         """A storage over what the file has now in [start, end), and the digest of that.
 
         Takes as much RAM for a moment.

@@ -19,14 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import devices, homes
 from ..digests.digest import Digest, digest_storages
-from ..errors import DigestUnavailable, readable_bytes
+from ..errors import readable_bytes
 from ..storages import EMPTY
 from . import arena
 from .blocks import HostBlock, place_of
 
 log = logging.getLogger("qmove")
 
-QUICK_BYTES = 16 << 20  # of which digests on the host take milliseconds
+QUICK_BYTES = 32 << 20  # of which digests on the host take no longer than one more copy
 _clock = itertools.count()
 
 
@@ -84,8 +84,8 @@ def put_back(storages: Sequence[torch.UntypedStorage], mirrors: Sequence[Mirror 
 
 
 def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:
-    """The digests of storages on accelerators, behind all work queued on them; None where there is
-    no memory to compute it."""
+    """The digests of storages on accelerators, behind all work queued on them; None where they
+    could not be computed."""
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, storage in enumerate(storages):
         by_device[storage.device].append(index)
@@ -93,12 +93,8 @@ def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | N
     for device, indices in by_device.items():
         stream = devices.own_stream(device, "digest")
         devices.wait_for_work(stream, device)
-        try:
-            with devices.on_stream(stream, device):
-                found = digest_storages([storages[index] for index in indices])
-        except (torch.OutOfMemoryError, DigestUnavailable) as error:
-            log.debug("no digests on %s, so what is parked from there is copied: %s", device, error)
-            continue
+        with devices.on_stream(stream, device):
+            found = digest_storages([storages[index] for index in indices])
         for index, digest in zip(indices, found, strict=True):
             digests[index] = digest
     return digests

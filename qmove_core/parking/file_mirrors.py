@@ -139,7 +139,7 @@ class _Saved:
         done = {}
         for (holding, name), on_device in zip(found, here, strict=True):
             host, in_file = file.storage_of(name, *tensors[name], homes.forget)
-            if on_device == in_file:
+            if on_device is not None and on_device == in_file:
                 mirrors.keep(holding.storage, host, in_file)
                 done[id(holding)] = holding.nbytes
         return done

@@ -264,7 +264,9 @@ class StreamingRestore:
                         part.digest = part.read_digest()
                     keep_as_mirrors(there)
                 finally:
+                    device = self._parts[0].device
                     self.forget()
+                devices.release_cached([device])
 
     def _be_there(self, parts: Iterable[_Part]) -> None:
         with interrupts_deferred():

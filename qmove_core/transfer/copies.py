@@ -17,7 +17,7 @@ import torch
 
 from .. import devices
 from ..digests.digest import IN_PLACE, LEAST_STAGING, Digest, Pending, queue_digests, read_together
-from ..errors import DigestUnavailable
+from ..errors import is_out_of_memory
 from ..memory import blocks
 from ..memory.blocks import HostBlock, place_of
 from ..memory.mapped_files import WINDOW, FileReader, MappedFile
@@ -245,10 +245,10 @@ class Transfer:
         if job.target is None:
             try:
                 job.target = _storage_on(job.device, job.nbytes)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
                 # Staging of copies under way, or what unread digests hold, may be just what is
                 # lacking.
-                if not self._under_way and not self._pending:
+                if not is_out_of_memory(error) or not (self._under_way or self._pending):
                     raise
                 self._let_finish(0)
                 read_together(self._pending)
@@ -270,8 +270,10 @@ class Transfer:
             return None
         try:
             return empty(_length(batch), dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:  # this batch is copied singly, the next ones are smaller
-            self._staging //= 4
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._staging //= 4  # this batch is copied singly, the next ones are smaller
             return None
 
     def _host_side(self, batch: Sequence[CopyJob]) -> torch.Tensor:
@@ -306,16 +308,13 @@ class Transfer:
         stream = devices.own_stream(device, "digest")
         self._streams[id(stream)] = stream
         stream.wait_event(event)
-        try:
-            with devices.on_stream(stream, device):
-                # No byte more than the model is to be held there, or a little for a large one.
-                room = self._unallocated[device]
-                if all(job.nbytes >= IN_PLACE for job in jobs):
-                    room = max(room, LEAST_STAGING)
-                targets = [job.target for job in jobs if job.target is not None]
-                pending = queue_digests(targets, at_most=room)
-        except (torch.OutOfMemoryError, DigestUnavailable):  # no digest: no mirror either
-            return event
+        with devices.on_stream(stream, device):
+            # No byte more than the model is to be held there, or a little for a large one.
+            room = self._unallocated[device]
+            if all(job.nbytes >= IN_PLACE for job in jobs):
+                room = max(room, LEAST_STAGING)
+            targets = [job.target for job in jobs if job.target is not None]
+            pending = queue_digests(targets, at_most=room)
         self._pending.append(pending)
         for index, job in enumerate(jobs):
             job.read_digest = functools.partial(_read, self._pending, pending, index)
@@ -343,7 +342,7 @@ def _storage_on(device: torch.device, nbytes: int) -> torch.UntypedStorage:
     return empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
 
 
-def _read(unread: list[Pending], pending: Pending, index: int) -> Digest:
+def _read(unread: list[Pending], pending: Pending, index: int) -> Digest | None:
     """The value of one digest. All that were queued by then are read in one copy."""
     if unread:
         read_together(unread)

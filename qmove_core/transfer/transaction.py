@@ -17,7 +17,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, hosting
 from ..collector import collection_deferred
-from ..errors import CorruptedCopy
+from ..errors import CorruptedCopy, is_out_of_memory
 from ..interrupts import Later, interrupts_deferred, not_a_failure
 from ..memory import budget, mirrors
 from ..memory.blocks import place_of
@@ -155,7 +155,9 @@ class MoveTransaction:
         """
         try:
             transfer.copy(moves)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             full = next(m for m in moves if m.device.type != "cpu" and m.target is None)
             nbytes = bytes_of(move for move in moves if move.device == full.device)
             action = next(plan.action for plan in self.plans if full in plan.moves)
@@ -235,7 +237,8 @@ class MoveTransaction:
             for plan in self.plans:
                 plan.on_outsiders()
         with not_a_failure(later, "give unused memory back to the driver"):
-            devices.release_cached({move.came_from for move in self.moves})
+            involved = {d for m in self.moves for d in (m.came_from, m.device)}
+            devices.release_cached(involved)
         if self.moves:
             with not_a_failure(later, "tell the host program of a move"):
                 hosting.tell_moved()

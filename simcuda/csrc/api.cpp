@@ -43,6 +43,12 @@ void sim_reset_contexts(uint64_t nbytes) {
     device.context = 0;
   }
 }
+void sim_set_workspaces(uint64_t nbytes) {
+  clear_workspaces();
+  Lock lock(machine().mutex);
+  machine().workspace_bytes = nbytes;
+}
+void sim_clear_workspaces() { clear_workspaces(); }
 void sim_counters(int index, uint64_t* out) {
   Lock lock(machine().mutex);
   const Device& device = machine().devices[index];
@@ -81,7 +87,7 @@ const char* sim_error_name(int code) { return error_name(code); }
 const char* sim_error_string(int code) { return error_string(code); }
 
 int64_t sim_add_fault(int kind, int64_t nth, int64_t times, int64_t after_bytes, int late, int flip, void* type,
-                      void* value) {
+                      void* value, const char* op, int64_t min_rows) {
   Lock lock(machine().mutex);
   Fault fault;
   fault.id = machine().next_id++;
@@ -91,6 +97,8 @@ int64_t sim_add_fault(int kind, int64_t nth, int64_t times, int64_t after_bytes,
   fault.after_bytes = after_bytes;
   fault.late = late;
   fault.flip = flip;
+  fault.op = op;
+  fault.min_rows = min_rows;
   fault.error_type = type;
   fault.error_value = value;
   machine().faults.push_back(fault);

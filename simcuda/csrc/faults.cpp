@@ -41,10 +41,10 @@ namespace sim {
 using NoticeFn = void (*)(const CopyNotice*, void** error);
 NoticeFn notice_fn = nullptr;
 
-std::optional<Fault> next_fault(int kind) {
+std::optional<Fault> next_fault(int kind, const std::string& op, int64_t rows) {
   std::optional<Fault> hit;
   for (Fault& fault : machine().faults) {
-    if (fault.kind != kind || fault.times == 0) continue;
+    if (fault.kind != kind || fault.times == 0 || fault.op != op || rows < fault.min_rows) continue;
     if (--fault.countdown > 0) continue;
     fault.fired++;
     if (fault.times > 0) fault.times--;

@@ -24,6 +24,9 @@ const std::unordered_set<std::string> kHostOperands = {
     "aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_", "aten::_unsafe_index",
     "aten::_unsafe_index_put", "aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward"};
 
+// Operators that run in cuBLAS, whose handle needs a workspace.
+const std::unordered_set<std::string> kBlas = {"aten::_int_mm", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"};
+
 struct Twin {
   at::Tensor device, cpu;
   c10::Storage storage;  // the device's
@@ -161,6 +164,15 @@ class Call {
  private:
   void before() {
     Machine& m = machine();
+    std::string name = schema_.name().substr(schema_.name().find("::") + 2);
+    std::optional<Fault> fault;
+    {
+      Lock lock(m.mutex);
+      int64_t rows = twins_.empty() || twins_[0].device.dim() == 0 ? 0 : twins_[0].device.size(0);
+      if (!m.faults.empty()) fault = next_fault(kFailOperator, name, rows);
+    }
+    if (fault) raise_fault(*fault, kUnknown, name + ", injected");
+    if (kBlas.count(schema_.name())) take_workspace();
     Lock lock(m.mutex);
     check_last_error();
     StreamState& stream = current_stream(device_);
@@ -172,6 +184,21 @@ class Call {
       wait_until(stream.ready);
       run_all(stream);
     }
+  }
+
+  void take_workspace() {
+    Machine& m = machine();
+    std::tuple<std::thread::id, int, int64_t> key;
+    size_t nbytes;
+    {
+      Lock lock(m.mutex);
+      key = {std::this_thread::get_id(), device_, current_stream(device_).id};
+      nbytes = m.workspaces.count(key) ? 0 : m.workspace_bytes;
+    }
+    if (nbytes == 0) return;
+    c10::DataPtr memory = allocate_on(device_, nbytes);
+    Lock lock(m.mutex);
+    m.workspaces.emplace(key, std::move(memory));
   }
 
   // CUDA's conditions, and its results: float32 is exact for the 1024 products of int8 that it adds up at a time, and on most
@@ -271,6 +298,14 @@ class Call {
 };
 
 }  // namespace
+
+void clear_workspaces() {
+  decltype(machine().workspaces) freed;
+  {
+    Lock lock(machine().mutex);
+    freed.swap(machine().workspaces);
+  }
+}
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { Call(op, stack).run(); }
 

@@ -19,6 +19,8 @@
 #include <set>
 #include <string>
 #include <utility>
+#include <thread>
+#include <tuple>
 #include <vector>
 
 namespace sim {
@@ -128,6 +130,8 @@ struct Fault {
   int kind = 0;
   int64_t countdown = 0, times = 1;
   int64_t after_bytes = -1;  // -1: half of the copy
+  std::string op;            // of an operator's fault: which one, and
+  int64_t min_rows = 0;      // with how many rows of its first tensor at least
   bool late = false, flip = false;
   void* error_type = nullptr;   // a Python class and instance, or null for the kind's natural error
   void* error_value = nullptr;
@@ -175,8 +179,8 @@ void wait(StreamState& stream, const MarkerPtr& marker);
 
 // ---- faults and callbacks (faults.cpp) ------------------------------------------------------------------------------
 
-enum FaultKind : int { kFailAlloc = 0, kFailPinnedAlloc = 1, kFailPin = 2, kFailCopy = 3 };
-std::optional<Fault> next_fault(int kind);
+enum FaultKind : int { kFailAlloc = 0, kFailPinnedAlloc = 1, kFailPin = 2, kFailCopy = 3, kFailOperator = 4 };
+std::optional<Fault> next_fault(int kind, const std::string& op = "", int64_t rows = 0);
 [[noreturn]] void raise_fault(const Fault& fault, int code, const std::string& detail);
 struct CopyNotice { int direction, device, pinned, non_blocking; int64_t nbytes, stream; };
 void announce_copy(const CopyNotice& notice);
@@ -211,6 +215,9 @@ struct Machine {
   std::vector<std::pair<BlockPtr, std::vector<MarkerPtr>>> deferred;
   std::vector<Fault> faults;
   int64_t next_id = 1;
+  // cuBLAS: what each thread's handle takes on each stream from the allocator, until somebody clears them.
+  size_t workspace_bytes = 0;
+  std::map<std::tuple<std::thread::id, int, int64_t>, c10::DataPtr> workspaces;
 };
 Machine& machine();
 // A call that makes the driver's context on a device, as the first use of one does.
@@ -225,6 +232,7 @@ void wait_until(double time);
 
 // ---- operators (ops.cpp) --------------------------------------------------------------------------------------------
 
+void clear_workspaces();
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 at::Tensor cpu_alias(const at::Tensor& tensor);
 at::Generator cpu_generator(const std::optional<at::Generator>& generator, int device);

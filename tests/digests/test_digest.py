@@ -3,7 +3,6 @@ few kernels."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -16,9 +15,9 @@ import simcuda
 from qmove_core.digests import digest, digest_tree
 from qmove_core.digests.digest import Digest, digest_storages, queue_digests
 from qmove_core.digests.digest_tree import PIECE, ROW, FloatProducts, IntProducts
-from qmove_core.errors import DigestUnavailable
 from qmove_core.storages import as_bytes
 from tests.builders.device import GPU
+from tests.builders.digests import try_out_anew
 
 CPU = torch.device("cpu")
 SIZES = [
@@ -98,9 +97,9 @@ class Launches(TorchDispatchMode):
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """Devices are tried out anew, in the test and after it."""
-    digest._products.cache_clear()
+    try_out_anew()
     yield
-    digest._products.cache_clear()
+    try_out_anew()
 
 
 @pytest.fixture
@@ -319,15 +318,16 @@ def test_a_nearly_full_device_gets_a_smaller_staging(tried: GPU) -> None:
 
 
 @pytest.mark.simulated
-def test_a_full_device_is_said_so_and_left_as_it_was(tried: GPU) -> None:
+def test_a_full_device_is_said_so_and_left_as_it_was(
+    tried: GPU, caplog: pytest.LogCaptureFixture
+) -> None:
     storages = [storage_of(100_000, tried.device, seed) for seed in range(300)]
     before = simcuda.counters(0).allocated
     simcuda.set_memory(before + (512 << 10))
-    with pytest.raises(torch.OutOfMemoryError, match="1048576 bytes that digests take") as error:
-        digest_storages(storages)
-    gc.collect()
-    assert simcuda.counters(0).allocated == before, "although the traceback is still held"
-    assert error.value is not None
+    with caplog.at_level(logging.INFO, "qmove"):
+        assert digest_storages(storages) == [None] * 300
+    assert "1048576 bytes that digests take" in caplog.text
+    assert simcuda.counters(0).allocated == before
 
 
 # Devices that cannot multiply
@@ -341,7 +341,7 @@ def test_without_int_products_those_of_floats_are_taken(
 
     storages = [storage_of(n, gpu.device) for n in (*SIZES, LARGE)]
     expected = digest_storages(storages)
-    digest._products.cache_clear()
+    try_out_anew()
     monkeypatch.setattr(torch, "_int_mm", missing)
     with caplog.at_level(logging.INFO, "qmove"):
         assert digest_storages(storages) == expected
@@ -376,5 +376,4 @@ def test_a_device_that_is_wrong_in_every_way_has_no_digests(
     monkeypatch.setattr(FloatProducts, "multiply", _one_off(FloatProducts.multiply))
     assert not digest.available(gpu.device)
     assert digest.available(CPU)
-    with pytest.raises(DigestUnavailable, match="cuda:0"):
-        digest_storages([storage])
+    assert digest_storages([storage]) == [None]

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qmove_core as qmove
-from qmove_core.digests import digest
 from tests.builders.device import GPU
+from tests.builders.digests import try_out_anew
 from tests.builders.dispatched_models import ON_DISK, dispatched, state, tower
 from tests.builders.file_mirrors import saved
 from tests.builders.models import layers
@@ -175,9 +175,9 @@ def odd(request: pytest.FixtureRequest) -> Iterator[Odd]:
         assert torch.equal(torch.random.get_rng_state(), seeds[0])
         assert torch.equal(torch.cuda.get_rng_state(), seeds[1])
 
-    digest._products.cache_clear()
+    try_out_anew()
     yield setting
-    digest._products.cache_clear()
+    try_out_anew()
 
 
 def test_a_round_trip_is_exact_and_the_second_park_copies_nothing(gpu: GPU, odd: Odd) -> None:
