@@ -121,6 +121,7 @@ def _fastest_exact(device: torch.device) -> type[Products] | None:
         [IntProducts, FloatProducts] if hasattr(torch, "_int_mm") else [FloatProducts]
     )
     expected = _sample(FloatProducts, torch.device("cpu"))
+    failure: RuntimeError | None = None
     for way in ways:
         if (device, way) in _failed:
             continue
@@ -131,8 +132,10 @@ def _fastest_exact(device: torch.device) -> type[Products] | None:
         except RuntimeError as error:
             if _is_shortage(error) or _is_of_earlier_work(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            failure, reason = error, str(error).partition("\n")[0]
         log.info("digests on %s do not use %s: %s", device, way.__name__, reason)
+    if failure is not None:
+        raise failure
     return None
 
 
@@ -182,6 +185,7 @@ def _note_failure(device: torch.device, error: Exception) -> None:
         # A library that lacks a shape, for example: the same digests can be had in another way.
         _failed.add((device, IntProducts))
         del _chosen[device]
+    error.__traceback__ = error.__context__ = None  # whoever keeps the error keeps no memory
     reason = str(error).partition("\n")[0]
     if (device, reason) not in _said:
         _said.add((device, reason))
@@ -460,6 +464,7 @@ def _staging(products: type[Products], plan: _Plan, device: torch.device, nbytes
             if not _is_shortage(error):
                 raise
             reason = str(error)
+            error.__traceback__ = None  # its frames hold what was allocated
         nbytes //= 2
     # Raised out here, so that no traceback keeps what was allocated.
     raise torch.OutOfMemoryError(

@@ -123,7 +123,8 @@ def test_digests_that_cannot_be_read_are_none(gpu: GPU, error: str) -> None:
             qmove.restore(model, stream=stream)
             streaming.wait_for()
         assert contents(model) == before
-        assert qmove.park(model).copied_bytes > 0
+        qmove.park(model)
+        assert contents(model) == before
     qmove.restore(model)
     assert qmove.park(model).copied_bytes == 0
 
