@@ -90,6 +90,10 @@ def _host_unregister(ptr: int) -> cudaError:
     return cudaError(torch.ops.simcuda.host_unregister(ptr))
 
 
+def _clear_workspaces() -> None:
+    sim().sim_clear_workspaces()  # as it is, TorchDynamo could not hash it
+
+
 def _mem_get_info(device: int) -> tuple[int, int]:
     return torch._C._accelerator_getMemoryInfo(device)
 
@@ -249,7 +253,7 @@ def install_bindings() -> None:
         "_cuda_resetAccumulatedMemoryStats": c._accelerator_resetAccumulatedStats,
         "_cuda_hostMemoryStats": _host_memory_stats,
         "_cuda_emptyCache": c._accelerator_emptyCache,
-        "_cuda_clearCublasWorkspaces": sim().sim_clear_workspaces,
+        "_cuda_clearCublasWorkspaces": _clear_workspaces,
         "_cuda_memorySnapshot": lambda *_: {"segments": [], "device_traces": []},
         "_cuda_getAllocatorBackend": lambda: "native",
         "_cuda_set_sync_debug_mode": lambda mode: None,
