@@ -77,6 +77,12 @@ def queue_digests(storages: Sequence[torch.UntypedStorage], *, at_most: int = ST
         torch.AcceleratorError: what the device reports of work that was queued before: a copy that
             failed must not go unseen.
     """
+    found = {storage.device for storage in storages}
+    if len(found) > 1:
+        raise ValueError(
+            "digests are computed on one device at a time, not on "
+            f"{', '.join(sorted(map(str, found)))}"
+        )
     try:
         with torch.no_grad(), torch.inference_mode(False):
             return _queue([as_bytes(storage) for storage in storages], at_most)
@@ -291,15 +297,9 @@ def _on(stream: torch.Stream | None) -> contextlib.AbstractContextManager[object
 
 def _queue(contents: list[torch.Tensor], at_most: int) -> Pending:
     """Queues the digests of flat uint8 tensors."""
-    found = {content.device for content in contents}
-    if len(found) > 1:
-        raise ValueError(
-            "digests are computed on one device at a time, not on "
-            f"{', '.join(sorted(map(str, found)))}"
-        )
     if not any(content.numel() for content in contents):
         return Pending(None, [(0, []) for _content in contents])
-    (device,) = found
+    device = contents[0].device
     if at_most < LEAST_STAGING:  # nothing is wrong: the caller has no more room than the model's
         return Pending.of_none(len(contents))
     products = _products(device)
