@@ -118,6 +118,16 @@ class Sources:
         if name in loader.state_dict:
             return _in_ram(loader.state_dict[name])
         entry = loader.index[name]
+        try:
+            return self._in_index(loader, name, entry)
+        except (
+            AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError
+        ) as error:  # fmt: skip
+            raise Unusable(
+                f"its entry in the offload index is malformed ({type(error).__name__}: {error})"
+            ) from error
+
+    def _in_index(self, loader: Any, name: str, entry: Any) -> Source:
         if entry.get("safetensors_file") is not None:
             return self.in_safetensors(
                 Path(entry["safetensors_file"]), entry.get("weight_name", name), entry.get("dtype")

@@ -4,6 +4,7 @@ as it was."""
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import qmove_core as qmove
 from qmove_core.errors import OffloadedDataError
+from qmove_core.integrations import weights_map
 from tests.builders.device import GPU
 from tests.builders.dispatched_models import ON_DISK, dispatched, meta_names, tokens
 
@@ -165,3 +167,21 @@ def test_the_index_of_an_older_folder_is_read_as_accelerate_wrote_it(
     assert again.blocks[2].linear._hf_hook.weights_map.dataset.index == index
     qmove.materialize_meta_tensors(again)
     assert not meta_names(again)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], "x", 7, {}, {"dtype": "float32"}, {"shape": [4]},
+        {"dtype": 1, "shape": [4]}, {"dtype": "float32", "shape": None},
+        {"dtype": "float32", "shape": ["a"]}, {"dtype": "float32", "shape": [10**30]},
+        {"dtype": "float32", "shape": [-4]}, {"dtype": "no such", "shape": [4]},
+        {"safetensors_file": 7}, {"safetensors_file": "a\0b"}, {"safetensors_file": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_malformed_entry_of_an_offload_index_is_named_as_one(tmp_path: Path, entry: Any) -> None:
+    (tmp_path / "w.dat").write_bytes(b"\0" * 16)
+    loader = types.SimpleNamespace(state_dict={}, index={"w": entry}, save_folder=str(tmp_path))
+    with pytest.raises(weights_map.Unusable):
+        weights_map.Sources().find(loader, "w")  # type: ignore[arg-type]
