@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import torch
 
+from ..errors import NotEnoughMemory
 from ..memory import budget
 from ..moving import moving
 from ..settings import settings
@@ -42,7 +43,8 @@ def swap(
     Raises:
         As `park` and `restore`. Both models are then where they were. Should there be no way back
         for `leaving` (another process took its room, the device fails), it is parked instead,
-        whole.
+        whole. If RAM has too little room for that as well, both wait with a part of each on the
+        device, and come home when there is room.
     """
     started = time.perf_counter()
     with moving():
@@ -88,7 +90,21 @@ def _go_back(leaving: object, coming: object) -> None:
             carry_out(out)
             carry_out(into)
     except BaseException as error:
-        log.error("a swap failed, and so did its way back (%s): both models are parked", error)
-        park(leaving, allow_live_graph=True)
+        log.error("a swap failed, and so did its way back (%s)", error)
+        _park_where_there_is_room(leaving)
         if not isinstance(error, Exception):
             raise
+
+
+def _park_where_there_is_room(leaving: object) -> None:
+    """Parks what is left of a model on the device, if need be in what the other one left behind."""
+    out = plans.to_park(leaving, wake, allow_live_graph=True)
+    nothing = MovePlan(out.action, out.held, [], lambda: None)
+    try:
+        if out.moves:
+            with ExitStack() as until_done:
+                exchange(out, nothing, until_done)
+    except NotEnoughMemory as error:
+        log.error("RAM has no room for all of it either, so a part waits on the device: %s", error)
+    else:
+        log.error("%s is parked instead", plans.title(leaving))

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from ..model.walk import walk
 from ..moving import moving
 from ..parking.plans import refuse_meta
 from ..parking.requests import move
+from ..tracebacks import clear_own_frames
 from .layer_changes import Change, carry_out
 from .layer_formats import Recipe, format_of
 
@@ -174,7 +175,8 @@ def _dequantize(
         for tensor, before in dtypes_before:
             _dtypes_before.setdefault(tensor, before)
 
-    _transform(model, action, held, target, work, casts, note_recipes)
+    with _keeping_nothing():
+        _transform(model, action, held, target, work, casts, note_recipes)
     return {holding.device for holding in held.holdings}
 
 
@@ -214,8 +216,19 @@ def _requantize(model: object, target: torch.device) -> set[torch.device]:
         for tensor, _before in casts:
             _dtypes_before.pop(tensor, None)
 
-    _transform(model, action, held, target, work, casts, forget_recipes)
+    with _keeping_nothing():
+        _transform(model, action, held, target, work, casts, forget_recipes)
     return {holding.device for holding in held.holdings}
+
+
+@contextmanager
+def _keeping_nothing() -> Iterator[None]:
+    """Whoever keeps an error of the body keeps none of the weights that were made until then."""
+    try:
+        yield
+    except BaseException as error:
+        clear_own_frames(error, and_libraries=True)
+        raise
 
 
 def _transform(

@@ -187,7 +187,7 @@ class _Swap:
         beyond = max(0, in_all - arena.bytes_for(reused))
         ahead = arena.bytes_for([max(lacking), max(reused, default=0)])
         # Room on the device is as good: then the coming model goes first.
-        there = min(self._room.values()) + sum(
+        there = min(self._room.values(), default=0) + sum(
             gap.nbytes for gap in gaps if gap.nbytes >= arena.bytes_for([max(lacking)])
         )
         sizes = [

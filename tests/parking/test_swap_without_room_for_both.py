@@ -174,3 +174,38 @@ def test_where_no_room_is_left_on_the_way_it_is_not_enough_memory_and_both_go_ba
     simcuda.set_memory("4GiB", device=0)
     qmove.restore(coming)
     assert snapshot(coming) == home
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("ram", ["for both", "for one"])
+def test_room_that_another_process_takes_meanwhile_leaves_both_asleep_with_every_byte(
+    gpu: GPU, at: float, ram: str
+) -> None:
+    """There is no way back then: the leaving model is parked, whole where RAM has room."""
+    leaving, coming, home = two_models()
+    before = snapshot(leaving)
+    if ram == "for both":
+        qmove.configure(ram_limit=None)
+    taken: list[int] = []
+
+    def another_process_takes_room(done: int, total: int) -> None:
+        if done > at * total and not taken:
+            taken.append(done)
+            simcuda.set_memory(torch.cuda.memory_allocated() - 6 * MIB, device=0)
+
+    with pytest.raises(qmove.NotEnoughMemory) as raised:
+        qmove.swap(leaving, coming, progress=another_process_takes_room)
+
+    assert raised.value.place == "cuda:0"  # what was in the way of the swap itself
+    assert qmove.is_parked(leaving) and qmove.is_parked(coming)
+    if ram == "for both" or at == 0.9:
+        assert _on_gpu(leaving) == 0
+    # The exception is still alive, and keeps nothing.
+    assert gpu.allocated() == _on_gpu(leaving) + _on_gpu(coming)
+    qmove.configure(ram_limit=None)
+    simcuda.set_memory("4GiB", device=0)
+    x = torch.ones(1, 512, device=gpu.device)
+    leaving(x), coming(x)
+    qmove.restore(leaving)
+    qmove.restore(coming)
+    assert (snapshot(leaving), snapshot(coming)) == (before, home)

@@ -14,6 +14,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from torch import nn
 
 import qmove_core as qmove
+import simcuda
 from tests.builders.device import GPU
 from tests.builders.quantized_layers import WIDTH, quantized
 from tests.builders.snapshots import snapshot
@@ -186,3 +187,25 @@ def test_meta_tensors_are_refused() -> None:
         qmove.dequantize_and_move(model, "cpu")
 
     assert type(model[0]) is bnb.nn.Linear8bitLt
+
+
+@pytest.mark.simulated
+@pytest.mark.parametrize("nth", range(1, 12, 2))
+def test_the_error_of_requantizing_keeps_no_vram_while_it_is_alive(gpu: GPU, nth: int) -> None:
+    """So that its `except` block can make room and try again."""
+    model = qmove.dequantize_and_move(full_model(), "cpu")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        with (
+            pytest.raises(qmove.QMoveError) as raised,
+            simcuda.fail("alloc", nth=nth, times=100),
+        ):
+            qmove.move_and_requantize(model, "cuda:0")
+
+        assert raised.value is not None
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
+    qmove.move_and_requantize(model, "cuda:0")
