@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,6 +229,7 @@ def _keeping_nothing() -> Iterator[None]:
         yield
     except BaseException as error:
         clear_own_frames(error, and_libraries=True)
+        gc.collect()  # weights of bitsandbytes that were not finished refer to themselves
         raise
 
 
@@ -253,7 +255,10 @@ def _transform(
         with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
             changes = [_made(item, action, made) for item in work]
             new_data = [(tensor, tensor.data.to(target, dtype)) for tensor, dtype in casts]
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
+        made.clear()
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         advice = "Park another model first, or choose another device."
         raise budget.out_of_memory(action, target, needed, advice) from error
     with interrupts_deferred(), ExitStack() as undo:
