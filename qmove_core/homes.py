@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from torch.utils.weak import TensorWeakRef
 
 # Held for the whole of each move, so that two threads never move at once. Finalizers never take it.
 lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A child has no thread that could release it. A model that was moving at the fork is half
+    # moved there; every other one is whole, and its bytes in RAM can be read.
+    os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
+from qmove_core import homes
 from qmove_core.memory import arena, blocks, giving_back, pinning
 from qmove_core.storages import as_bytes
 from tests.builders.arena import MIB, block_of, is_mapped, nothing, operator_works, pinned_storage
@@ -327,3 +328,25 @@ def _report(write: int, story: Callable[[], None]) -> None:
         os.write(write, repr(error).encode())
     finally:
         os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_is_forked_while_another_thread_moves_waits_for_nobody() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def move() -> None:
+        with homes.lock:
+            held.set()
+            forked.wait(60)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    assert held.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if homes.lock.acquire(timeout=20) and qmove.trim() == 0 else 1)
+    forked.set()
+    mover.join(60)
+    assert os.waitpid(child, 0)[1] == 0
+    assert homes.lock.acquire(blocking=False), "the parent's is its own"
+    homes.lock.release()
