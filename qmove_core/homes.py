@@ -33,6 +33,7 @@ class Origin:
         digest: of the bytes that were parked, where it was taken.
         arrival: waits until the bytes are on their device and the tensors look at them; None while
             nothing is under way.
+        part: refers weakly to the outermost module that it was parked with.
         is_result: it was computed on the host from parked tensors, and belongs to no model yet.
     """
 
@@ -42,6 +43,7 @@ class Origin:
     tensors: list[TensorWeakRef] = field(default_factory=list)
     digest: int | None = None
     arrival: Callable[[], None] | None = None
+    part: Callable[[], object] | None = None
     is_result: bool = False
 
     @property
@@ -95,14 +97,16 @@ def parked_origins() -> Iterator[Origin]:
     return (o for o in list(_origins.values()) if o.is_parked and not o.is_result)
 
 
-def tensors_of(record: object, but: Set[int]) -> list[list[torch.Tensor]]:
-    """For each parked storage of a model the tensors that look into it.
+def tensors_of(record: object, part: object, but: Set[int]) -> list[list[torch.Tensor]]:
+    """For each parked storage of a model, or of one module of it, the tensors that look into it.
 
     Without the storages whose `_cdata` is among `but`.
     """
     found = []
     for cdata, origin in list(_origins.items()):
-        if cdata in but or origin.record is not record or not origin.is_parked or origin.is_result:
+        if cdata in but or not origin.is_parked or origin.is_result:
+            continue
+        if origin.record is not record and (origin.part is None or origin.part() is not part):
             continue
         alive = [tensor for ref in origin.tensors if (tensor := ref()) is not None]
         with torch._C.DisableTorchFunctionSubclass():

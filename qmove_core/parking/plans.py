@@ -97,7 +97,7 @@ def to_restore(model: object, device: Device | DeviceMap | None = None) -> MoveP
     """What bringing a parked model home takes, or to where `device` says."""
     choose = _destination(device)
     record = record_of(model)
-    held = _inventory_of(model, record.extra if record else (), record)
+    held = _inventory_of(model, record.extra if record else (), record, comes=True)
     belonging = _Neighbours(held)
     goals = [
         (holding, choose(holding, home))
@@ -154,15 +154,15 @@ def _to_bring(
     return MovePlan(action, held, moves, be_home)
 
 
-def _add_what_left(held: Inventory, record: Record) -> None:
+def _add_what_left(held: Inventory, record: Record | None, model: object) -> None:
     """Adds what was parked with the model and is no longer in it.
 
     It may be put back, where nobody can see it (`parameter.data = kept`), when the model is home.
     """
     known = {holding.storage._cdata for holding in held.holdings}
-    for tensors in homes.tensors_of(record, known):
+    for tensors in homes.tensors_of(record, model, known):
         name, dtype = "<outside of the model>", tensors[0].dtype
-        holding = Holding(0, devices.CPU, "tensor", dtype, [name], tensors)
+        holding = Holding(0, devices.CPU, streaming.OUTSIDE, dtype, [name], tensors)
         holding.nbytes = holding.storage.nbytes()
         held.holdings.append(holding)
 
@@ -207,6 +207,10 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
             noted.add(id(owner))
             if sleeping.home_of(owner) is None:
                 sleeping.note_home(owner, move.came_from)
+    part_of = {id(module): weakref.ref(top) for top in tops for module in top.modules()}
+    for move in moves:
+        if move.origin is not None:
+            move.origin.part = part_of.get(id(owners.of(move.holding.name)))
     for top in tops:
         sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
 
@@ -310,11 +314,11 @@ class _Neighbours:
 
 
 def _inventory_of(
-    model: object, extra: Iterable[object], record: Record | None = None
+    model: object, extra: Iterable[object], record: Record | None = None, *, comes: bool = False
 ) -> Inventory:
     held = inventory(model, extra=extra)
-    if record is not None:
-        _add_what_left(held, record)
+    if comes:
+        _add_what_left(held, record, model)
     streaming.wait_for(holding.storage for holding in held.holdings)
     if not held.holdings and not held.meta:
         hint = (

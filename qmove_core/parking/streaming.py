@@ -44,6 +44,10 @@ from .layer_order import LayerGroup
 
 log = logging.getLogger("qmove")
 
+OUTSIDE = (
+    "outside of the model"  # the kind of a holding that may be put back unseen: it must be home
+)
+
 _under_way: list[StreamingRestore] = []
 
 
@@ -52,7 +56,7 @@ def can_stream(plan: MovePlan) -> bool:
     held = plan.held
     if settings.verify or held.wrappers or any(map(_is_compiled, held.modules.values())):
         return False
-    if not _are_waited_for(plan):
+    if any(move.holding.kind == OUTSIDE for move in plan.moves) or not _are_waited_for(plan):
         return False
     return all(
         move.came_from.type == "cpu"
