@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..homes import place_of
 from .holdings import Holding
 
 LEAST = 1 << 24  # no allocator gives an address below it, and counts and sizes rarely exceed it
@@ -46,7 +47,12 @@ def pointed_to(
 ) -> dict[int, tuple[Holding, str]]:
     """The holdings on accelerators that one of these (name, number) points into, by their ids, with
     the name."""
-    there = [(h.storage.data_ptr(), h) for h in holdings if h.device.type != "cpu" and h.nbytes]
+    # What is under way to a device has no address there yet, and is not waited for.
+    there = [
+        (h.storage.data_ptr(), h)
+        for h in holdings
+        if h.device.type != "cpu" and h.nbytes and place_of(h.tensors[0]).type != "cpu"
+    ]
     if not there:
         return {}
     there.sort(key=lambda pair: pair[0])
