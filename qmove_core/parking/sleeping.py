@@ -76,7 +76,8 @@ def _put_one_to_sleep(module: nn.Module, waker: Waker) -> None:
     try:
         _asleep.give(module)
     except TypeError as error:  # a class that allows no subclass, or no exchange
-        log.warning(
+        log.log(
+            logging.DEBUG if waker.gives_way else logging.WARNING,
             "%s will not wake by itself (%s); call qmove.restore",
             type(module).__qualname__,
             str(error),
