@@ -102,7 +102,8 @@ def test_a_view_outside_the_model_writes_to_the_models_bytes_before_and_after(gp
         row.fill_(number)
         assert model[1].weight[3].sum().item() == number * WIDTH
         assert qmove.park(model).copied_bytes == WEIGHT
-        assert row.device.type == "cpu" and row.sum().item() == number * WIDTH
+        assert place_of(row) == "cpu" and row.device == gpu.device  # its home
+        assert row.sum().item() == number * WIDTH
         qmove.restore(model)
     del row
     assert qmove.park(model).copied_bytes == 0
