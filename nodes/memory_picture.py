@@ -77,12 +77,19 @@ def _bars(snapshot: dict[str, Any]) -> Iterator[tuple[str, int, list[Part]]]:
     )
 
 
+def _titled(model: dict[str, Any]) -> str:
+    """A model's name, and where it was found if no wire carries it."""
+    place = model.get("place", "")
+    return model["name"] if place in ("", model["name"]) else f"{model['name']} ({place})"
+
+
 def _parts(snapshot: dict[str, Any], device: dict[str, Any]) -> list[Part]:
     parts: list[Part] = []
     for index, model in enumerate([*snapshot["models"], *snapshot["comfyui_models"]]):
         nbytes = model["resident"].get(device["name"], 0)
         if nbytes:
-            parts.append((model["name"], nbytes, COLORS[index % len(COLORS)]))
+            parts.append((_titled(model), nbytes, COLORS[index % len(COLORS)]))
+    parts += [(other["name"], other["nbytes"], OTHER) for other in device["others"]]
     free = device["free"] or 0
     other = device["total"] - free - sum(nbytes for _name, nbytes, _color in parts)
     return [*parts, ("other use", max(0, other), OTHER), ("free", free, FREE)]

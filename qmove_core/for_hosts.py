@@ -19,6 +19,7 @@ from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
+from .nvml import other_processes
 from .parking.records import parked_bytes
 from .slots import slots_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "memory_without_context",
     "on_move",
     "on_shortage",
+    "other_processes",
     "parked_bytes",
     "parked_home",
     "places",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 log = logging.getLogger("qmove")
@@ -50,6 +52,29 @@ def processes(device: torch.device) -> list[Process] | None:
     if found is None:
         return None
     return [Process(int(process.pid), process.usedGpuMemory) for process in found]
+
+
+class OtherProcess(NamedTuple):
+    """Another program on a card, with a title for people."""
+
+    title: str
+    nbytes: int
+
+
+def other_processes(device: torch.device) -> list[OtherProcess]:
+    """The other programs on a card whose bytes the driver tells; none where NVML cannot tell."""
+    found = []
+    for process in processes(device) or ():
+        if process.pid != os.getpid() and process.nbytes:
+            found.append(OtherProcess(_title(process.pid), int(process.nbytes)))
+    return found
+
+
+def _title(pid: int) -> str:
+    try:
+        return f"{psutil.Process(pid).name()} (process {pid})"
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return f"process {pid}"
 
 
 def _ask(function: str, device: torch.device) -> Any:

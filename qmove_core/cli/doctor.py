@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from .. import devices
+from .. import devices, nvml
 from ..errors import readable_bytes
 from ..memory import arena, limits, pinning
 from ..settings import settings
@@ -138,6 +138,7 @@ def _findings(
     return [
         *_about_devices(host, build, found),
         *_about_memory(host, found),
+        *_about_other_programs(found),
         *(f"{name} is not installed: {OPTIONAL[name]}." for name in missing),
     ]
 
@@ -157,6 +158,17 @@ def _about_devices(host: Host, build: str, found: list[Device]) -> Iterator[str]
             "(`nvidia-smi` or `rocminfo` may say why)."
         )
         yield f"No accelerator: there is no VRAM to park models out of. {why}"
+
+
+def _about_other_programs(found: list[Device]) -> Iterator[str]:
+    for device in found:
+        others = nvml.other_processes(torch.device(device.name))
+        if others:
+            held = ", ".join(f"{other.title} {readable_bytes(other.nbytes)}" for other in others)
+            yield (
+                f"{device.name}: other programs hold VRAM that qmove cannot park: {held}. Ending "
+                "them frees it."
+            )
 
 
 def _about_memory(host: Host, found: list[Device]) -> Iterator[str]:

@@ -41,8 +41,14 @@ function gpu(device, snapshot, words) {
     nbytes: model.resident[device.name] ?? 0,
     color: "qmove-color-host",
   }));
+  const others = (device.others ?? []).map(({ name, nbytes }, index) => ({
+    key: `other-${index}`,
+    name,
+    nbytes,
+    color: "qmove-color-other",
+  }));
   const title = device.title === device.name ? device.name : `${device.name} · ${device.title}`;
-  return [filled(device.name, title, device.total, device.free, [...own, ...hosts], words)];
+  return [filled(device.name, title, device.total, device.free, [...own, ...hosts, ...others], words)];
 }
 
 /**

@@ -5,6 +5,8 @@ export type ModelState = "resident" | "parked" | "partly parked" | "on disk" | "
 export interface ModelEntry {
   id: number;
   name: string;
+  /** Where it was found, when no wire carries it; else empty. */
+  place?: string;
   kind: string;
   nbytes: number;
   state: ModelState;
@@ -38,6 +40,8 @@ export interface Device {
   title: string;
   total: number | null;
   free: number | null;
+  /** What is no model: on wires, moved by others, other programs, and what nobody explains. */
+  others?: { name: string; nbytes: number }[];
 }
 
 export interface Snapshot {

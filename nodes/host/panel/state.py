@@ -11,7 +11,7 @@ import qmove_core as qmove
 from qmove_core import for_hosts
 
 from .. import meter, progress, settings
-from ..models import node_models, residency
+from ..models import holders, node_models, residency
 from ..models.adopted import Adopted, adopted_models
 from . import version
 
@@ -101,6 +101,7 @@ def _model(adopted: Adopted) -> dict[str, Any]:
     return {
         "id": adopted.number,
         "name": adopted.name,
+        "place": adopted.place,
         "kind": description.kind,
         "nbytes": sum(resident.values()) + sum(parked.values()) + elsewhere,
         "state": state,
@@ -127,4 +128,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         "title": title,
         "total": for_hosts.total_memory(device),
         "free": free,
+        "others": [
+            {"name": holder.name, "nbytes": holder.nbytes} for holder in holders.others_on(device)
+        ],
     }

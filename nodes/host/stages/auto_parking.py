@@ -24,7 +24,7 @@ from qmove_core.for_hosts import readable_bytes
 from .. import comfy, graph, meter, settings
 from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
-from ..models import finding, residency, wires
+from ..models import finding, holders, residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
 from ..models.residency import Model
 from . import needs, second_try
@@ -174,6 +174,13 @@ def note_shortage(
         )
         needs.learned.learn(measurement.signature, {device: max(took, free)}, {})
     log.error("\n".join(lines))
+
+
+def say_who_holds(full: Sequence[torch.device]) -> None:
+    """After an out-of-memory that parking cannot help: who holds the devices, and what frees it."""
+    for device in full:
+        lines = [f"Nothing idle is left to park on {device}. Who holds it now:"]
+        log.error("\n".join([*lines, *holders.table(device)]))
 
 
 def make_room_again(full: Sequence[torch.device]) -> None:

@@ -197,10 +197,11 @@ class _Room:
     @never_fails("see whether there is room for a second try", False)
     def can_be_made(self, node_id: str, error: BaseException) -> bool:
         run = _run_of(node_id)
-        if run is None or run.node is None or node_id in run.tried:
+        if run is None or run.node is None:
             return False
         self._full = second_try.full_devices(error)
-        if not auto_parking.idle_on(self._full):
+        if node_id in run.tried or not auto_parking.idle_on(self._full):
+            auto_parking.say_who_holds(self._full)
             return False
         run.tried.add(node_id)
         auto_parking.note_shortage(*run.node, run.measurement, error)
