@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= auto
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 # no: leave out Chromium, the frontend packages and Node, and with them the tests that need them.
 BROWSER ?= yes
 # Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
@@ -17,10 +18,10 @@ NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench setup clean
+.PHONY: help demo test check format bench gpu-check setup clean
 
 help: ## Show what there is to make
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Park and restore a real quantized model, and show what plain .to() does beside it
 	$(BIN)/python -m qmove_core.cli demo
@@ -46,6 +47,9 @@ format: $(STAMP) ## Format the code and mend what the linter can
 
 bench: $(STAMP) ## Measure qmove beside its peers and write docs/benchmark.md (BENCH_ARGS=--quick: only whether it works)
 	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
+
+gpu-check: $(STAMP) ## Prove qmove on this GPU in about eight minutes (without one: over the simulated GPU)
+	$(BIN)/python -m tools.gpu_check $(GPU_CHECK_ARGS)
 
 setup: $(STAMP) ## Make the environment in .venv; the targets above do it when something has changed
 
