@@ -3,6 +3,8 @@ mirrors, and with room for only one of them in RAM and one in VRAM."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,23 +30,32 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     meter.use_link(meter.LINKS[0])
     mirrors, little = CASES[request["case"]]
     qmove.configure(keep_mirrors=mirrors)
-    waiting = growth.model_of(request["tensors"], request["nbytes"])
-    qmove.park(waiting)
-    home = growth.model_of(request["tensors"], request["nbytes"])
-    held = qmove.inventory(home)
-    limit = None
-    if little:
+    try:
+        waiting = growth.model_of(request["tensors"], request["nbytes"])
+        qmove.park(waiting)
+        home = growth.model_of(request["tensors"], request["nbytes"])
+        held = qmove.inventory(home)
+        if not little:
+            return _turns(request["way"], home, waiting) | {"ram_limit": None}
         largest = max(holding.nbytes for holding in held.holdings)
         limit = held.nbytes + 4 * largest
         qmove.configure(ram_limit=limit)
-        filler = _leave(SLACK)
-    result: dict[str, Any] = {"nbytes": held.nbytes, "ram_limit": limit}
+        with _only(SLACK):
+            return _turns(request["way"], home, waiting) | {"ram_limit": limit}
+    finally:
+        qmove.configure(keep_mirrors=True, ram_limit=None)
+
+
+def _turns(way: str, home: Any, waiting: Any) -> dict[str, Any]:
+    import qmove_core as qmove
+
+    nbytes = qmove.inventory(home).nbytes
     torch.cuda.reset_peak_memory_stats()
-    other = meter.vram() - held.nbytes
+    other = meter.vram() - nbytes
     most_ram = copied = 0
     with meter.measured() as reading:
         for _swap in range(SWAPS):
-            if request["way"] == "swap":
+            if way == "swap":
                 gone, _came = qmove.swap(home, waiting)
             else:
                 gone = qmove.park(home)
@@ -53,23 +64,28 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             stats = qmove.stats()
             most_ram = max(most_ram, stats.arena_bytes + stats.mirror_bytes + stats.spare_bytes)
             home, waiting = waiting, home
-    result |= reading.as_dict() | {
+    return reading.as_dict() | {
+        "nbytes": nbytes,
         "out": copied,
         "peak_ram": most_ram,
         "peak_vram": torch.cuda.max_memory_allocated() - other,
     }
-    if little:
-        del filler
-    return result
 
 
-def _leave(nbytes: int) -> torch.Tensor | None:
-    """Leaves this much VRAM free, by holding the rest."""
+@contextmanager
+def _only(nbytes: int) -> Iterator[None]:
+    """Inside, so much VRAM is free: the rest of it is held."""
     if meter.SIMULATED:
         import simcuda
 
+        capacity = torch.cuda.get_device_properties(0).total_memory
         simcuda.set_memory(torch.cuda.memory_allocated() + nbytes, device=0)
-        return None
+        try:
+            yield
+        finally:
+            simcuda.set_memory(capacity, device=0)
+        return
     torch.cuda.empty_cache()
     free, _total = torch.cuda.mem_get_info()
-    return torch.empty(max(0, free - nbytes), dtype=torch.uint8, device="cuda:0")
+    _held = torch.empty(max(0, free - nbytes), dtype=torch.uint8, device="cuda:0")
+    yield
