@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,16 +52,23 @@ class Found:
 def find_models(values: Iterable[object]) -> Found:
     """Searches values and everything they hold."""
     found = Found()
+    # Most wires carry lists of numbers, texts and the like: a look at those costs next to nothing.
+    flat = [item for value in values for item in (value if type(value) is list else (value,))]
+    stack: list[tuple[object, object]] = [(x, None) for x in flat if not _is_plain(type(x))]
+    if not stack:
+        return found
     owners: dict[int, Any] = {}
     patcher_class = comfy.model_patcher_class()
     # Caches for this search only: they would keep classes alive that were made for one model.
-    is_plain, slots_of = functools.cache(_is_plain), functools.cache(for_hosts.slots_of)
+    plain: dict[type, bool] = {}
+    slots_of: dict[type, Collection[str]] = {}
     alive: list[object] = []  # an id may be used again once its object is gone
-    stack: list[tuple[object, object]] = [(value, None) for value in values]
     while stack:
         obj, owner = stack.pop()
         cls: Any = type(obj)
-        if id(obj) in found.seen or is_plain(cls):
+        if cls not in plain:
+            plain[cls] = _is_plain(cls)
+        if plain[cls] or id(obj) in found.seen:
             continue
         if len(found.seen) >= MOST_OBJECTS:
             log.debug("stopped looking for models after %d objects", MOST_OBJECTS)
@@ -88,7 +95,9 @@ def find_models(values: Iterable[object]) -> Found:
             stack += [(value, owner) for value in obj]
         else:
             owner = obj if can_be_adopted(obj) else owner
-            slots = [getattr(obj, slot, None) for slot in slots_of(cls)]
+            if cls not in slots_of:
+                slots_of[cls] = for_hosts.slots_of(cls)
+            slots = [getattr(obj, slot, None) for slot in slots_of[cls]]
             stack += [(value, owner) for value in (*_attributes(obj), *slots)]
     found.modules = _outermost(_not_the_hosts(found.modules, found.patchers))
     found.tensor_owners = list(owners.values())

@@ -77,7 +77,7 @@ def prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
     signature = _signature(nodes, node_id, values)
     known = needs.learned.known(signature)
     # For ComfyUI's own nodes no room is made: they ask ComfyUI for it.
-    needed = _expected(nodes, node_id, known, inputs, values) if is_custom else {}
+    needed = _expected(nodes, node_id, known, inputs, signature) if is_custom else {}
     _make_room(nodes, node_id, inputs, needed)
     residency.bring_home(inputs.models, inputs.patchers)
     residency.register_woken()  # what moves from here on is the node's doing
@@ -96,7 +96,7 @@ def _expected(
     node_id: str,
     known: tuple[Needed, bool] | None,
     inputs: NodeInputs,
-    values: Sequence[Any],
+    signature: Signature,
 ) -> Needed:
     """Bytes by device that a node will take, as far as anybody can say before it runs.
 
@@ -108,18 +108,18 @@ def _expected(
     host = comfy.model_management()
     if host is None:
         return {}
-    home, files = host.get_torch_device(), _file_bytes(graph.values_of(nodes, node_id))
+    home, files = host.get_torch_device(), _file_bytes(signature)
     needed = dict(known[0]) if known is not None else {}
     needed[home] = max(needed.get(home, 0), files)
-    is_heavy = bool(inputs.models or inputs.patchers or graph.shapes_of(values))
+    is_heavy = bool(inputs.models or inputs.patchers or signature.shapes)
     if known is None and is_heavy and not second_try.is_allowed(graph.class_of(nodes, node_id)):
         needed[home] = max(needed[home], int(host.minimum_inference_memory()))
     return needed
 
 
-def _file_bytes(values: dict[str, Any]) -> int:
+def _file_bytes(signature: Signature) -> int:
     """Bytes of the weights that a node names: files in ComfyUI's folders."""
-    names = [v for v in values.values() if isinstance(v, str) and v.endswith(_WEIGHTS)]
+    names = [v for _, v in signature.values if isinstance(v, str) and v.endswith(_WEIGHTS)]
     files = [file for name in names if (file := comfy.file_named(name)) is not None]
     return sum(file.stat().st_size for file in files)
 
@@ -142,11 +142,12 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
         finding.look(nodes, node_id)  # what a node keeps it does not take again
         given = [adopted for adopted in taken if adopted.number not in known]
     if measurement is not None and measurement.allocated and not moved:
-        kept = Counter(needs.left(measurement))
+        peak, left = needs.taken(measurement)
+        kept = Counter(left)
         for adopted in given:
             kept.subtract(adopted.resident)
         kept.subtract(_bytes_of_tensors(outputs))
-        needs.learned.learn(measurement.signature, needs.peak(measurement), +kept)
+        needs.learned.learn(measurement.signature, peak, +kept)
 
 
 def _bytes_of_tensors(outputs: Iterable[Any]) -> Needed:
@@ -162,17 +163,16 @@ def note_shortage(
     """Says what a node lacked that ran out of memory, and remembers that it takes more."""
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     lines = [f"Node {node_id} ({class_name}) ran out of memory: {reason}"]
-    full = second_try.full_devices(error) if measurement is not None else []
-    for device in full:
-        if measurement is None or device not in measurement.allocated:
+    peak, left = needs.taken(measurement) if measurement is not None else ({}, {})
+    for device in second_try.full_devices(error):
+        if measurement is None or device not in peak:
             continue
-        took = needs.peak(measurement)[device]
-        free = (meter.free_bytes(device) or 0) + needs.left(measurement)[device]
+        free = (meter.free_bytes(device) or 0) + left[device]
         lines.append(
             f"  {device}: {readable_bytes(free)} were free when the node began, and it had taken "
-            f"{readable_bytes(took)} when that was not enough."
+            f"{readable_bytes(peak[device])} when that was not enough."
         )
-        needs.learned.learn(measurement.signature, {device: max(took, free)}, {})
+        needs.learned.learn(measurement.signature, {device: max(peak[device], free)}, {})
     log.error("\n".join(lines))
 
 

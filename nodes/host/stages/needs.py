@@ -95,11 +95,10 @@ class Need:
 
 @dataclass
 class Measurement:
-    """A node that runs: what was allocated and what was free when it began, in bytes, by device."""
+    """A node that runs, and the bytes that were allocated when it began, by device."""
 
     signature: Signature
     allocated: dict[torch.device, int] = field(default_factory=dict)
-    free: dict[torch.device, int] = field(default_factory=dict)
 
 
 class Needs:
@@ -125,7 +124,11 @@ class Needs:
             if exact is not None:
                 return exact.now(), True
             # A run of smaller things takes no more; one of larger things may have taken too much.
-            smaller = [seen for seen in reversed(of_class) if seen.is_no_larger_than(signature)]
+            smaller = [
+                seen
+                for seen, need in reversed(of_class.items())
+                if any(need.first.values()) and seen.is_no_larger_than(signature)
+            ]
             if not smaller:
                 return {}, False
             return of_class[max(smaller, key=signature.likeness)].now(), False
@@ -229,30 +232,20 @@ def begin(signature: Signature) -> Measurement:
     """Starts to measure. Each device has one peak counter, so measurements cannot overlap."""
     measurement = Measurement(signature)
     for device in meter.devices():
-        if not meter.has_counters(device):
-            continue  # mps: its needs stay unknown
-        if not for_hosts.has_context(device):
-            continue  # nothing is there, and asking would take some of the card
-        torch.get_device_module(device).reset_peak_memory_stats(device)
-        reading = meter.read(device)
-        if reading is not None:
-            measurement.allocated[device] = reading.allocated
-            measurement.free[device] = reading.total - reading.used
+        # Without counters (mps) needs stay unknown; without a context nothing is there, and asking
+        # would take some of the card.
+        if meter.has_counters(device) and for_hosts.has_context(device):
+            torch.get_device_module(device).reset_peak_memory_stats(device)
+            stats = meter.stats_of(device)
+            measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
     return measurement
 
 
-def peak(measurement: Measurement) -> dict[torch.device, int]:
-    """Bytes beyond those of the beginning, at most, by device."""
-    return _beyond(measurement, "peak")
-
-
-def left(measurement: Measurement) -> dict[torch.device, int]:
-    """Bytes that are still there beyond those of the beginning, by device."""
-    return _beyond(measurement, "current")
-
-
-def _beyond(measurement: Measurement, which: str) -> dict[torch.device, int]:
-    return {
-        device: max(0, meter.bytes_of(meter.stats_of(device), "allocated", which) - before)
-        for device, before in measurement.allocated.items()
-    }
+def taken(measurement: Measurement) -> tuple[dict[torch.device, int], dict[torch.device, int]]:
+    """Bytes beyond those of the beginning by device: at most, and still."""
+    peak, left = {}, {}
+    for device, before in measurement.allocated.items():
+        stats = meter.stats_of(device)
+        peak[device] = max(0, meter.bytes_of(stats, "allocated", "peak") - before)
+        left[device] = max(0, meter.bytes_of(stats, "allocated", "current") - before)
+    return peak, left
