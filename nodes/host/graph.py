@@ -98,41 +98,43 @@ def expanded_from(graph: ExecutionList, node_id: str) -> list[str]:
 def values_of(graph: ExecutionList, node_id: str) -> dict[str, Any]:
     """What was chosen on the node: numbers, switches and names; no seeds and no prose."""
     inputs = graph.dynprompt.get_node(node_id)["inputs"]
-    left_out = _no_choices(class_of(graph, node_id))
-    return {
-        name: value
-        for name, value in inputs.items()
-        if name not in left_out
-        and (isinstance(value, (bool, int, float)) or (isinstance(value, str) and _is_name(value)))
-    }
+    kinds = _kinds_of(class_of(graph, node_id))
+    return {n: v for n, v in inputs.items() if _is_choice(v, kinds.get(n, _CHOICE))}
 
 
-def _is_name(text: str) -> bool:
-    """Whether it may name a file, a repository or a choice: no prose."""
-    return 0 < len(text) <= 256 and text.isprintable() and len(text.split()) <= 3
+def _is_choice(value: Any, kind: str) -> bool:
+    if kind == _TEXT_OR_SEED:
+        return False
+    if isinstance(value, str):  # typed in, it may name a file or a repository: one word
+        words = value.split()
+        return len(value) <= 256 and (len(words) == 1 or (kind == _CHOICE and len(words) > 1))
+    return isinstance(value, (bool, int, float))
 
 
-_left_out: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+_CHOICE, _TYPED_IN, _TEXT_OR_SEED = "choice", "typed in", "text or seed"
+_kinds: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
-def _no_choices(cls: type | None) -> frozenset[str]:
-    """The inputs of a class that are text or a seed. It is asked once: that may list folders."""
+def _kinds_of(cls: type | None) -> dict[str, str]:
+    """What each input of a class is. It is asked once: that may list folders."""
     if cls is None:
-        return frozenset()
-    known = _left_out.get(cls)
+        return {}
+    known = _kinds.get(cls)
     if known is None:
-        _left_out[cls] = known = frozenset(_text_and_seeds(cls))
+        _kinds[cls] = known = dict(_inputs_of_class(cls))
     return known
 
 
-def _text_and_seeds(cls: Any) -> Iterator[str]:
+def _inputs_of_class(cls: Any) -> Iterator[tuple[str, str]]:
     for inputs in cls.INPUT_TYPES().values():
         for name, description in inputs.items() if isinstance(inputs, dict) else ():
             kind, *rest = description if isinstance(description, (tuple, list)) else (description,)
             options = rest[0] if rest and isinstance(rest[0], dict) else {}
             is_text = kind == "STRING" and options.get("multiline")
             if is_text or "seed" in name or options.get("control_after_generate"):
-                yield name
+                yield name, _TEXT_OR_SEED
+            else:
+                yield name, _TYPED_IN if kind == "STRING" else _CHOICE
 
 
 def shapes_of(values: Iterable[Any]) -> tuple[str, ...]:

@@ -189,6 +189,7 @@ class Sampler(careless_nodes._Node):
         "title": ("STRING", {}),
         "file": (["a.safetensors", "b.safetensors"], {}),
         "repository": ("STRING", {}),
+        "sampler": (["Euler a", "DPM++ 2M"], {}),
     }
 
 
@@ -211,6 +212,7 @@ class TestSignatures:
             "cfg": 7.5,
             "file": "a.safetensors",
             "repository": "org/model",
+            "sampler": "Euler a",
         }
         assert self.values(host, **counts) == counts
 
@@ -221,6 +223,7 @@ class TestSignatures:
             {"noise_seed": 3},
             {"variation": 3},
             {"text": "cat"},
+            {"title": "a cat"},
             {"title": "a cat on the mat, masterpiece"},
             {"title": "two\nlines"},
             {"title": "x" * 1000},
