@@ -32,24 +32,21 @@ class ServedHost(FakeHost):
             data = {"prompt_id": self.prompt_id, "timestamp": int(time.time() * 1000)} | data
             self.server.send_sync(event, data, self.server.client_id)  # type: ignore[call-arg]
 
-    def _run_node(self, prompt: Mapping[str, Any], nodes: Any, node_id: str) -> None:
+    async def _run_node(self, nodes: Any, node_id: str, pending: dict[str, Any]) -> bool:
         self.node_id = self.server.last_node_id = node_id  # type: ignore[attr-defined]
         self.tell("executing", node=node_id, display_node=node_id)
         self._show_progress(node_id, "running", 0, 1)
-        self.management.throw_exception_if_processing_interrupted()
-        node = self.classes[prompt[node_id]["class_type"]]()
-        arguments = {name: self._value(given) for name, given in prompt[node_id]["inputs"].items()}
-        with self.node_runs(node_id):
-            result = getattr(node, node.FUNCTION)(**arguments)  # type: ignore[attr-defined]
-        if isinstance(result, dict):
-            self.outputs[node_id] = result["ui"]
-            self.tell("executed", node=node_id, display_node=node_id, output=result["ui"])
-            result = result["result"]
-        self.cache.put(node_id, [[value] for value in result])
+        done = await super()._run_node(nodes, node_id, pending)
         self._show_progress(node_id, "finished", 1, 1)
+        return done
 
-    def _value(self, given: Any) -> Any:
-        return self.cache.get(given[0]).outputs[given[1]][0] if isinstance(given, list) else given
+    async def _get_output_data(self, prompt_id: str, unique_id: str, *inputs: Any) -> Any:
+        results = await super()._get_output_data(prompt_id, unique_id, *inputs)
+        for result in results:
+            if isinstance(result, dict) and "ui" in result:
+                self.outputs[unique_id] = result["ui"]
+                self.tell("executed", node=unique_id, display_node=unique_id, output=result["ui"])
+        return results
 
     def _show_progress(self, node_id: str, state: str, value: float, most: float) -> None:
         self.tell(
