@@ -71,19 +71,19 @@ def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
         raise InUse(plan.action, pin.thread.name, "keeps it home (qmove.resident)")
     modules, waiting = list(plan.held.modules.values()), _WaitForMove()
     ids = {id(module) for module in modules}
-    asleep, tensors = [], []
     try:
-        asleep += sleeping.put_to_sleep(plans.outermost(modules), waiting)
+        sleeping.put_to_sleep(plans.outermost(modules), waiting)
         _let_forwards_end(plan.action, ids, wakes)
-        asleep += sleeping.put_to_sleep(modules, waiting)
-        tensors += put_away(tensor for move in plan.moves for tensor in move.tensors)
+        sleeping.put_to_sleep(modules, waiting)
+        put_away(tensor for move in plan.moves for tensor in move.tensors)
         _let_forwards_end(plan.action, ids, wakes)
         torch.clear_autocast_cache()  # it holds copies of the weights in another dtype
         yield
     except BaseException:
+        # All of them, and not what the calls returned: an interrupt inside one loses its result.
         with interrupts_deferred():
-            sleeping.wake_up(module for module in asleep if sleeping.sleeps_by(module, waiting))
-            take_home(tensors)
+            sleeping.wake_up(module for module in modules if sleeping.sleeps_by(module, waiting))
+            take_home(tensor for move in plan.moves for tensor in move.tensors)
         raise
 
 
