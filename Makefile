@@ -5,6 +5,8 @@ TORCH ?= auto
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
+# How long `make test-faults` tries.
+MINUTES ?= 60
 # no: leave out Chromium, the frontend packages and Node, and with them the tests that need them.
 BROWSER ?= yes
 # Threads that wait without spinning: where other programs run too, PyTorch's CPU kernels are many times faster.
@@ -18,7 +20,7 @@ NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu-check setup clean
+.PHONY: help demo test test-faults check format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,9 @@ ifneq ($(BROWSER_STAMP),)
 	$(NPM) run test
 endif
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-faults: $(STAMP) ## Try faults, histories, threads and memory for MINUTES (60), and write docs/results/faults.json
+	QMOVE_FAULT_MINUTES=$(MINUTES) QMOVE_FAULT_RESULTS=docs/results/faults.json $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)

@@ -54,7 +54,7 @@ def stats() -> Stats:
     """What qmove holds now, and what it has done since the process started."""
     with homes.lock:
         return Stats(
-            parked_models=len(records.records()),
+            parked_models=len(records.parked_models()),
             parked_bytes=records.parked_bytes(),
             arena_bytes=arena.bytes_in_use() - mirrors.nbytes(),
             mirror_bytes=mirrors.nbytes(),

@@ -1,0 +1,287 @@
+"""One fault at one point of one operation on one model, and everything that must hold after it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qmove_core as qmove
+import simcuda
+from qmove_core.memory import pages
+from qmove_core.parking import sleeping, streaming
+from tests.builders.interrupts import QMOVE
+from tests.faults.builders.faults import FAULTS, FaultKind, events, raising_handler
+from tests.faults.builders.operations import OPERATIONS, Operation
+from tests.faults.builders.states import (
+    Memory,
+    Surroundings,
+    differences,
+    identities,
+    put_back,
+    state_of,
+)
+from tests.faults.builders.subjects import SUBJECTS, Subject
+
+# What an error of ours never is: a mistake in the code that met the fault.
+MISTAKES = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NameError,
+    TypeError,
+    ReferenceError,
+    ValueError,
+)
+_folders = itertools.count()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point: the n-th event of a kind of fault, in one operation on one model."""
+
+    subject: str
+    operation: str
+    fault: str
+    nth: int
+
+    def __str__(self) -> str:
+        return f"{self.subject}/{self.operation}/{self.fault}/{self.nth}"
+
+    @classmethod
+    def of(cls, text: str) -> Point:
+        subject, operation, fault, nth = text.rsplit("/", 3)
+        return cls(subject, operation, fault, int(nth))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation on a model, as it goes without a fault.
+
+    Attributes:
+        states: those that it may be in, by name: "before", "after", some "between"; each with the
+            memory that it takes.
+        output: what it computes after it.
+        counts: how many events of each kind there are.
+    """
+
+    subject: str
+    operation: str
+    states: dict[str, tuple[dict[str, Any], Memory]]
+    output: torch.Tensor
+    counts: Counter[str]
+
+    def points(self) -> list[Point]:
+        """Every point there is."""
+        return [
+            Point(self.subject, self.operation, name, nth)
+            for name, kind in FAULTS.items()
+            for nth in range(1, self.counts[kind.counts] + 1)
+        ]
+
+    def sample(self, chosen_by: random.Random) -> list[Point]:
+        """One point of each kind of fault."""
+        return [
+            Point(self.subject, self.operation, name, chosen_by.randint(1, count))
+            for name, kind in FAULTS.items()
+            if (count := self.counts[kind.counts])
+        ]
+
+
+def cases() -> list[tuple[str, str]]:
+    """The names of every model and every operation that goes with it."""
+    return [
+        (subject, operation)
+        for subject, kind in SUBJECTS.items()
+        for operation, op in OPERATIONS.items()
+        if op.is_for(kind.tags)
+    ]
+
+
+def case_of(subject_name: str, operation_name: str, folder: Path) -> Case:
+    """Runs an operation without a fault: once to load what is loaded at first use, once to look."""
+    op = OPERATIONS[operation_name]
+    for _attempt in range(2):
+        states = {}
+        if op.between is not None:
+            base, subject = begin(subject_name, op, folder)
+            op.between(subject)
+            states["between"] = state_of(subject), Memory.now() - base
+            del subject
+        base, subject = begin(subject_name, op, folder)
+        states["before"] = state_of(subject), Memory.now() - base
+        counts = events(functools.partial(op.act, subject))
+        states["after"] = state_of(subject), Memory.now() - base
+        op.home(subject)
+        output = subject.forward().cpu()
+        streaming.wait_for()
+        del subject
+    return Case(subject_name, operation_name, states, output, counts)
+
+
+def begin(name: str, op: Operation, folder: Path) -> tuple[Memory, Subject]:
+    """A new model in the state that the operation begins with, and the memory taken before it.
+
+    Nothing is kept of what came before: the first park allocates, page-locks and starts threads.
+    """
+    gc.collect()
+    qmove.trim()
+    pages._touchers = None
+    base = Memory.now()
+    place = folder / str(next(_folders))
+    place.mkdir()
+    subject = SUBJECTS[name].build(place)
+    op.before(subject)
+    return base, subject
+
+
+def try_point(case: Case, point: Point, folder: Path) -> list[str]:
+    """Everything that does not hold after the fault; empty if all does."""
+    op, fault = OPERATIONS[case.operation], FAULTS[point.fault]
+    base, subject = begin(case.subject, op, folder)
+    locked = simcuda.host_counters().registered
+    problems = _problems(case, op, fault, point.nth, subject, base)
+    del subject
+    with _unraisable():
+        _settle(problems)
+    left = Memory.now() - base
+    if any(left.device) or left.host > 0:
+        problems.append(f"when all models were deleted, memory stayed: {left}")
+    qmove.trim()
+    if (still := simcuda.host_counters().registered - locked) > 0:
+        problems.append(f"{still} bytes stay page-locked")
+    if problems:
+        put_back()
+    return problems
+
+
+def _problems(
+    case: Case, op: Operation, fault: FaultKind, nth: int, subject: Subject, base: Memory
+) -> list[str]:
+    ids, surroundings = identities(subject), Surroundings()
+    raised, struck, unraised = act(op, fault, nth, subject)
+
+    problems: list[str] = []
+    _settle(problems)
+    state = state_of(subject)
+    memory = Memory.now() - base  # while the exception is alive
+    reached = [name for name, (wanted, _memory) in case.states.items() if state == wanted]
+    if not reached:
+        against = (f"{n} ({differences(state, s)})" for n, (s, _m) in case.states.items())
+        problems.append(f"half: not {', nor '.join(against)}")
+    for name in reached[:1]:
+        wanted = case.states[name][1]
+        if memory.device != wanted.device:
+            problems.append(f"{name}, but device bytes {memory.device} and not {wanted.device}")
+        if memory.host > wanted.host and not op.lies_in_files:
+            problems.append(f"{name}, but host bytes {memory.host} and not {wanted.host}")
+    problems += _of_the_error(fault, raised, struck and not unraised, op, reached)
+    if "before" in reached and identities(subject) != ids:
+        problems.append("other objects")
+    problems += surroundings.problems()
+    raised = None
+    return problems or _once_more(case, op, subject, reached)
+
+
+def act(
+    op: Operation, fault: FaultKind, nth: int, subject: Subject
+) -> tuple[BaseException | None, bool, bool]:
+    """What it raised, whether the fault struck, and whether Python had nobody to raise it to."""
+    struck: Callable[[], bool] = lambda: False  # noqa: E731
+    with raising_handler(), _unraisable() as unraised:
+        try:
+            with fault.inject(nth) as struck:
+                op.act(subject)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and not struck():
+                raise  # somebody stops the tests
+            _clear_frames_of_others(error)
+            return error, struck(), bool(unraised)
+    return None, struck(), bool(unraised)
+
+
+def _clear_frames_of_others(error: BaseException | None) -> None:
+    """What a kept traceback holds is then qmove's: a forward that raised holds its activations, and
+    so does what wakes a module in the middle of it."""
+    while error is not None:
+        traceback = error.__traceback__
+        while traceback is not None:
+            name = traceback.tb_frame.f_code.co_filename
+            if not name.startswith(QMOVE) or name == sleeping.__file__:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    traceback.tb_frame.clear()
+            traceback = traceback.tb_next
+        error = error.__cause__ or error.__context__
+
+
+def _of_the_error(
+    fault: FaultKind,
+    raised: BaseException | None,
+    struck: bool,
+    op: Operation,
+    reached: list[str],
+) -> list[str]:
+    if raised is None:
+        if struck and fault.interrupts is not None:
+            return [f"{fault.interrupts.__name__} was swallowed"]
+        return [] if reached != ["before"] else ["it returned, and was not done"]
+    told = f"{type(raised).__name__}: {raised}"[:200]
+    if fault.interrupts is not None:
+        is_it = isinstance(raised, fault.interrupts)
+        return [] if is_it else [f"{fault.interrupts.__name__} became {told}"]
+    if not isinstance(raised, Exception) or isinstance(raised, MISTAKES):
+        return [f"it raised {told}"]
+    if op.atomic and reached == ["after"]:
+        return [f"it was done, and raised {told}"]
+    return []
+
+
+def _once_more(case: Case, op: Operation, subject: Subject, reached: list[str]) -> list[str]:
+    """The same operation succeeds, and the model computes what it always did."""
+    problems: list[str] = []
+    try:
+        if op.repeatable or "after" not in reached:
+            op.act(subject)
+        streaming.wait_for()
+        state, wanted = state_of(subject), case.states["after"][0]
+        if state != wanted and reached != ["between"]:
+            problems.append(f"the second time: {differences(state, wanted)}")
+        op.home(subject)
+        output = subject.forward().cpu()
+        if not torch.equal(output, case.output):
+            problems.append("it computes something else")
+    except Exception as error:
+        problems.append(f"the second time it raised {type(error).__name__}: {error}"[:300])
+    return problems
+
+
+def _settle(problems: list[str]) -> None:
+    try:
+        streaming.wait_for()
+    except Exception as error:
+        problems.append(f"what arrives still failed later: {type(error).__name__}: {error}"[:300])
+
+
+@contextmanager
+def _unraisable() -> Iterator[list[object]]:
+    """Notes what is raised in a finalizer or in another thread, where Python can only print it."""
+    seen: list[object] = []
+    before = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = lambda args: seen.append(args.exc_type)
+    try:
+        yield seen
+    finally:
+        sys.unraisablehook, threading.excepthook = before
