@@ -12,6 +12,7 @@ from tests.faults.builders.points import Point
 
 # model/operation/fault
 KNOWN = {
+    "*/*/Ctrl-C at a line": "at a few lines in a thousand a kept traceback keeps memory",
     "*/*/another thread's exception at a line": "only SIGINT is held back during a commit",
     "*/*/raising handler at a line": "only SIGINT is held back during a commit",
     "*/park*/Ctrl-C at a line": "at some lines a kept traceback keeps staging or host memory",
