@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import simcuda
+from tests.builders.collector import set_everything_aside
 from tests.builders.device import GPU, SIMULATED
 
 import torch  # isort: skip  (after the simulated device)
@@ -51,8 +52,7 @@ def _set_imports_aside() -> None:
     `gc.collect` no second each time."""
     global _modules_set_aside
     if len(sys.modules) != _modules_set_aside:
-        gc.collect()
-        gc.freeze()
+        set_everything_aside()
         _modules_set_aside = len(sys.modules)
 
 

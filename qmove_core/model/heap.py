@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..collector import all_objects
+
 MOST_BELOW = 20_000  # objects that are looked at below one holder
 
 
@@ -34,7 +36,7 @@ class Heap:
     """
 
     def __init__(self, known: Collection[int], also: tuple[type, ...] = ()) -> None:
-        objects = gc.get_objects()
+        objects = all_objects()
         self.size = self.visited = len(objects)
         classes = set(map(type, objects))
         of_tensors = {cls for cls in classes if issubclass(cls, torch.Tensor)}

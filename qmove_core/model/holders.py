@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..collector import all_objects
+
 
 @dataclass(frozen=True)
 class Straggler:
@@ -34,7 +36,7 @@ def tensors_on(storages: Collection[int]) -> dict[int, list[torch.Tensor]]:
     """All tensor objects of this process that look into these storages (`_cdata`), by storage."""
     found: dict[int, dict[int, torch.Tensor]] = {}
     with torch._C.DisableTorchFunction():
-        for obj in gc.get_objects():
+        for obj in all_objects():
             if not issubclass(type(obj), torch.Tensor) or not torch._C._has_storage(obj):
                 continue
             cdata = obj.untyped_storage()._cdata
@@ -48,7 +50,7 @@ def tensors_on(storages: Collection[int]) -> dict[int, list[torch.Tensor]]:
 
 def holders_of(storage_cdata: int) -> tuple[str, ...]:
     """Describes what holds a storage that no tensor object looks into any more."""
-    storages = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.UntypedStorage)]
+    storages = [obj for obj in all_objects() if issubclass(type(obj), torch.UntypedStorage)]
     storage = next((storage for storage in storages if storage._cdata == storage_cdata), None)
     del storages  # it would be a holder itself
     described: set[str] = set()

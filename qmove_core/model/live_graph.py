@@ -7,13 +7,13 @@ a tensor, and only then is the graph itself searched.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from ..collector import all_objects
 from .holdings import Inventory
 
 
@@ -65,7 +65,7 @@ def _needed_by_graphs(left_out: set[int]) -> set[int]:
     with torch._C.DisableTorchFunction():
         found = [
             obj
-            for obj in gc.get_objects()
+            for obj in all_objects()
             if issubclass(type(obj), torch.Tensor) and obj.grad_fn is not None
         ]
         seen = set(_nodes([obj.grad_fn for obj in found if id(obj) in left_out], set()))
