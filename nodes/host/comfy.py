@@ -32,6 +32,12 @@ def server() -> PromptServer | None:
     return getattr(prompt_server, "instance", None)
 
 
+def allowed_origin() -> str | None:
+    """The origin whose pages may send requests beside ComfyUI's own (`--enable-cors-header`), "*"
+    for all; None unless its user has named one."""
+    return getattr(getattr(module("comfy.cli_args"), "args", None), "enable_cors_header", None)
+
+
 def node_classes() -> NodeClasses:
     """All nodes the host knows, by name."""
     return getattr(module("nodes"), "NODE_CLASS_MAPPINGS", {})

@@ -1,13 +1,12 @@
 """qmove over HTTP: state and settings for the browser, and moves on demand.
 
-Every body is checked; no GET changes anything.
+Every body is checked; no GET changes anything. `web_requests.py` is the way into each of them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -19,12 +18,14 @@ from .models import node_models
 from .models.adopted import Adopted, adopted_models
 from .panel import events, history, state
 from .stages import job_queue, requests
+from .web_requests import BadRequest, Workers, check_origin, echo, names, read_json
 
 log = logging.getLogger("qmove")
 
+Answer = tuple[int, Mapping[str, Any]]  # the HTTP status, and the JSON
 
-class BadRequest(ValueError):
-    """The body does not fit the route; the message says why."""
+MOST_ACTING = 4  # requests that move, or wait for a move, in threads at once; the rest queue up
+MOST_LOOKING = 4  # requests that read the state
 
 
 def install() -> bool:
@@ -38,36 +39,38 @@ def install() -> bool:
         return False
     from aiohttp import web  # ComfyUI's own server runs on it
 
-    def answer(status: int, body: Mapping[str, Any]) -> web.Response:
+    acting, looking = Workers(MOST_ACTING), Workers(MOST_LOOKING)
+
+    async def answer(give: Callable[[], Awaitable[Answer]]) -> web.Response:
+        try:
+            status, body = await give()
+        except BadRequest as error:
+            status, body = error.status, {"error": str(error)}
+        except Exception as error:
+            status, body = _failed(error)
         return web.json_response(body, status=status)
 
-    def add_post(
-        path: str, act: Callable[[Any], tuple[int, Mapping[str, Any]]], *, at_once: bool = False
-    ) -> None:
+    def add_get(path: str, look: Callable[[], Mapping[str, Any]]) -> None:
+        async def give() -> Answer:
+            return 200, await looking.run(look)
+
+        @server.routes.get(path)
+        async def get(request: web.Request) -> web.Response:
+            return await answer(give)
+
+    def add_post(path: str, act: Callable[[Any], Answer], *, at_once: bool = False) -> None:
         @server.routes.post(path)
         async def post(request: web.Request) -> web.Response:
-            try:
-                body = await request.json()
-            except ValueError as error:
-                return answer(400, {"error": f"the body is not JSON: {error}"})
-            try:
-                # In a thread: most wait for a move, or free host memory before they answer.
-                return answer(*(act(body) if at_once else await asyncio.to_thread(act, body)))
-            except (BadRequest, settings.InvalidSettings) as error:
-                return answer(400, {"error": str(error)})
+            async def give() -> Answer:
+                check_origin(request.headers)
+                body = await read_json(request)
+                return act(body) if at_once else await acting.run(lambda: act(body))
 
-    @server.routes.get("/qmove/state")
-    async def get_state(request: web.Request) -> web.Response:
-        return answer(200, await asyncio.to_thread(state.snapshot))
+            return await answer(give)
 
-    @server.routes.get("/qmove/settings")
-    async def get_settings(request: web.Request) -> web.Response:
-        return answer(200, settings.current())
-
-    @server.routes.get("/qmove/history")
-    async def get_history(request: web.Request) -> web.Response:
-        return answer(200, {"run": history.last_run()})
-
+    add_get("/qmove/state", state.snapshot)
+    add_get("/qmove/settings", settings.current)
+    add_get("/qmove/history", lambda: {"run": history.last_run()})
     add_post("/qmove/settings", _change_settings)
     add_post("/qmove/cancel", _cancel, at_once=True)
     add_post("/qmove/park", lambda body: _run(read_park(body)))
@@ -107,19 +110,19 @@ def read_free(body: Any) -> Callable[[], str]:
     body = _object(body, {"gib"}, {"device"})
     gib, device = body["gib"], _device(body.get("device"), None)
     if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= 1024:
-        raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {gib!r}")
+        raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {echo(gib)}")
     return lambda: requests.free_vram(int(gib * 2**30), device)
 
 
 def read_cancel(body: Any) -> int:
     """`{"move": 7}`: the id of a move from the state or its event."""
     number = _object(body, {"move"})["move"]
-    if type(number) is not int:
-        raise BadRequest(f"move is the id of a move, not {number!r}")
+    if type(number) is not int or not 0 < number < 2**53:
+        raise BadRequest(f"move is the id of a move, not {echo(number)}")
     return number
 
 
-def _cancel(body: Any) -> tuple[int, dict[str, Any]]:
+def _cancel(body: Any) -> Answer:
     number = read_cancel(body)
     try:
         return 200, {"cancelled": progress.cancel(number)}
@@ -127,13 +130,16 @@ def _cancel(body: Any) -> tuple[int, dict[str, Any]]:
         return 409, {"error": str(error)}
 
 
-def _change_settings(body: Any) -> tuple[int, dict[str, Any]]:
-    changed = settings.change(_object(body))
+def _change_settings(body: Any) -> Answer:
+    try:
+        changed = settings.change(_object(body))
+    except settings.InvalidSettings as error:
+        raise BadRequest(str(error)) from error
     browser.send(browser.SETTINGS, changed)
     return 200, changed
 
 
-def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
+def _run(job: Callable[[], str]) -> Answer:
     try:
         has_run, report = job_queue.run_or_queue(job)
     except progress.Cancelled as cancelled:
@@ -141,13 +147,17 @@ def _run(job: Callable[[], str]) -> tuple[int, dict[str, Any]]:
     except (QMoveError, torch.OutOfMemoryError) as error:
         return 409, {"error": str(error)}
     except Exception as error:
-        log.exception("a request from the browser has failed")
-        return 500, {"error": f"{type(error).__name__}: {error}. ComfyUI's log says more."}
+        return _failed(error)
     finally:
         events.send_if_changed()
     if has_run:
         return 200, {"report": report}
     return 202, {"report": "A node is running; this is done as soon as it has ended."}
+
+
+def _failed(error: Exception) -> Answer:
+    log.error("a request from the browser has failed", exc_info=error)
+    return 500, {"error": f"{type(error).__name__}: {error}. ComfyUI's log says more."}
 
 
 def _object(
@@ -158,9 +168,9 @@ def _object(
         raise BadRequest(f"the body must be an object, not {type(body).__name__}")
     unknown, missing = body.keys() - required - optional, required - body.keys()
     if required and unknown:
-        raise BadRequest(f"unknown: {', '.join(sorted(unknown))}")
+        raise BadRequest(f"unknown: {names(unknown)}")
     if missing:
-        raise BadRequest(f"missing: {', '.join(sorted(missing))}")
+        raise BadRequest(f"missing: {names(missing)}")
     return body
 
 
@@ -168,9 +178,9 @@ def _models(numbers: Any) -> list[Adopted]:
     known = {adopted.number: adopted for adopted in adopted_models()}
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
         raise BadRequest('models is "all" or a list of ids from /qmove/state')
-    gone = [str(number) for number in numbers if number not in known]
+    gone = [number for number in numbers if number not in known]
     if gone:
-        raise BadRequest(f"no such model, or it is gone: {', '.join(gone)}")
+        raise BadRequest(f"no such model, or it is gone: {names(gone)}")
     return [known[number] for number in numbers]
 
 
@@ -181,7 +191,7 @@ def _models_of_node(body: dict[str, Any]) -> list[Any]:
     found = node_models.models_of(node_id, class_name)
     if not found:
         raise BadRequest(
-            f"Node {node_id} ({class_name}) has no model that is still there. "
+            f"Node {names([node_id])} ({names([class_name])}) has no model that is still there. "
             "Run the workflow first."
         )
     return found
@@ -190,5 +200,5 @@ def _models_of_node(body: dict[str, Any]) -> list[Any]:
 def _device(name: Any, otherwise: str | None) -> str | None:
     known = for_hosts.known_devices()
     if name != otherwise and (not isinstance(name, str) or name not in known):
-        raise BadRequest(f"there is no device {name!r}; this machine has {', '.join(known)}")
+        raise BadRequest(f"there is no device {echo(name)}; this machine has {', '.join(known)}")
     return name

@@ -17,6 +17,7 @@ import qmove_core as qmove
 
 from . import comfy
 from .guard import never_fails
+from .web_requests import echo
 
 log = logging.getLogger("qmove")
 
@@ -97,7 +98,9 @@ def change(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, value: Any) -> None:
     if name not in DEFAULTS:
-        raise InvalidSettings(f"{name!r} is not a setting of qmove. It has: {', '.join(DEFAULTS)}.")
+        raise InvalidSettings(
+            f"{echo(name)} is not a setting of qmove. It has: {', '.join(DEFAULTS)}."
+        )
     if name in MOST_GIB:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and 0 <= value <= MOST_GIB[name]:
@@ -108,7 +111,7 @@ def _check(name: str, value: Any) -> None:
         if type(value) is type(DEFAULTS[name]) and value in choices:
             return
         allowed = " or ".join(json.dumps(choice) for choice in choices)
-    raise InvalidSettings(f"{name} is {allowed}, not {json.dumps(value, default=str)}.")
+    raise InvalidSettings(f"{name} is {allowed}, not {echo(value)}.")
 
 
 @never_fails("read ComfyUI's stored settings", None)

@@ -195,6 +195,7 @@ def test_the_state_names_each_model_and_where_it_is_and_looking_changes_nothing(
         {
             "id": adopted.number,
             "name": "Sequential",
+            "place": "",
             "kind": "fp32",
             "nbytes": nbytes,
             "state": "resident",
