@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import simcuda
-from qmove_core.digests.digest import STAGING, available, digest_storages
+from qmove_core.digests.choosing import available
+from qmove_core.digests.digest import digest_storages
+from qmove_core.digests.gathering import STAGING
 
 KINDS = ((10_000, 100_000), (280, 7_000_000), (3, 700_000_000))
 REPEATS = 5

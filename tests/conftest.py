@@ -61,16 +61,16 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no
     host memory kept by it."""
     import qmove_core as qmove
-    from qmove_core.digests import digest
+    from qmove_core.digests import choosing
     from qmove_core.memory import arena
     from qmove_core.parking import streaming
     from tests.builders import dispatched_models
 
     arena.LOOK_SECONDS = 3600.0  # nothing is given back behind a test's back
     _set_imports_aside()
-    for device, _way in digest._failed:  # a fault of an earlier test made digests slower
-        digest._chosen.pop(device, None)
-    digest._failed.clear()
+    for device, _way in choosing._failed:  # a fault of an earlier test made digests slower
+        choosing._chosen.pop(device, None)
+    choosing._failed.clear()
     yield
     dispatched_models.loaded_in_test.clear()
     streaming.wait_for()

@@ -2,9 +2,10 @@
 every device has.
 
 Bytes are taken as int8, in rows of 1024. Level 0 multiplies each row with a random int8 matrix of
-1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of up
-to 32 rows, and level 2 with those of up to 16 such groups, so that a piece of up to 512 KiB ends as
-32 bytes. Each level has its own matrix.
+1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of 32
+rows, and level 2 with those of 16 such groups, so that a piece of 512 KiB ends as 32 bytes. Each
+level has its own matrix. A smaller piece counts as filled up with zeros, whose products are zeros:
+those are filled in, and only what there is gets multiplied.
 
 Odds that a change of a piece goes unseen: where a row differs, one column of the product is the
 same for at most one of the 256 values of one entry, so all 8 are with at most 256^-8 = 2^-64; the
@@ -37,34 +38,18 @@ PIECE = GROUPS * GROUP * ROW  # bytes that end as one product
 # Rows at least: `_int_mm` takes no fewer than 17. What those not asked for give is overwritten.
 SPARE = 32
 
-_LEVELS = (ROW, ROW, GROUPS * PRODUCT)  # bytes that a row has at most
+_LEVELS = (ROW, ROW, GROUPS * PRODUCT)  # bytes that a row has
 _NUMBERS = sum(_LEVELS) * COLUMNS
 
-_FEW_ROWS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
-_FEW_GROUPS = (*range(2, 9), 10, 12, 14, 16)
-# (groups, rows in each): few, since each shape that occurs is a product of its own; fine, since
-# they are padded with zeros.
-SHAPES = [(1, rows) for rows in _FEW_ROWS] + [
-    (n, rows) for n in _FEW_GROUPS for rows in _FEW_ROWS if rows >= 20
-]
-_SHAPE_OF_ROWS = [
-    min(
-        (shape for shape in SHAPES if shape[0] * shape[1] >= rows),
-        key=lambda shape: (shape[0] * shape[1], shape),
-    )
-    for rows in range(PIECE // ROW + 1)
-]
-MOST_PADDING = ROW * max(
-    groups * of - rows + 1 for rows, (groups, of) in enumerate(_SHAPE_OF_ROWS) if rows
-)
 
-Shape = tuple[int, int]
+def rows_of(nbytes: int) -> int:
+    """How many rows a piece of this many bytes, 1 to PIECE, fills."""
+    return -(-nbytes // ROW)
 
 
-def shape_of(nbytes: int) -> Shape:
-    """How a piece of this many bytes, 1 to PIECE, is taken: depends on nothing else, so that equal
-    bytes have equal digests."""
-    return _SHAPE_OF_ROWS[-(-nbytes // ROW)]
+def filled_up(count: int, multiple: int) -> int:
+    """`count`, up to the next `multiple`."""
+    return -(-count // multiple) * multiple
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -167,53 +152,76 @@ class Tree:
 
     Args:
         products: how to multiply.
-        rows: of level 0 that it holds (`capacity`) before it goes on to the next level.
+        capacity: products of rows that it holds, those that are filled in too, before it goes on to
+            the next level; at least those of a piece.
+        rows: of level 0 that are added at a time, at most.
         pieces: that will come in all.
     """
 
-    def __init__(self, products: Products, rows: int, pieces: int, device: torch.device) -> None:
+    def __init__(
+        self, products: Products, capacity: int, rows: int, pieces: int, device: torch.device
+    ) -> None:
         self._products = products
-        self.capacity, self._filled, self._done = rows, 0, 0
-        self._runs: list[tuple[Shape, int]] = []
-        self._level1 = empty(rows + SPARE * GROUP, COLUMNS, dtype=torch.int32, device=device)
-        self._level2 = empty(
-            rows // GROUPS + SPARE * GROUPS, COLUMNS, dtype=torch.int32, device=device
-        )
-        self.out = empty(pieces + SPARE, COLUMNS, dtype=torch.int32, device=device)
+        self.capacity, self._filled, self._done = capacity, 0, 0
+        self._groups: list[int] = []  # of each piece that is held
 
-    def add(self, rows: torch.Tensor, runs: list[tuple[Shape, int]]) -> None:
-        """Takes `rows` (int8, n x 1024, n > 16) in, of which `runs` says (shape, pieces) in order;
-        more rows do not count."""
-        count = sum(groups * of_rows * pieces for (groups, of_rows), pieces in runs)
-        if self._filled + count > self.capacity:
+        def numbers(count: int) -> torch.Tensor:
+            return empty(count, COLUMNS, dtype=torch.int32, device=device)
+
+        self._level1 = numbers(capacity + SPARE * GROUP)
+        self._level2 = numbers(capacity // GROUP * GROUPS + SPARE * GROUPS)
+        self._unfilled = numbers(max(rows, capacity // GROUP) + SPARE)
+        self._zeros = numbers(max(GROUP, GROUPS)).zero_()
+        self.out = numbers(pieces + SPARE)
+
+    def add(self, rows: torch.Tensor, pieces: list[int]) -> None:
+        """Takes `rows` (int8, n x 1024, n > 16) in, of which so many make up each piece; more rows
+        do not count."""
+        groups = [-(-count // GROUP) for count in pieces]
+        if self._filled + sum(groups) * GROUP > self.capacity:
             self.finish()
-        self._products.multiply(0, rows, self._level1[self._filled : self._filled + len(rows)])
-        self._filled += count
-        for shape, pieces in runs:
-            if self._runs and self._runs[-1][0] == shape:
-                pieces += self._runs.pop()[1]
-            self._runs.append((shape, pieces))
+        self._multiply(0, rows, pieces, GROUP, self._level1[self._filled :])
+        self._filled += sum(groups) * GROUP
+        self._groups += groups
 
     def finish(self) -> torch.Tensor:
         """Brings all rows up to the last level; returns what came out so far, and 32 rows that do
         not count."""
-        taken, between = (
-            self._level1.view(-1).view(torch.int8),
-            self._level2.view(-1).view(torch.int8),
-        )
-        for (groups, rows), pieces in self._runs:
-            first = self.out[self._done :] if groups == 1 else self._level2
-            self._reduce(1, taken, pieces * groups, rows * PRODUCT, first)
-            if groups > 1:
-                self._reduce(2, between, pieces, groups * PRODUCT, self.out[self._done :])
-            taken = taken[pieces * groups * rows * PRODUCT :]
+        if self._groups:
+            level1, level2 = _rows(self._level1, 1), _rows(self._level2, 2)
+            # More rows than there are, since `_int_mm` takes no fewer than 17: they do not count.
+            self._multiply(
+                1, level1[: max(sum(self._groups), SPARE)], self._groups, GROUPS, self._level2
+            )
+            pieces, out = len(self._groups), self.out[self._done :]
+            self._multiply(2, level2[: max(pieces, SPARE)], [1] * pieces, 1, out)
             self._done += pieces
-        self._runs, self._filled = [], 0
+        self._groups, self._filled = [], 0
         return self.out
 
-    def _reduce(
-        self, level: int, content: torch.Tensor, count: int, width: int, out: torch.Tensor
+    def _multiply(
+        self,
+        level: int,
+        rows: torch.Tensor,
+        counts: list[int],
+        multiple: int,
+        out: torch.Tensor,
     ) -> None:
-        # Rows beyond `count` are there only because `_int_mm` takes no fewer than 17.
-        count = max(count, SPARE)
-        self._products.multiply(level, content[: count * width].view(count, width), out[:count])
+        """The products of rows, of which so many belong together, into `out`: there, zeros fill
+        each such number up to a multiple."""
+        if not any(count % multiple for count in counts):
+            self._products.multiply(level, rows, out[: len(rows)])
+            return
+        products = self._unfilled[: len(rows)]
+        self._products.multiply(level, rows, products)
+        parts: list[torch.Tensor] = []
+        for part, count in zip(products[: sum(counts)].split(counts), counts, strict=True):
+            parts.append(part)
+            if missing := -count % multiple:
+                parts.append(self._zeros[:missing])
+        torch.cat(parts, out=out[: sum(filled_up(count, multiple) for count in counts)])
+
+
+def _rows(products: torch.Tensor, level: int) -> torch.Tensor:
+    """What the level below wrote, as rows of this one: int8."""
+    return products.view(-1).view(torch.int8).view(-1, _LEVELS[level])

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .. import devices
-from ..digests.digest import IN_PLACE, LEAST_STAGING, Digest, Pending, queue_digests, read_together
+from ..digests.digest import Digest, Pending, queue_digests, read_together
+from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
 from ..memory import blocks
 from ..memory.blocks import HostBlock, place_of

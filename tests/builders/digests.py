@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qmove_core.digests import digest
+from qmove_core.digests import choosing
 
 
 def try_out_anew() -> None:
     """Devices are tried out again, as in a new process."""
-    digest._chosen.clear()
-    digest._failed.clear()
-    digest._said.clear()
+    choosing._chosen.clear()
+    choosing._failed.clear()
+    choosing._said.clear()

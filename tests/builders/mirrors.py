@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.digests import digest
+from qmove_core.digests import choosing
 from qmove_core.digests.digest_tree import PIECE, PRODUCT, SPARE
 from qmove_core.memory import arena
 from tests.builders.models import layers
@@ -18,7 +18,7 @@ MODEL = 4 * (WEIGHT + BIAS)  # of `mirrored()`
 
 def digest_bytes(model: object) -> int:
     """What reading the digests of all storages on accelerators brings over the link, at most."""
-    assert digest.available(torch.device("cuda", 0))  # tried out before, which is read too
+    assert choosing.available(torch.device("cuda", 0))  # tried out before, which is read too
     away = [holding for holding in qmove.inventory(model).holdings if holding.device.type != "cpu"]
     return PRODUCT * (SPARE + sum(-(-holding.nbytes // PIECE) for holding in away))
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import simcuda
-from qmove_core.digests import digest, digest_tree
+from qmove_core.digests import choosing, digest, digest_tree, gathering
 from qmove_core.digests.digest import Digest, digest_storages, queue_digests
 from qmove_core.digests.digest_tree import PIECE, ROW, FloatProducts, IntProducts
 from qmove_core.storages import as_bytes
@@ -37,7 +37,7 @@ SIZES = [
     PIECE + 1,
     3 * PIECE + 5,
 ]
-LARGE = digest.IN_PLACE + PIECE + 1001  # read where it lies, but for its last bytes
+LARGE = gathering.IN_PLACE + PIECE + 1001  # read where it lies, but for its last bytes
 
 
 def storage_of(nbytes: int, device: torch.device = CPU, seed: int = 0) -> torch.UntypedStorage:
@@ -105,7 +105,7 @@ def fresh_choice() -> Iterator[None]:
 @pytest.fixture
 def tried(gpu: GPU) -> GPU:
     """A device that was tried out before, so that only the digests themselves are counted."""
-    assert digest.available(gpu.device)
+    assert choosing.available(gpu.device)
     gpu.reset_peak()
     if simcuda.is_active():
         simcuda.reset_counters()
@@ -157,7 +157,7 @@ def test_exchanged_blocks_show(gpu: GPU, block: int) -> None:
 
 
 def test_zeros_of_different_lengths_differ(gpu: GPU) -> None:
-    lengths = [0, 1, 2, 8, ROW, ROW + 1, 2 * ROW, PIECE, PIECE + ROW, 2 * PIECE, digest.IN_PLACE]
+    lengths = [0, 1, 2, 8, ROW, ROW + 1, 2 * ROW, PIECE, PIECE + ROW, 2 * PIECE, gathering.IN_PLACE]
     zeros = [
         torch.zeros(n, dtype=torch.uint8, device=gpu.device).untyped_storage() for n in lengths
     ]
@@ -199,20 +199,16 @@ def test_storages_of_two_devices_are_refused(gpu: GPU) -> None:
 def test_the_products_are_those_of_whole_numbers() -> None:
     """Against numpy's int64, written down a second time, so that a digest never rests on a rounded
     sum."""
-    nbytes = 100 * ROW - 10  # 5 groups of 20 rows
+    nbytes = 100 * ROW - 10  # 4 groups, the last of 4 rows
     storage = storage_of(nbytes)
     numbers = digest_tree.matrices(CPU).numpy().astype(np.int64)
-    rows = np.zeros((100, ROW), np.int8)
+    rows = np.zeros((PIECE // ROW, ROW), np.int8)  # a whole piece, most of it zeros
     rows.reshape(-1)[:nbytes] = as_bytes(storage).numpy().view(np.int8)
-    level0 = (rows @ numbers[: 8 * ROW].reshape(8, ROW).T).astype(np.int32)
-    level1 = (
-        level0.view(np.int8).reshape(5, -1) @ numbers[8 * ROW :][: 8 * 640].reshape(8, 640).T
-    ).astype(np.int32)
-    level2 = (
-        level1.view(np.int8).reshape(1, -1) @ numbers[16 * ROW :][: 8 * 160].reshape(8, 160).T
-    ).astype(np.int32)
-    assert digest_tree.shape_of(nbytes) == (5, 20)
-    assert one(storage) == digest._combined(nbytes, memoryview(level2.tobytes()), [0])
+    products = rows
+    for level, width in enumerate((ROW, ROW, 512)):
+        matrix = numbers[level * 8 * ROW :][: 8 * width].reshape(8, width).T
+        products = (products.view(np.int8).reshape(-1, width) @ matrix).astype(np.int32)
+    assert one(storage) == digest._combined(nbytes, memoryview(products.tobytes()), [0])
 
 
 # Callers
@@ -272,7 +268,7 @@ def test_memory_is_bounded_and_given_back(tried: GPU) -> None:
         "only the results stay, and the numbers"
     )
     pending.values()
-    assert tried.peak() - before <= digest.STAGING + 1400 * digest_tree.PRODUCT
+    assert tried.peak() - before <= gathering.STAGING + 1400 * digest_tree.PRODUCT
     assert tried.allocated() == before
 
 
@@ -294,7 +290,7 @@ def launches(storages: Sequence[torch.UntypedStorage]) -> list[str]:
 def test_many_storages_take_few_kernels(tried: GPU) -> None:
     few = launches([storage_of(100_000, tried.device)])
     many = launches([storage_of(100_000, tried.device)] * 2_000)
-    gathered = -(-2_000 * 100 * ROW // (digest.STAGING * 3 // 4))  # batches
+    gathered = -(-2_000 * 100 * ROW // (gathering.STAGING * 3 // 4))  # batches
     assert len(many) - len(few) <= 2 * gathered + 2
     assert sum("_int_mm" in name for name in many) <= gathered + 2
 
@@ -345,7 +341,7 @@ def test_without_int_products_those_of_floats_are_taken(
     monkeypatch.setattr(torch, "_int_mm", missing)
     with caplog.at_level(logging.INFO, "qmove"):
         assert digest_storages(storages) == expected
-    assert digest._products(gpu.device) is FloatProducts
+    assert choosing.products_on(gpu.device) is FloatProducts
     assert "do not use IntProducts: _int_mm_out_cuda not compiled" in caplog.text
 
 
@@ -364,8 +360,8 @@ def test_a_way_that_is_wrong_is_not_taken(
     gpu: GPU, fresh_choice: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IntProducts, "multiply", _one_off(IntProducts.multiply))
-    assert digest.available(gpu.device)
-    assert digest._products(gpu.device) is FloatProducts
+    assert choosing.available(gpu.device)
+    assert choosing.products_on(gpu.device) is FloatProducts
 
 
 def test_a_device_that_is_wrong_in_every_way_has_no_digests(
@@ -374,6 +370,6 @@ def test_a_device_that_is_wrong_in_every_way_has_no_digests(
     storage = storage_of(8, gpu.device)
     monkeypatch.setattr(IntProducts, "multiply", _one_off(IntProducts.multiply))
     monkeypatch.setattr(FloatProducts, "multiply", _one_off(FloatProducts.multiply))
-    assert not digest.available(gpu.device)
-    assert digest.available(CPU)
+    assert not choosing.available(gpu.device)
+    assert choosing.available(CPU)
     assert digest_storages([storage]) == [None]

@@ -14,7 +14,8 @@ from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.digests import digest
+from qmove_core.digests import choosing
+from qmove_core.digests.digest_tree import FloatProducts, IntProducts
 from qmove_core.parking import streaming
 from tests.builders.device import GPU
 from tests.builders.digests import try_out_anew
@@ -112,7 +113,7 @@ def test_digests_that_cannot_be_read_are_none(gpu: GPU, error: str) -> None:
     model = layers(4, width=WIDTH)
     before = contents(model)
     qmove.park(model)
-    digest.available(gpu.device)
+    choosing.available(gpu.device)
 
     def refuse(notice: simcuda.CopyNotice) -> None:
         if notice.direction == "d2h":  # during a restore only digests go that way
@@ -134,12 +135,12 @@ def test_a_shape_that_only_real_sizes_have_falls_back_to_float_products(
     gpu: GPU, rows: int
 ) -> None:
     model = nn.ParameterList([torch.ones(MIB * 3, device="cuda") for _ in range(2)])
-    assert digest.available(gpu.device)
+    assert choosing.available(gpu.device)
     with simcuda.fail("op:_int_mm", min_rows=rows, times=1000) as fault:
         round_trip(model)
         assert fault.fired == 1, "not asked again"
         round_trip(model)
-    assert digest._products(gpu.device) is digest.FloatProducts
+    assert choosing.products_on(gpu.device) is FloatProducts
     assert qmove.park(model).copied_bytes == 0
 
 
@@ -157,7 +158,7 @@ def test_a_shortage_in_the_first_digest_is_not_remembered(
     qmove.park(model)
     qmove.restore(model)
     assert qmove.park(model).copied_bytes == 0
-    assert digest._products(gpu.device) is digest.IntProducts
+    assert choosing.products_on(gpu.device) is IntProducts
 
 
 @pytest.mark.parametrize("operator", [None, "_int_mm"])
@@ -178,7 +179,7 @@ def test_a_copy_that_fails_late_is_never_taken_for_a_digest(
     qmove.park(model)
     parked = contents(model)
     if tried_before:
-        digest.available(gpu.device)
+        choosing.available(gpu.device)
     with ExitStack() as planned, pytest.raises(torch.AcceleratorError, match="injected"):
         if operator is not None:
             planned.enter_context(failing(ERRORS["a shape that cuBLAS lacks"], operator))
@@ -197,7 +198,7 @@ def test_after_a_move_nothing_of_ours_stays_on_the_device(
 ) -> None:
     simcuda.set_workspaces("8MiB")
     if floats:
-        digest._failed.add((gpu.device, digest.IntProducts))
+        choosing._failed.add((gpu.device, IntProducts))
     model, other = layers(4, width=WIDTH), layers(4, width=WIDTH)
     qmove.park(other)
     assert gpu.allocated() == MODEL

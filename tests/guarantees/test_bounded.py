@@ -11,7 +11,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.digests import digest
+from qmove_core.digests import gathering
 from qmove_core.memory import arena, limits
 from qmove_core.transfer import copies
 from tests.builders.device import GPU
@@ -62,7 +62,7 @@ def test_a_restore_takes_the_models_own_bytes_and_no_more(
     digests = 128 * pieces + (
         20 << 10
     )  # 32 bytes, to compute and to read them too, and the numbers to multiply with
-    if max(holding.nbytes for holding in qmove.inventory(model).holdings) >= digest.IN_PLACE:
+    if max(holding.nbytes for holding in qmove.inventory(model).holdings) >= gathering.IN_PLACE:
         digests += 5 << 18  # the least staging, where the model is much larger
     assert empty + parked.nbytes <= gpu.peak() <= empty + parked.nbytes + digests
 

@@ -12,6 +12,7 @@ from torch import nn
 import qmove_core as qmove
 import simcuda
 from qmove_core.digests import digest
+from qmove_core.digests.digest_tree import FloatProducts
 from tests.builders.device import GPU
 from tests.builders.link import copies
 from tests.builders.mirrors import BIAS, WEIGHT, WIDTH, digest_bytes, mirrored, ones, round_trip
@@ -262,7 +263,7 @@ def test_a_device_that_multiplies_inexactly_is_copied_from(
     model = mirrored()
     before = contents(model)
     monkeypatch.setattr(
-        digest, "_products", lambda device: None if device.type == "cuda" else digest.FloatProducts
+        digest, "products_on", lambda device: None if device.type == "cuda" else FloatProducts
     )
     for _ in range(2):
         parked = qmove.park(model)

@@ -9,7 +9,7 @@ import pytest
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.digests import digest
+from qmove_core.digests import choosing
 from qmove_core.memory import blocks, pinning
 from qmove_core.parking import streaming
 from qmove_core.transfer import copies
@@ -25,7 +25,7 @@ def singly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tried_out(gpu: GPU) -> None:
     """Digests are tried out once for each device, which waits."""
-    assert digest.available(gpu.device)
+    assert choosing.available(gpu.device)
 
 
 @pytest.fixture

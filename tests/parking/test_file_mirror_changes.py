@@ -257,9 +257,9 @@ def test_a_parked_model_never_comes_home_with_the_bytes_of_a_changed_file(
     if way == "no mirrors":
         qmove.configure(keep_mirrors=False)
     if way == "no digests":
-        products = digest._products
+        products = digest.products_on
         monkeypatch.setattr(
-            digest, "_products", lambda device: products(device) if device.type == "cpu" else None
+            digest, "products_on", lambda device: products(device) if device.type == "cpu" else None
         )
     with pytest.raises(qmove.MappedFileChanged, match=r"model\.safetensors"):
         if way == "use":

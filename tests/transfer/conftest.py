@@ -9,7 +9,7 @@ import pytest
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.digests import digest
+from qmove_core.digests import choosing
 from qmove_core.memory import blocks
 from qmove_core.parking import streaming
 from qmove_core.transfer import copies as engine
@@ -20,7 +20,7 @@ from tests.builders.device import GPU
 @pytest.fixture
 def tried_out(gpu: GPU) -> Iterator[None]:
     """Digests are tried out once for each device: what is counted and timed is the model's."""
-    assert digest.available(gpu.device)
+    assert choosing.available(gpu.device)
     simcuda.reset_counters()
     yield
     simcuda.link.use("pcie4")
