@@ -67,12 +67,15 @@ class Pending:
     Until they are read it keeps 32 bytes for each piece there, and 20 KiB.
     """
 
-    def __init__(self, out: torch.Tensor | None, places: list[tuple[int, list[int]]]) -> None:
+    def __init__(
+        self,
+        out: torch.Tensor | None,
+        places: list[tuple[int, list[int]]],
+        numbers: torch.Tensor | None = None,
+    ) -> None:
         self._out, self._places = out, places  # (bytes, rows of `out` that belong to them)
         self._stream = None if out is None else current_stream(out.device)
-        self._numbers = (
-            None if out is None else matrices(out.device)
-        )  # for those that are queued next
+        self._numbers = numbers  # for those that are queued next
         self._values: list[Digest | None] | None = None
 
     @classmethod
@@ -168,5 +171,7 @@ def _queue(contents: list[torch.Tensor], at_most: int) -> Pending:
     products = products_on(device)
     if products is None:
         raise Inexact("it multiplies 8-bit numbers inexactly")
+    numbers = matrices(device)
     out, places = queue(products, contents, device, at_most)
-    return Pending(out, list(zip([content.numel() for content in contents], places, strict=True)))
+    sizes = [content.numel() for content in contents]
+    return Pending(out, list(zip(sizes, places, strict=True)), numbers)

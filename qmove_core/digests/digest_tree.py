@@ -2,10 +2,10 @@
 every device has.
 
 Bytes are taken as int8, in rows of 1024. Level 0 multiplies each row with a random int8 matrix of
-1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of 32
-rows, and level 2 with those of 16 such groups, so that a piece of 512 KiB ends as 32 bytes. Each
-level has its own matrix. A smaller piece counts as filled up with zeros, whose products are zeros:
-those are filled in, and only what there is gets multiplied.
+1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of 16
+rows, and level 2 with those of 32 such groups, so that a piece of 512 KiB ends as 32 bytes. Each
+level has its own matrix. A smaller piece counts as filled up with zeros. Their products are zeros:
+beyond the last group they are filled in, not computed.
 
 Odds that a change of a piece goes unseen: where a row differs, one column of the product is the
 same for at most one of the 256 values of one entry, so all 8 are with at most 256^-8 = 2^-64; the
@@ -32,24 +32,20 @@ from ..storages import empty
 ROW = 1024  # bytes; the most of which float32 can hold the sum of products
 COLUMNS = 8  # the fewest that `_int_mm` takes
 PRODUCT = COLUMNS * 4  # bytes of a row's product
-GROUP = ROW // PRODUCT  # rows whose products fill one row of the next level
-GROUPS = 16
+GROUP = 16  # rows; small, since a piece is gathered with zeros up to a whole group
+GROUPS = 32
 PIECE = GROUPS * GROUP * ROW  # bytes that end as one product
+PIECE_ROWS = PIECE // ROW
 # Rows at least: `_int_mm` takes no fewer than 17. What those not asked for give is overwritten.
 SPARE = 32
 
-_LEVELS = (ROW, ROW, GROUPS * PRODUCT)  # bytes that a row has
+_LEVELS = (ROW, GROUP * PRODUCT, GROUPS * PRODUCT)  # bytes that a row has
 _NUMBERS = sum(_LEVELS) * COLUMNS
 
 
 def rows_of(nbytes: int) -> int:
-    """How many rows a piece of this many bytes, 1 to PIECE, fills."""
-    return -(-nbytes // ROW)
-
-
-def filled_up(count: int, multiple: int) -> int:
-    """`count`, up to the next `multiple`."""
-    return -(-count // multiple) * multiple
+    """How many rows a piece of this many bytes, 1 to PIECE, takes: whole groups."""
+    return -(-nbytes // (GROUP * ROW)) * GROUP
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -130,8 +126,7 @@ class FloatProducts:
 
     def multiply(self, level: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         """As `IntProducts.multiply`."""
-        width = rows.shape[1]
-        matrix = _matrix(self._numbers, level, width)
+        matrix = _matrix(self._numbers, level, rows.shape[1])
         step = len(self._out)
         for part, target in zip(rows.split(step), out.split(step), strict=True):
             floats = self._rows[: part.numel()].view(part.shape).copy_(part)
@@ -152,76 +147,78 @@ class Tree:
 
     Args:
         products: how to multiply.
-        capacity: products of rows that it holds, those that are filled in too, before it goes on to
-            the next level; at least those of a piece.
-        rows: of level 0 that are added at a time, at most.
+        rows: of level 0 that it holds the products of (`capacity`) before it goes on to the next
+            levels; those of a piece at least.
+        most_pieces: that it holds, likewise.
         pieces: that will come in all.
     """
 
     def __init__(
-        self, products: Products, capacity: int, rows: int, pieces: int, device: torch.device
+        self,
+        products: Products,
+        rows: int,
+        most_pieces: int,
+        pieces: int,
+        device: torch.device,
     ) -> None:
         self._products = products
-        self.capacity, self._filled, self._done = capacity, 0, 0
+        self.capacity, self.most_pieces = rows, most_pieces
+        self._filled, self._done = 0, 0
         self._groups: list[int] = []  # of each piece that is held
 
         def numbers(count: int) -> torch.Tensor:
             return empty(count, COLUMNS, dtype=torch.int32, device=device)
 
-        self._level1 = numbers(capacity + SPARE * GROUP)
-        self._level2 = numbers(capacity // GROUP * GROUPS + SPARE * GROUPS)
-        self._unfilled = numbers(max(rows, capacity // GROUP) + SPARE)
-        self._zeros = numbers(max(GROUP, GROUPS)).zero_()
+        self._level1 = numbers(rows + SPARE * GROUP)
+        self._level2 = numbers((most_pieces + SPARE) * GROUPS)
+        self._unfilled = numbers(rows // GROUP + SPARE)
+        self._zeros = numbers(GROUPS).zero_()
         self.out = numbers(pieces + SPARE)
 
     def add(self, rows: torch.Tensor, pieces: list[int]) -> None:
-        """Takes `rows` (int8, n x 1024, n > 16) in, of which so many make up each piece; more rows
-        do not count."""
-        groups = [-(-count // GROUP) for count in pieces]
-        if self._filled + sum(groups) * GROUP > self.capacity:
+        """Takes `rows` (int8, n x 1024, n > 16) in, of which so many, whole groups, make up each
+        piece; more rows do not count."""
+        count = sum(pieces)
+        if (
+            self._filled + count > self.capacity
+            or len(self._groups) + len(pieces) > self.most_pieces
+        ):
             self.finish()
-        self._multiply(0, rows, pieces, GROUP, self._level1[self._filled :])
-        self._filled += sum(groups) * GROUP
-        self._groups += groups
+        self._products.multiply(0, rows, self._level1[self._filled : self._filled + len(rows)])
+        self._filled += count
+        self._groups += [rows_of_piece // GROUP for rows_of_piece in pieces]
 
     def finish(self) -> torch.Tensor:
         """Brings all rows up to the last level; returns what came out so far, and 32 rows that do
         not count."""
-        if self._groups:
-            level1, level2 = _rows(self._level1, 1), _rows(self._level2, 2)
-            # More rows than there are, since `_int_mm` takes no fewer than 17: they do not count.
-            self._multiply(
-                1, level1[: max(sum(self._groups), SPARE)], self._groups, GROUPS, self._level2
+        pieces = len(self._groups)
+        if pieces:
+            whole = min(self._groups) == GROUPS
+            groups = self._reduce(
+                1, self._level1, sum(self._groups), self._level2 if whole else self._unfilled
             )
-            pieces, out = len(self._groups), self.out[self._done :]
-            self._multiply(2, level2[: max(pieces, SPARE)], [1] * pieces, 1, out)
+            if not whole:
+                torch.cat(self._filled_up(groups), out=self._level2[: pieces * GROUPS])
+            self._reduce(2, self._level2, pieces, self.out[self._done :])
             self._done += pieces
         self._groups, self._filled = [], 0
         return self.out
 
-    def _multiply(
-        self,
-        level: int,
-        rows: torch.Tensor,
-        counts: list[int],
-        multiple: int,
-        out: torch.Tensor,
-    ) -> None:
-        """The products of rows, of which so many belong together, into `out`: there, zeros fill
-        each such number up to a multiple."""
-        if not any(count % multiple for count in counts):
-            self._products.multiply(level, rows, out[: len(rows)])
-            return
-        products = self._unfilled[: len(rows)]
-        self._products.multiply(level, rows, products)
+    def _filled_up(self, products: torch.Tensor) -> list[torch.Tensor]:
+        """The products of each piece's groups, each followed by zeros for those that it lacks."""
         parts: list[torch.Tensor] = []
-        for part, count in zip(products[: sum(counts)].split(counts), counts, strict=True):
+        for part, groups in zip(products.split(self._groups), self._groups, strict=True):
             parts.append(part)
-            if missing := -count % multiple:
-                parts.append(self._zeros[:missing])
-        torch.cat(parts, out=out[: sum(filled_up(count, multiple) for count in counts)])
+            if groups < GROUPS:
+                parts.append(self._zeros[groups:])
+        return parts
 
-
-def _rows(products: torch.Tensor, level: int) -> torch.Tensor:
-    """What the level below wrote, as rows of this one: int8."""
-    return products.view(-1).view(torch.int8).view(-1, _LEVELS[level])
+    def _reduce(
+        self, level: int, products: torch.Tensor, count: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiplies `count` rows, made of the products of the level below, into `out`."""
+        rows = products.view(-1).view(torch.int8).view(-1, _LEVELS[level])
+        # Rows beyond `count` are there only because `_int_mm` takes no fewer than 17.
+        some = max(count, SPARE)
+        self._products.multiply(level, rows[:some], out[:some])
+        return out[:count]

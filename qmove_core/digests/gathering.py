@@ -4,8 +4,8 @@ What is large is read where it lies, what is small is gathered first.
 
 Memory: STAGING bytes at most, whatever the number and size of the storages, plus 32 bytes a piece
 (512 KiB or a smaller storage). Storages of IN_PLACE bytes or more are read once. Others are written
-once and read again, in 2 or 3 kernels for 44 MiB or FEW storages. Then three kernels for
-all of them, or for each 128 MiB.
+once and read again, in 2 kernels for 48 MiB or FEW storages. Then 3
+kernels for all of them, or for each 256 MiB.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from ..errors import is_out_of_memory
 from ..storages import empty
 from .digest_tree import (
     GROUP,
+    GROUPS,
     PIECE,
+    PIECE_ROWS,
     PRODUCT,
     ROW,
     SPARE,
     Products,
     Tree,
-    filled_up,
     rows_of,
 )
 
-PIECE_ROWS = PIECE // ROW
 STAGING = 64 << 20
 LEAST_STAGING = 1 << 20
 # Reading a smaller storage where it lies saves less than launching a kernel for it costs.
 IN_PLACE = 8 << 20
+FIXED = 128 << 10  # of it: numbers, zeros, and what is multiplied only since 17 rows are the fewest
 FEW = 512  # storages gathered by one call, whose cost on the host grows faster than their number
 
 
@@ -58,7 +59,7 @@ def queue(
     for rows in plan.in_place:
         for some in rows.split(staging.tree.capacity):
             staging.tree.add(some, [PIECE_ROWS] * (len(some) // PIECE_ROWS))
-    for batch in plan.batches(staging.rows, staging.tree.capacity):
+    for batch in plan.batches(staging.rows, min(FEW, staging.tree.most_pieces)):
         staging.add(batch)
     return staging.tree.finish(), plan.places
 
@@ -77,7 +78,7 @@ class _Piece:
     owner: int  # whose, and
     index: int  # which of its pieces
     rows: int
-    missing: int  # bytes of the last row, which are filled with zeros
+    missing: int  # bytes up to the end of the last row, which are zeros
     words: bool
 
 
@@ -98,29 +99,20 @@ class _Plan:
     def rows_gathered(self) -> int:
         return sum(piece.rows for piece in self.gathered)
 
-    def products(self) -> int:
-        """Of all rows, with those that are filled in."""
-        return sum(map(len, self.in_place)) + sum(
-            filled_up(piece.rows, GROUP) for piece in self.gathered
-        )
+    def rows(self) -> int:
+        """Of all pieces."""
+        return sum(map(len, self.in_place)) + self.rows_gathered()
 
-    def batches(self, rows: int, products: int) -> Iterator[list[_Piece]]:
-        """Pieces of one dtype that fit into `rows` rows and have at most `products` products."""
+    def batches(self, rows: int, most: int) -> Iterator[list[_Piece]]:
+        """Up to `most` pieces of one dtype that fit into `rows` rows."""
         batch: list[_Piece] = []
-        free, room = rows, products
+        free = rows
         for piece in self.gathered:
-            filled = filled_up(piece.rows, GROUP)
-            if (
-                piece.rows > free
-                or filled > room
-                or len(batch) == FEW
-                or (batch and batch[0].words != piece.words)
-            ):
+            if piece.rows > free or len(batch) == most or (batch and batch[0].words != piece.words):
                 yield batch
-                batch, free, room = [], rows, products
+                batch, free = [], rows
             batch.append(piece)
             free -= piece.rows
-            room -= filled
         if batch:
             yield batch
 
@@ -144,9 +136,8 @@ def _plan(contents: list[torch.Tensor]) -> _Plan:
             rows = rows_of(size)
             part = part.view(torch.int64) if words else part
             pieces.append(_Piece(part, owner, index, rows, rows * ROW - size, words))
-    # One dtype after the other: each is gathered by itself. Those that end where a group ends need
-    # nothing filled in: they come first, so that a batch has only such ones.
-    pieces.sort(key=lambda piece: (piece.words, piece.rows % GROUP))
+    # Each dtype is gathered by itself; where all pieces are whole, no zeros are filled in.
+    pieces.sort(key=lambda piece: (piece.words, piece.rows < PIECE_ROWS))
     for place, piece in enumerate(pieces, used):
         places[piece.owner][piece.index] = place
     return _Plan(in_place, pieces, places)
@@ -159,18 +150,22 @@ class _Staging:
         self, products: type[Products], plan: _Plan, nbytes: int, device: torch.device
     ) -> None:
         gathered, workspace = plan.rows_gathered(), products.workspace(nbytes)
-        share = 9 if workspace else 11  # of 16; three more are for products
-        self.rows = min(nbytes // 16 * share // ROW, gathered)
+        # Of 16 parts of the memory 2 are for products of rows, 1 for those of groups, and 2 for
+        # floats where they are needed.
+        part = (nbytes - FIXED) // 16
+        self.rows = min(part * (10 if workspace else 12) // ROW, gathered)
         self._bytes = empty(
             max(self.rows, SPARE if gathered else 0) * ROW, dtype=torch.uint8, device=device
         )
-        self._zeros = empty(ROW if gathered else 0, dtype=torch.uint8, device=device).zero_()
-        needed = plan.products()
+        zeros = GROUP * ROW if gathered else 0
+        self._zeros = empty(zeros, dtype=torch.uint8, device=device).zero_()
+        rows, pieces = plan.rows(), sum(map(len, plan.places))
+        most = min(2 * part // (PIECE_ROWS * PRODUCT), -(-rows // PIECE_ROWS))
         self.tree = Tree(
-            products(device, min(workspace, max(needed, SPARE))),
-            min(nbytes // 8 // PRODUCT // PIECE_ROWS, -(-needed // PIECE_ROWS)) * PIECE_ROWS,
-            self.rows,
-            sum(map(len, plan.places)),
+            products(device, min(workspace, max(rows, SPARE))),
+            most * PIECE_ROWS,
+            min(part // (GROUPS * PRODUCT), pieces),
+            pieces,
             device,
         )
 

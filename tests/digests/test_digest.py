@@ -199,14 +199,14 @@ def test_storages_of_two_devices_are_refused(gpu: GPU) -> None:
 def test_the_products_are_those_of_whole_numbers() -> None:
     """Against numpy's int64, written down a second time, so that a digest never rests on a rounded
     sum."""
-    nbytes = 100 * ROW - 10  # 4 groups, the last of 4 rows
+    nbytes = 100 * ROW - 10  # 7 groups, the last of 4 rows
     storage = storage_of(nbytes)
     numbers = digest_tree.matrices(CPU).numpy().astype(np.int64)
     rows = np.zeros((PIECE // ROW, ROW), np.int8)  # a whole piece, most of it zeros
     rows.reshape(-1)[:nbytes] = as_bytes(storage).numpy().view(np.int8)
     products = rows
-    for level, width in enumerate((ROW, ROW, 512)):
-        matrix = numbers[level * 8 * ROW :][: 8 * width].reshape(8, width).T
+    for width in (1024, 512, 1024):
+        matrix, numbers = numbers[: 8 * width].reshape(8, width).T, numbers[8 * width :]
         products = (products.view(np.int8).reshape(-1, width) @ matrix).astype(np.int32)
     assert one(storage) == digest._combined(nbytes, memoryview(products.tobytes()), [0])
 
