@@ -14,7 +14,7 @@ from ..errors import NotEnoughDeviceMemory, NotEnoughMemory, is_out_of_memory
 from ..settings import settings
 from ..storages import empty
 from . import arena, giving_back
-from .limits import host_limits
+from .limits import room
 
 
 def require(
@@ -39,16 +39,17 @@ def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str
 
     What qmove holds there only to be faster next time is given back first, as far as it is needed.
     """
-    tightest = host_limits(ram_limit, arena.bytes_held())[0]
-    if nbytes > tightest.free and giving_back.trim(nbytes - tightest.free):
-        tightest = host_limits(ram_limit, arena.bytes_held())[0]
-    if nbytes > tightest.free:
+    tightest = room(ram_limit, arena.bytes_held())
+    if nbytes > max(0, tightest.free) and giving_back.trim(nbytes - tightest.free):
+        tightest = room(ram_limit, arena.bytes_held())
+    free = max(0, tightest.free)
+    if nbytes > free:
         advice = (
             advice
             or "Restore or delete another parked model, close other programs, or raise the limit "
             "named."
         )
-        raise NotEnoughMemory(action, "cpu", nbytes, tightest.free, tightest.name, advice)
+        raise NotEnoughMemory(action, "cpu", nbytes, free, tightest.name, advice)
 
 
 def require_device(action: Action, nbytes: int, device: torch.device, advice: str = "") -> None:
@@ -90,8 +91,8 @@ def has_room(needed: Mapping[torch.device, int]) -> bool:
 
 
 def has_room_on_host(nbytes: int) -> bool:
-    """Whether `nbytes` more of host memory are free under every limit now."""
-    return nbytes <= host_limits(settings.ram_limit, arena.bytes_held())[0].free
+    """Whether `nbytes` more of host memory may be taken under every limit now."""
+    return nbytes <= max(0, room(settings.ram_limit, arena.bytes_held()).free)
 
 
 def out_of_memory(
@@ -114,8 +115,8 @@ def allocate(
     sizes = [nbytes for nbytes, device in wanted if device.type == "cpu"]
     try:
         on_host = iter(arena.allocate(sizes, homes.forget))
-    except (MemoryError, OSError) as error:  # a limit that nobody tells: on address space, commit
-        free = host_limits(settings.ram_limit, arena.bytes_held())[0].free
+    except (MemoryError, OSError) as error:  # a limit that nobody tells: on maps, on commit
+        free = max(0, room(settings.ram_limit, arena.bytes_held()).free)
         advice = "Close other programs, or raise the limit on this process's memory."
         raise NotEnoughMemory(
             action, "cpu", arena.bytes_for(sizes), free, f"what the system gives ({error})", advice

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+HEADROOM = (
+    64 << 20
+)  # bytes that a move leaves free: what Python, PyTorch and a driver take meanwhile
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,54 @@ def host_limits(ram_limit: int | None, arena_bytes: int) -> list[Limit]:
             limit of its own.
         arena_bytes: bytes that qmove uses now.
     """
-    limits = [Limit(psutil.virtual_memory().available, "available RAM")]
+    limits = _limits_of_the_system()
+    if ram_limit is not None:
+        limits.append(_own_limit(ram_limit, arena_bytes))
+    return sorted(limits, key=lambda limit: limit.free)
+
+
+def room(ram_limit: int | None, arena_bytes: int) -> Limit:
+    """What a move may take, by the tightest of `host_limits`.
+
+    Of the system's own limits it leaves `HEADROOM`: who passes them is killed, or cannot even start
+    a thread. So what is free may be less than 0.
+    """
+    less = f", less {HEADROOM >> 20} MiB that stay free"
+    limits = [Limit(limit.free - HEADROOM, limit.name + less) for limit in _limits_of_the_system()]
+    if ram_limit is not None:
+        limits.append(_own_limit(ram_limit, arena_bytes))
+    return min(limits, key=lambda limit: limit.free)
+
+
+def _own_limit(ram_limit: int, arena_bytes: int) -> Limit:
+    return Limit(max(0, ram_limit - arena_bytes), "ram_limit of qmove.configure")
+
+
+def _limits_of_the_system() -> list[Limit]:
+    limits = [Limit(psutil.virtual_memory().available, "available RAM"), *_limits_of_the_process()]
     cgroup = cgroup_free()
     if cgroup is not None:
         limits.append(Limit(cgroup, "cgroup limit"))
-    if ram_limit is not None:
-        limits.append(Limit(max(0, ram_limit - arena_bytes), "ram_limit of qmove.configure"))
-    return sorted(limits, key=lambda limit: limit.free)
+    return limits
+
+
+def _limits_of_the_process() -> list[Limit]:
+    """Those of `ulimit -v` and `ulimit -d`. Other systems than Linux have none that holds."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    kinds = [
+        (resource.RLIMIT_AS, "vms", "limit on address space, ulimit -v"),
+        (resource.RLIMIT_DATA, "data", "limit on data, ulimit -d"),
+    ]
+    limits = []
+    for kind, used, name in kinds:
+        allowed = resource.getrlimit(kind)[0]
+        if allowed != resource.RLIM_INFINITY:
+            now = getattr(psutil.Process().memory_info(), used)
+            limits.append(Limit(max(0, allowed - now), name))
+    return limits
 
 
 def cgroup_free(

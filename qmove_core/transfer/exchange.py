@@ -23,7 +23,7 @@ from ..errors import NotEnoughMemory
 from ..interrupts import interrupts_deferred
 from ..memory import arena, budget, mirrors
 from ..memory.blocks import ALIGNMENT, HostBlock, gaps_in, place_of
-from ..memory.limits import host_limits
+from ..memory.limits import room
 from ..settings import settings
 from ..storages import rebind, use_count
 from .copies import Progress, bytes_of
@@ -238,7 +238,7 @@ _HOST_ADVICE = "Restore or delete another parked model, close other programs, or
 
 
 def _free_on_host() -> int:
-    return host_limits(settings.ram_limit, arena.bytes_held())[0].free
+    return max(0, room(settings.ram_limit, arena.bytes_held()).free)
 
 
 def _block_of(storage: torch.UntypedStorage) -> HostBlock | None:

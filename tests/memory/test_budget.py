@@ -138,10 +138,10 @@ class TestHostLimits:
         monkeypatch.setattr(limits, "cgroup_free", lambda: None)
         assert limits.host_limits(ram_limit=1 * GIB, arena_bytes=2 * GIB)[0].free == 0
 
-    def test_exactly_what_is_free_may_be_taken_and_no_byte_more(
+    def test_exactly_what_is_free_less_the_headroom_may_be_taken_and_no_byte_more(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(limits, "cgroup_free", lambda: 1 * GIB)
+        monkeypatch.setattr(limits, "cgroup_free", lambda: 1 * GIB + limits.HEADROOM)
         budget.require_host(Action("park", "a model"), 1 * GIB, None)
         with pytest.raises(qmove.NotEnoughMemory) as caught:
             budget.require_host(Action("park", "a model"), 1 * GIB + 1, None)
@@ -150,7 +150,7 @@ class TestHostLimits:
             "cpu",
             GIB + 1,
             GIB,
-            "cgroup limit",
+            "cgroup limit, less 64 MiB that stay free",
         )
         assert "1.00 GiB" in str(error) and "Nothing was moved" in str(error)
 

@@ -123,15 +123,17 @@ def test_mirrors_are_given_up_before_a_park_fails(
     before = snapshot(mirrored_one), snapshot(other)
     round_trip(mirrored_one)
     allowed = arena_bytes(mirrored_one)
+
+    def free() -> int:
+        return allowed - held() + limits.HEADROOM
+
     if limit == "ram_limit":
         qmove.configure(ram_limit=allowed)
     elif limit == "cgroup limit":
-        monkeypatch.setattr(limits, "cgroup_free", lambda: allowed - held())
+        monkeypatch.setattr(limits, "cgroup_free", free)
     else:
         real = psutil.virtual_memory()
-        monkeypatch.setattr(
-            psutil, "virtual_memory", lambda: real._replace(available=allowed - held())
-        )
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=free()))
 
     parked = qmove.park(other)
 
