@@ -92,6 +92,16 @@ def origin_of(storage: torch.UntypedStorage) -> Origin | None:
     return _origins.get(storage._cdata)
 
 
+def origin_at(storage_cdata: int) -> Origin | None:
+    """`origin_of` the storage that has this `_cdata`."""
+    return _origins.get(storage_cdata)
+
+
+def parked_storages() -> list[tuple[int, Origin]]:
+    """The `_cdata` of each parked storage, and its origin."""
+    return [(cdata, origin) for cdata, origin in list(_origins.items()) if origin.is_parked]
+
+
 def parked_origins() -> Iterator[Origin]:
     """The origin of each parked storage, the longest parked first."""
     return (o for o in list(_origins.values()) if o.is_parked and not o.is_result)

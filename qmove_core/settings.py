@@ -14,6 +14,7 @@ class Settings:
     keep_mirrors: bool = True
     verify: bool = False
     pin_limit: int | None = None
+    share_from: int | None = 16 << 20
 
 
 settings = Settings()
@@ -27,6 +28,7 @@ def configure(
     keep_mirrors: bool = _UNCHANGED,
     verify: bool = _UNCHANGED,
     pin_limit: int | None = _UNCHANGED,
+    share_from: int | None = _UNCHANGED,
 ) -> Settings:
     """Sets how qmove works in this process. What is not given stays as it is.
 
@@ -40,6 +42,8 @@ def configure(
             the model is used.
         pin_limit: bytes of host memory that may be page-locked, which makes copies fast. None: what
             the system allows. 0: none.
+        share_from: bytes that a model which is parked must have in common with one that is in host
+            memory already, for the two to share them there (Linux only). None: never.
 
     Returns:
         A copy of the settings that now hold.
@@ -47,7 +51,8 @@ def configure(
     Raises:
         ValueError: a negative limit. Nothing was set.
     """
-    for name, limit in (("ram_limit", ram_limit), ("pin_limit", pin_limit)):
+    limits = (("ram_limit", ram_limit), ("pin_limit", pin_limit), ("share_from", share_from))
+    for name, limit in limits:
         if limit is not _UNCHANGED and limit is not None and limit < 0:
             raise ValueError(
                 f"{name} is a number of bytes, not {limit}; None means no limit of qmove's own."
@@ -57,6 +62,7 @@ def configure(
         "keep_mirrors": keep_mirrors,
         "verify": verify,
         "pin_limit": pin_limit,
+        "share_from": share_from,
     }
     for name, value in given.items():
         if value is not _UNCHANGED:

@@ -75,7 +75,9 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     dispatched_models.loaded_in_test.clear()
     streaming.wait_for()
     gc.collect()
-    qmove.configure(ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None)
+    qmove.configure(
+        ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None, share_from=16 << 20
+    )
     qmove.trim()
     if SIMULATED:
         for index in range(2):

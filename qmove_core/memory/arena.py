@@ -31,6 +31,7 @@ from ..interrupts import interrupts_deferred
 from ..settings import settings
 from . import pinning
 from .blocks import ALIGNMENT, Block, Released
+from .shared import WrittenOnce
 
 log = logging.getLogger("qmove")
 
@@ -75,6 +76,19 @@ def allocate(sizes: Sequence[int], released: Released) -> list[torch.UntypedStor
         storages.append(block.storage(start, size, released))
         start += -(-size // ALIGNMENT) * ALIGNMENT
     return storages
+
+
+def allocate_once(nbytes: int) -> tuple[WrittenOnce, object]:
+    """A block for what models share, and what keeps it in use until the first view of it does.
+
+    Raises:
+        MemoryError, OSError: the system refused.
+    """
+    with _lock, interrupts_deferred():
+        block = WrittenOnce(nbytes, _on_emptied)
+        memory = block.lend()
+        _blocks[id(block)] = block
+        return block, memory
 
 
 def prepare(nbytes: int) -> int:
@@ -138,7 +152,11 @@ def give_back_idle(idle_seconds: float = IDLE_SECONDS) -> int:
     """
     now = time.monotonic()
     with _lock:
-        idle = [spare for spare in _spares() if now - spare.idle_since >= idle_seconds]
+        idle = [
+            spare
+            for spare in _spares()
+            if now - spare.idle_since >= idle_seconds or not spare.is_reusable
+        ]
         return sum(_give_back(spare) for spare in idle if not spare.preparing)
 
 
@@ -204,13 +222,16 @@ def _new_block(nbytes: int) -> Block:
 
 def _fitting_spare(nbytes: int) -> Block | None:
     # What is not worth keeping may be on its way out in a finalizer.
-    spares = [spare for spare in _spares() if spare.worth_keeping]
+    spares = [spare for spare in _spares() if spare.worth_keeping and spare.is_reusable]
     fitting = [spare for spare in spares if spare.nbytes * FULL_ENOUGH <= nbytes <= spare.nbytes]
     return min(fitting, key=lambda spare: spare.nbytes, default=None)
 
 
 def _make_way(nbytes: int) -> None:
     """Gives back the spares that must not stay beside a new block of `nbytes`."""
+    for block in _spares():
+        if not block.is_reusable:
+            _give_back(block)
     needed = bytes_in_use() + nbytes
     limits = [_most_held, pinning.pin_limit().nbytes, settings.ram_limit]
     trim(max(0, min(limit for limit in limits if limit is not None) - needed))

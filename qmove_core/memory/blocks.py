@@ -21,7 +21,7 @@ import torch
 
 from ..interrupts import interrupts_deferred
 from . import pinning
-from .pages import map_memory, round_to_pages, touch_in_background
+from .pages import advise, map_memory, round_to_pages, touch_in_background
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
 PIECE = 64 << 20  # bytes of one registration: copies must not cross a piece's border
@@ -36,12 +36,19 @@ class HostBlock(ABC):
         nbytes: its size.
         address: where it begins.
         is_ram: whether it is RAM of qmove's own, which may be written to and given back. A file is
-            neither; what comes from it is read with `mapped_files.FileReader`.
+            neither, and a view of what models share (`shared.py`) is not either.
+        is_file: whether it is a file; what comes from it is read with `mapped_files.FileReader`.
+        ram: the block of the arena that holds its bytes; None for a file.
     """
 
     nbytes: int
     address: int
     is_ram: bool
+    is_file = False
+
+    @property
+    def ram(self) -> Block | None:
+        return None
 
     @abstractmethod
     def memory(self) -> numpy.ndarray:
@@ -75,6 +82,11 @@ class HostBlock(ABC):
         """Page-locks what [start, end) touches, where that is possible; says whether it is."""
         return False
 
+    def to_copy(self, start: int, end: int) -> torch.Tensor:
+        """The bytes of [start, end), in one piece at most, where a device reads them fastest."""
+        self.pin(start, end)
+        return self.as_bytes()[start:end]
+
     def are_still_valid(self, starts: Sequence[int]) -> bool:
         """Whether the storages that begin there, to which nobody can have written, have the bytes
         that they had when they became mirrors."""
@@ -97,14 +109,34 @@ def place_of(storage: torch.UntypedStorage) -> tuple[HostBlock, int] | None:
     return block, start
 
 
+def place_at(storage_cdata: int) -> tuple[HostBlock, int, int] | None:
+    """The block that the storage with this `_cdata` lies in, and where it begins and ends there."""
+    return _places.get(storage_cdata)
+
+
 def file_bytes() -> int:
     """Bytes of mapped files that storages look at. They are in the page cache, or on the disk."""
-    return sum(end - start for block, start, end in list(_places.values()) if not block.is_ram)
+    return sum(end - start for block, start, end in list(_places.values()) if block.is_file)
+
+
+def storages_in(block: HostBlock) -> dict[int, tuple[int, int]]:
+    """Where each storage in a block begins and ends, in bytes from its start, by `_cdata`."""
+    return {cdata: (start, end) for cdata, (of, start, end) in list(_places.items()) if of is block}
+
+
+def shared_parts() -> dict[int, tuple[int, int]]:
+    """By the `_cdata` of each storage in a view of what models share: the `id` of the block that
+    holds its bytes, and where they begin there."""
+    return {
+        cdata: (id(block.ram), start)
+        for cdata, (block, start, _end) in list(_places.items())
+        if not block.is_ram and not block.is_file
+    }
 
 
 def gaps_in(block: HostBlock) -> list[tuple[int, int]]:
     """The stretches [start, end) of a block in which no storage lies, in bytes from its start."""
-    taken = sorted((start, end) for of, start, end in list(_places.values()) if of is block)
+    taken = sorted(storages_in(block).values())
     gaps, free_from = [], 0
     for start, end in [*taken, (block.nbytes, block.nbytes)]:
         if start > free_from:
@@ -124,20 +156,28 @@ class Block(HostBlock):
     Attributes:
         preparing: whether a thread is pinning it ahead of its use.
         idle_since: when its last slice died, or when it was made, on the clock of `time.monotonic`.
+        is_reusable: whether other storages may lie in it when those that did are gone.
 
     Args:
         nbytes: its size.
         emptied: called with it when its last storage died, in the middle of anything.
+        memory: the map to use; None: a new one.
     """
 
     is_ram = True
+    is_reusable = True
 
-    def __init__(self, nbytes: int, emptied: Callable[[Block], None] | None = None) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        emptied: Callable[[Block], None] | None = None,
+        memory: mmap.mmap | None = None,
+    ) -> None:
         self.nbytes = nbytes
         self.preparing = False
         self.idle_since = time.monotonic()
         self._emptied = emptied
-        self._map: mmap.mmap | None = map_memory(nbytes)
+        self._map: mmap.mmap | None = map_memory(nbytes) if memory is None else memory
         self.address: int = self._whole().ctypes.data
         self._locks = [threading.Lock() for _ in range(-(-nbytes // PIECE))]  # one for each piece
         self._pinned = [False] * len(self._locks)
@@ -145,6 +185,10 @@ class Block(HostBlock):
         # Of pieces that were touched, or are just being.
         self._touches: dict[int, list[Future[None]]] = {}
         self._lent: Callable[[], numpy.ndarray | None] = lambda: None
+
+    @property
+    def ram(self) -> Block:
+        return self
 
     def lend(self) -> numpy.ndarray:
         """Its memory; when that and all slices of it are gone, the block is free again."""
@@ -207,6 +251,20 @@ class Block(HostBlock):
             if not self._pin_piece(index):
                 return False
         return True
+
+    def discard_empty_pieces(self) -> None:
+        """Gives the RAM of those pieces back in which no storage lies any more, while the block is
+        in use. What is in them is lost. Only where the system can (Linux)."""
+        if self.preparing:
+            return
+        with interrupts_deferred():
+            for start, end in gaps_in(self):
+                last = len(self._locks) if end == self.nbytes else end // PIECE
+                for index in range(-(-start // PIECE), last):
+                    for future in self._touches.pop(index, []):
+                        future.result()  # it would make the pages anew
+                    if self._unpin_piece(index):
+                        advise(*self._piece(index), mmap.MADV_DONTNEED)
 
     def stop_pinning(self) -> None:
         """Lets threads that are pinning it end after the piece they are at."""

@@ -101,6 +101,7 @@ class MappedFile(HostBlock):
     """
 
     is_ram = False
+    is_file = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -22,7 +22,7 @@ from ..digests.digest import Digest, digest_storages
 from ..errors import readable_bytes
 from ..storages import EMPTY
 from . import arena
-from .blocks import HostBlock, place_of
+from .blocks import HostBlock, place_of, shared_parts
 
 log = logging.getLogger("qmove")
 
@@ -109,9 +109,27 @@ def quick_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | Non
 
 
 def nbytes() -> int:
-    """Bytes of the arena in which mirrors lie. Those over files take none."""
-    mirrors = [mirror for mirror in list(_mirrors.values()) if mirror.block.is_ram]
-    return arena.bytes_for([mirror.host.nbytes() for mirror in mirrors])
+    """Bytes of the arena in which mirrors lie, and no parked model. Those over files take none."""
+    parked = _parked_parts()
+    sizes = {
+        (id(mirror.block.ram), mirror.start): mirror.host.nbytes()
+        for mirror in list(_mirrors.values())
+        if mirror.block.ram is not None
+    }
+    return arena.bytes_for([size for part, size in sizes.items() if part not in parked])
+
+
+def in_ram() -> list[Mirror]:
+    """The mirrors in the arena."""
+    return [mirror for mirror in list(_mirrors.values()) if mirror.block.ram is not None]
+
+
+def _parked_parts() -> set[tuple[int, int]]:
+    """What mirrors and parked models share: the `id` of a block, and where the bytes begin."""
+    parts = shared_parts()
+    for mirror in list(_mirrors.values()) if parts else ():
+        parts.pop(mirror.host._cdata, None)
+    return set(parts.values())
 
 
 def release(wanted: int) -> int:
@@ -123,15 +141,17 @@ def release(wanted: int) -> int:
     """
     groups: dict[int, list[tuple[torch.UntypedStorage, Mirror]]] = defaultdict(list)
     for storage, mirror in list(_mirrors.items()):
-        if mirror.block.is_ram:  # a block is given back only as a whole
-            groups[id(mirror.block)].append((storage, mirror))
+        if mirror.block.ram is not None:  # a block is given back only as a whole
+            groups[id(mirror.block.ram)].append((storage, mirror))
+    for ram, _start in _parked_parts():
+        groups.pop(ram, None)
     released = 0
     for group in sorted(
         groups.values(), key=lambda group: max(mirror.used for _storage, mirror in group)
     ):
         if released >= wanted:
             break
-        released += sum(mirror.host.nbytes() for _storage, mirror in group)
+        released += sum({mirror.start: mirror.host.nbytes() for _storage, mirror in group}.values())
         for storage, _mirror in group:
             _mirrors.pop(storage, None)
     if released:

@@ -107,6 +107,29 @@ def _process_vm_readv() -> Callable[..., int] | None:
     return call  # type: ignore[no-any-return]
 
 
+def is_unwritten(address: int, nbytes: int) -> bool:
+    """Whether a stretch of a private map of a file shows the file, in every page that it touches:
+    nobody has written to one, which makes a copy of that page.
+
+    False also where the system does not tell.
+    """
+    first, end = address // PAGE, -(-(address + nbytes) // PAGE)
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(first * 8)
+            found = pagemap.read((end - first) * 8)
+    except OSError:
+        return False
+    pages = numpy.frombuffer(found, numpy.uint64)
+    is_there, is_of_file = (pages >> _THERE) != 0, (pages >> _OF_FILE) & _BIT != 0
+    return len(pages) == end - first and bool((is_of_file | ~is_there).all())
+
+
+# Of an entry of Linux's pagemap: bit 63 and 62 say that the page is in RAM or swapped out, bit 61
+# that it is a file's and not a private copy.
+_THERE, _OF_FILE, _BIT = numpy.uint64(62), numpy.uint64(61), numpy.uint64(1)
+
+
 def touch_in_background(memory: numpy.ndarray) -> list[Future[None]]:
     """`touch` by several threads. The memory is made when all that is returned is done."""
     global _touchers

@@ -175,7 +175,7 @@ class Transfer:
             limit = self._staging
             if job.device.type != "cpu":
                 limit = min(limit, self._unallocated[job.device] // 2)
-            if job.place is not None and not job.place[0].is_ram:
+            if job.place is not None and job.place[0].is_file:
                 limit = min(limit, WINDOW)
             if batch and not _fits_behind(job, batch, limit):
                 yield batch
@@ -227,8 +227,10 @@ class Transfer:
                     block, offset = job.place
                     if isinstance(block, MappedFile):
                         content = self._reader.read(block, offset + start, offset + end)
-                    else:
+                    elif job.goes_out:
                         block.pin(offset + start, offset + end)
+                    else:
+                        content = block.to_copy(offset + start, offset + end)
                 target[start:end].copy_(content, non_blocking=True)
                 self._queued(stream, [job], end - start, is_last=end == job.nbytes)
                 self._let_finish(IN_FLIGHT)
@@ -284,8 +286,7 @@ class Transfer:
         end = start + _length(batch)
         if isinstance(block, MappedFile):
             return self._reader.read(block, start, end)
-        block.pin(start, end)
-        return block.as_bytes()[start:end]
+        return block.to_copy(start, end)
 
     def _queued(
         self, stream: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
@@ -391,7 +392,7 @@ def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
     block, offset = job.place if job.place is not None else (None, 0)
     start = 0
     while start < job.nbytes:
-        if block is None or block.is_ram:
+        if block is None or not block.is_file:
             end = min(job.nbytes, start + blocks.PIECE - (offset + start) % blocks.PIECE)
         else:
             end = min(job.nbytes, start + WINDOW)

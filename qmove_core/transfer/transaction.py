@@ -19,7 +19,7 @@ from .. import devices, hosting
 from ..collector import collection_deferred
 from ..errors import CorruptedCopy, is_out_of_memory
 from ..interrupts import Later, interrupts_deferred, not_a_failure
-from ..memory import budget, mirrors
+from ..memory import budget, mirrors, sharing
 from ..memory.blocks import place_of
 from ..memory.budget import allocate, bytes_by_device
 from ..memory.mapped_files import FileReader
@@ -52,6 +52,7 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
     with MoveTransaction(plan) as transaction:
         with collection_deferred():
             transaction.use_mirrors()
+            transaction.share_with_others()
             transaction.allocate_on_host()
         transaction.copy(transaction.to_copy(), progress)
         verified = settings.verify and transaction.verify()
@@ -106,6 +107,14 @@ class MoveTransaction:
                 move.target = move.mirror.host  # one that is no longer true is written over
             else:
                 move.mirror = None  # a file is never written to
+
+    def share_with_others(self) -> None:
+        """Finds what is in host memory already, for another model: nothing to copy there either."""
+        lacking = [move for move in self.moves if move.goes_out and move.target is None]
+        found = sharing.find_equal([move.source for move in lacking])
+        for move, equal in zip(lacking, found, strict=True):
+            if equal is not None:
+                move.target, move.digest, move.is_unchanged = equal.host, equal.digest, True
 
     def allocate_on_host(self, *plans: MovePlan) -> None:
         """Checks every budget of these plans, or of all, then allocates what is lacking on the
