@@ -34,3 +34,13 @@ def weights_of(model: object) -> dict[str, bytes]:
             )
             found[holding.name] = bytes(flat.cpu().numpy().tobytes())
     return found
+
+
+def both_parked(kind: str = "plain") -> tuple[nn.Sequential, nn.Sequential, dict[str, bytes]]:
+    """Two models that share host memory, and their bytes."""
+    one, other = loaded(kind), loaded(kind)
+    before = weights_of(one)
+    assert weights_of(other) == before
+    qmove.park(one)
+    assert qmove.park(other).copied_bytes == 0
+    return one, other, before

@@ -23,6 +23,12 @@ def singly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def small_models_share() -> None:
+    """However few bytes two models have in common, they share them in host memory."""
+    qmove.configure(share_from=1)
+
+
+@pytest.fixture
 def tried_out(gpu: GPU) -> None:
     """Digests are tried out once for each device, which waits."""
     assert choosing.available(gpu.device)
