@@ -22,12 +22,27 @@ def write_text(snapshot: dict[str, Any]) -> str:
     for title, total, parts in _bars(snapshot):
         lines.append(f"{title}: {readable_bytes(total)} in all")
         lines += [f"  {name}: {readable_bytes(nbytes)}" for name, nbytes, _color in parts if nbytes]
+    lines += _same_weights(snapshot)
     done = snapshot["done"]
     lines.append(
         f"Since the start: {done['parks']} parks, {done['restores']} restores, "
         f"{readable_bytes(done['copied_bytes'])} copied."
     )
     return "\n".join(lines)
+
+
+def _same_weights(snapshot: dict[str, Any]) -> Iterator[str]:
+    """A line for each two models that have the same weights, and what is saved by it."""
+    for model in snapshot["models"]:
+        for other in model["same"]:
+            if model["id"] < other["id"]:
+                yield (
+                    f"{_titled(model)} and {other['name']} have the same weights: "
+                    f"{readable_bytes(other['nbytes'])} of each."
+                )
+    shared = snapshot["ram"]["shared"]
+    if shared:
+        yield f"RAM saved where models with the same weights share it: {readable_bytes(shared)}"
 
 
 def draw_picture(snapshot: dict[str, Any]) -> torch.Tensor:

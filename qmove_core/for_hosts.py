@@ -17,6 +17,7 @@ from .homes import lock, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
+from .memory.mirrors import known_digest
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
 from .nvml import other_processes
@@ -34,6 +35,7 @@ __all__ = [
     "has_room_on_host",
     "is_out_of_memory",
     "known_devices",
+    "known_digest",
     "lock",
     "memory_without_context",
     "on_move",

@@ -134,6 +134,16 @@ def shared_parts() -> dict[int, tuple[int, int]]:
     }
 
 
+def shared_bytes() -> int:
+    """Bytes that storages in views of what models share would take beyond it if they did not."""
+    parts = [
+        (id(block.ram), start, end - start)
+        for block, start, end in list(_places.values())
+        if not block.is_ram and not block.is_file
+    ]
+    return sum(part[2] for part in parts) - sum(part[2] for part in set(parts))
+
+
 def gaps_in(block: HostBlock) -> list[tuple[int, int]]:
     """The stretches [start, end) of a block in which no storage lies, in bytes from its start."""
     taken = sorted(storages_in(block).values())

@@ -23,6 +23,7 @@ from ..errors import readable_bytes
 from ..storages import EMPTY
 from . import arena
 from .blocks import HostBlock, place_of, shared_parts
+from .shared import WrittenOnce
 
 log = logging.getLogger("qmove")
 
@@ -98,6 +99,22 @@ def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | N
         for index, digest in zip(indices, found, strict=True):
             digests[index] = digest
     return digests
+
+
+def known_digest(storage: torch.UntypedStorage) -> Digest | None:
+    """The digest that is known already of a parked storage, or of one that has a mirror: of its
+    bytes when they were last looked at. None where there is none."""
+    if storage.device.type != "cpu":
+        mirror = of(storage)
+        return None if mirror is None else mirror.digest
+    origin = homes.origin_of(storage)
+    if origin is None or not origin.is_parked:
+        return None
+    if origin.digest is not None:
+        return origin.digest
+    block, start = place_of(storage) or (None, 0)
+    ram = None if block is None else block.ram
+    return ram.digests.get(start) if isinstance(ram, WrittenOnce) else None
 
 
 def quick_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:

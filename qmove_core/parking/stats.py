@@ -26,6 +26,7 @@ class Stats:
     file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They cost
     page cache, and are in no
         other figure.
+    shared_bytes: host memory that was not taken, since models that have the same weights share it.
     """
 
     parked_models: int
@@ -39,6 +40,7 @@ class Stats:
     moves: int
     copied_bytes: int
     file_bytes: int
+    shared_bytes: int
 
 
 _done: Counter[str] = Counter()
@@ -65,4 +67,5 @@ def stats() -> Stats:
             moves=_done["moved"],
             copied_bytes=_done["copied_bytes"],
             file_bytes=blocks.file_bytes(),
+            shared_bytes=blocks.shared_bytes(),
         )

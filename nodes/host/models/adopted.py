@@ -116,6 +116,14 @@ class Adopted:
             with progress.shown(verb, self.name, self.number, nbytes) as shown:
                 shown.result = move(model, progress=shown.report)
 
+    def weights(self) -> Counter[tuple[int, int]]:
+        """How often it has bytes with this digest and size, as far as digests are known: of what is
+        parked, or has a host copy."""
+        if self.model is None:
+            return Counter()
+        known = [(for_hosts.known_digest(s), s.nbytes()) for _tensor, s in self._storages()]
+        return Counter((digest, nbytes) for digest, nbytes in known if digest is not None)
+
     def storages(self) -> set[int]:
         """The `_cdata` of its storages, wherever they are now."""
         return {storage._cdata for _, storage in self._storages()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from ..models.adopted import Adopted, adopted_models
 from . import version
 
 SECONDS_BETWEEN_TRIES = 0.05
+SAME = 0.1  # of the smaller of two models: what they must have in common to be told
 
 
 _last: tuple[list[dict[str, Any]], qmove.Stats] | None = None  # models and figures when none moved
@@ -52,6 +54,7 @@ def snapshot() -> dict[str, Any]:
             "parked": sum(stats.parked_bytes.values()),
             "mirrors": stats.mirror_bytes,
             "spare": stats.spare_bytes,
+            "shared": stats.shared_bytes,
         },
         "done": {
             "parks": stats.parks,
@@ -81,10 +84,25 @@ def _look() -> tuple[list[dict[str, Any]], qmove.Stats]:
         if _last is not None and progress.running():
             return _last
     try:
-        _last = [_model(adopted) for adopted in adopted_models()], qmove.stats()
+        _last = _models(), qmove.stats()
         return _last
     finally:
         for_hosts.lock.release()
+
+
+def _models() -> list[dict[str, Any]]:
+    """The adopted models, each with those that have the same weights, or a good part of them, as
+    far as digests tell that were taken anyway."""
+    adopted = adopted_models()
+    models, weights = [_model(one) for one in adopted], [one.weights() for one in adopted]
+    for model, mine in zip(models, weights, strict=True):
+        model["same"] = []
+        for other, others in zip(models, weights, strict=True):
+            common = mine & others if mine and other is not model else Counter()
+            nbytes = sum(size * count for (_digest, size), count in common.items())
+            if nbytes and nbytes >= SAME * min(model["nbytes"], other["nbytes"]):
+                model["same"].append({"id": other["id"], "name": other["name"], "nbytes": nbytes})
+    return models
 
 
 def _model(adopted: Adopted) -> dict[str, Any]:
