@@ -12,8 +12,7 @@ from qmove_pack.nodes.memory_picture import write_text
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.digests import digest
-from qmove_core.memory import shared
+from qmove_core.memory import mirrors, shared
 from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.nodes.builders.fake_host import FakeHost
@@ -74,8 +73,7 @@ def test_mirrored_ones_too_and_no_digest_is_taken_for_it(
     first, second, nbytes = two
     for model in (first, second):
         qmove.park(model).restore()
-    monkeypatch.setattr(digest, "queue_digests", None)
-    monkeypatch.setattr(digest, "digest_storages", None)
+    monkeypatch.setattr(mirrors, "digest_storages", None)  # that nobody calls
     assert same() == {"First": [("Second", nbytes)], "Second": [("First", nbytes)]}
     assert ("RAM saved" in write_text(state.snapshot())) == (share_from is not None)
 
