@@ -42,7 +42,7 @@ def _same_weights(snapshot: dict[str, Any]) -> Iterator[str]:
                 )
     shared = snapshot["ram"]["shared"]
     if shared:
-        yield f"RAM saved where models with the same weights share it: {readable_bytes(shared)}"
+        yield f"Parked models share {readable_bytes(shared)} of RAM, as they have the same weights."
 
 
 def draw_picture(snapshot: dict[str, Any]) -> torch.Tensor:
@@ -84,12 +84,23 @@ def _bars(snapshot: dict[str, Any]) -> Iterator[tuple[str, int, list[Part]]]:
         for index, model in enumerate(snapshot["models"])
         for home, nbytes in model["parked"].items()
     ]
+    parked = _once(parked, ram["shared"])
     other = ram["total"] - ram["free"] - sum(nbytes for _name, nbytes, _color in parked)
     yield (
         "RAM",
         ram["total"],
         [*parked, ("other use", max(0, other), OTHER), ("free", ram["free"], FREE)],
     )
+
+
+def _once(parked: list[Part], shared: int) -> list[Part]:
+    """The same without what is shared, which counts for the first who has it."""
+    result = []
+    for name, nbytes, color in reversed(parked):
+        less = min(nbytes, shared)
+        shared -= less
+        result.append((name, nbytes - less, color))
+    return result[::-1]
 
 
 def _titled(model: dict[str, Any]) -> str:

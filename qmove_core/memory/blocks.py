@@ -124,24 +124,14 @@ def storages_in(block: HostBlock) -> dict[int, tuple[int, int]]:
     return {cdata: (start, end) for cdata, (of, start, end) in list(_places.items()) if of is block}
 
 
-def shared_parts() -> dict[int, tuple[int, int]]:
+def shared_parts() -> dict[int, tuple[int, int, int]]:
     """By the `_cdata` of each storage in a view of what models share: the `id` of the block that
-    holds its bytes, and where they begin there."""
+    holds its bytes, and where they begin and end there."""
     return {
-        cdata: (id(block.ram), start)
-        for cdata, (block, start, _end) in list(_places.items())
+        cdata: (id(block.ram), start, end)
+        for cdata, (block, start, end) in list(_places.items())
         if not block.is_ram and not block.is_file
     }
-
-
-def shared_bytes() -> int:
-    """Bytes that storages in views of what models share would take beyond it if they did not."""
-    parts = [
-        (id(block.ram), start, end - start)
-        for block, start, end in list(_places.values())
-        if not block.is_ram and not block.is_file
-    ]
-    return sum(part[2] for part in parts) - sum(part[2] for part in set(parts))
 
 
 def gaps_in(block: HostBlock) -> list[tuple[int, int]]:

@@ -127,7 +127,7 @@ def quick_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | Non
 
 def nbytes() -> int:
     """Bytes of the arena in which mirrors lie, and no parked model. Those over files take none."""
-    parked = _parked_parts()
+    parked = {(ram, start) for ram, start, _end in _parked_parts()}
     sizes = {
         (id(mirror.block.ram), mirror.start): mirror.host.nbytes()
         for mirror in list(_mirrors.values())
@@ -141,12 +141,21 @@ def in_ram() -> list[Mirror]:
     return [mirror for mirror in list(_mirrors.values()) if mirror.block.ram is not None]
 
 
-def _parked_parts() -> set[tuple[int, int]]:
-    """What mirrors and parked models share: the `id` of a block, and where the bytes begin."""
+def shared_bytes() -> int:
+    """Bytes that parked models would take beyond what they do if they shared nothing."""
+    parts = _parked_parts()
+    return sum(end - start for _ram, start, end in parts) - sum(
+        end - start for _ram, start, end in set(parts)
+    )
+
+
+def _parked_parts() -> list[tuple[int, int, int]]:
+    """Of each parked storage in a view of what models share the `id` of the block, and where its
+    bytes begin and end there."""
     parts = shared_parts()
     for mirror in list(_mirrors.values()) if parts else ():
         parts.pop(mirror.host._cdata, None)
-    return set(parts.values())
+    return list(parts.values())
 
 
 def release(wanted: int) -> int:
@@ -160,7 +169,7 @@ def release(wanted: int) -> int:
     for storage, mirror in list(_mirrors.items()):
         if mirror.block.ram is not None:  # a block is given back only as a whole
             groups[id(mirror.block.ram)].append((storage, mirror))
-    for ram, _start in _parked_parts():
+    for ram, _start, _end in _parked_parts():
         groups.pop(ram, None)
     released = 0
     for group in sorted(

@@ -31,7 +31,7 @@ from ..settings import settings
 from ..storages import as_bytes, rebind, use_count
 from . import arena, mirrors, shared
 from .blocks import PIECE, Block, place_at, place_of, storages_in
-from .limits import host_limits
+from .budget import has_room_on_host
 from .mirrors import Mirror
 from .shared import View, WrittenOnce
 
@@ -248,8 +248,7 @@ def _written_once(parts: Iterable[_Part]) -> WrittenOnce | None:
     in_all, largest = sum(u.nbytes for u in users), max(u.nbytes for u in users)
     if 2 * wanted < in_all or not all(user.is_known(block) for user in users):
         return None
-    free = host_limits(settings.ram_limit, arena.bytes_held())[0].free
-    if min(in_all, largest + PIECE) > free:
+    if not has_room_on_host(min(in_all, largest + PIECE)):
         return None
     return _moved(block, users)
 

@@ -26,7 +26,8 @@ class Stats:
     file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They cost
     page cache, and are in no
         other figure.
-    shared_bytes: host memory that was not taken, since models that have the same weights share it.
+    shared_bytes: bytes parked now that take no host memory, since another parked model has the same
+        weights there.
     """
 
     parked_models: int
@@ -67,5 +68,5 @@ def stats() -> Stats:
             moves=_done["moved"],
             copied_bytes=_done["copied_bytes"],
             file_bytes=blocks.file_bytes(),
-            shared_bytes=blocks.shared_bytes(),
+            shared_bytes=mirrors.shared_bytes(),
         )

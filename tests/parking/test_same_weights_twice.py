@@ -49,6 +49,7 @@ def test_the_second_one_copies_nothing_out_and_takes_no_memory(gpu: GPU, kind: s
     stats = qmove.stats()
     assert (stats.arena_bytes, stats.mirror_bytes, stats.file_bytes) == (in_ram, 0, 0)
     assert sum(stats.parked_bytes.values()) == 2 * first.nbytes
+    assert stats.shared_bytes == first.nbytes
     assert second.stragglers == []
     assert weights_of(one) == weights_of(other) == before
     for parked in (second, first):
@@ -57,6 +58,7 @@ def test_the_second_one_copies_nothing_out_and_takes_no_memory(gpu: GPU, kind: s
     assert places_of(one) == places_of(other) == {"cuda"}
     stats = qmove.stats()
     assert (stats.arena_bytes, stats.mirror_bytes) == (0, in_ram), "one copy mirrors both"
+    assert stats.shared_bytes == 0
     assert (qmove.park(one).copied_bytes, qmove.park(other).copied_bytes, held()) == (0, 0, in_ram)
 
 

@@ -1,6 +1,8 @@
 import { expect, test } from "vitest";
 import { memories } from "../../web/js/memory.js";
 import { en } from "../../web/js/texts/en.js";
+import { ja } from "../../web/js/texts/ja.js";
+import { zh } from "../../web/js/texts/zh.js";
 import { GIB, model, parkedModel, snapshot } from "./samples.js";
 
 /** @param {any} state */
@@ -39,6 +41,31 @@ test("a model over two GPUs shows on each with what it has there", () => {
     ["cuda:0", { Flux: 1, "other use": 4, free: 3 }],
     ["cuda:1", { Flux: 5, free: 3 }],
   ]);
+});
+
+test("what parked models share counts once", () => {
+  const models = [parkedModel(), parkedModel({ id: 2, name: "Again" })];
+  const ram = { total: 64 * GIB, free: 40 * GIB, parked: 12 * GIB, mirrors: 0, spare: 0, shared: 5 * GIB };
+  expect(parts(snapshot({ models, ram }))[1]).toEqual([
+    "ram",
+    { "Flux (parked)": 6, "Again (parked)": 1, "other use": 17, free: 40 },
+  ]);
+});
+
+test("what nobody explains, and what flows on wires, is told in the reader's language", () => {
+  const others = [
+    { name: "images and latents on wires", nbytes: GIB, kind: "wires" },
+    { name: "python (1234)", nbytes: GIB, kind: "" },
+    { name: "not explained by this process (...)", nbytes: GIB, kind: "unexplained" },
+    { name: "of a backend that says no kind", nbytes: GIB },
+  ];
+  const [device] = snapshot().devices;
+  const state = /** @type {any} */ (snapshot({ models: [], devices: [{ ...device, others }] }));
+  for (const words of [en, zh, ja]) {
+    const names = memories(state, words)[0].parts.map((part) => part.name);
+    const { wires, unexplained } = words.others;
+    expect(names.slice(0, 4)).toEqual([wires, "python (1234)", unexplained, "of a backend that says no kind"]);
+  }
 });
 
 test("figures that contradict each other still fill a bar exactly", () => {

@@ -94,6 +94,19 @@ describe("models", () => {
     expect(rows()[1].textContent).toContain("parked in RAM · home cuda:0");
   });
 
+  test("each says where it was found, and which others have the same weights", async () => {
+    const place = "Caption node, self.model";
+    const same = [{ id: 2, name: "Flux again", nbytes: 3 * GIB }];
+    await show(snapshot({ models: [model({ place, same }), model({ id: 2, name: "T5", place: "T5" })] }));
+    const [first, second] = rows().map((row) => row.querySelector(".qmove-model-where").textContent);
+    expect(first).toContain("found at Caption node, self.model");
+    expect(first).toContain("same weights as Flux again: 3.0 GiB");
+    expect(second).not.toMatch(/found at|same weights/);
+    app.settings.values.set("Comfy.Locale", "ja");
+    panel.update();
+    expect(rows()[0].textContent).toContain("Flux again と同じ重み");
+  });
+
   test("Park and Restore ask for that model, and only what can be done is offered", async () => {
     await show(snapshot({ models: [model(), parkedModel({ id: 2 })] }));
     api.answers["/qmove/park"] = { report: "Parked." };

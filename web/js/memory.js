@@ -41,9 +41,9 @@ function gpu(device, snapshot, words) {
     nbytes: model.resident[device.name] ?? 0,
     color: "qmove-color-host",
   }));
-  const others = (device.others ?? []).map(({ name, nbytes }, index) => ({
+  const others = (device.others ?? []).map(({ name, nbytes, kind }, index) => ({
     key: `other-${index}`,
-    name,
+    name: words.others[kind ?? ""] ?? name,
     nbytes,
     color: "qmove-color-other",
   }));
@@ -63,6 +63,12 @@ function ram({ ram, models }, words) {
     nbytes: Object.values(model.parked).reduce((sum, nbytes) => sum + nbytes, 0),
     color: colorOf(model.id),
   }));
+  let shared = ram.shared ?? 0; // counts for the first model that has it
+  for (const part of [...parked].reverse()) {
+    const less = Math.min(part.nbytes, shared);
+    shared -= less;
+    part.nbytes -= less;
+  }
   const mirrors = { key: "mirrors", name: words.mirrors, nbytes: ram.mirrors, color: "qmove-color-mirrors" };
   const spare = { key: "spare", name: words.spare, nbytes: ram.spare, color: "qmove-color-spare" };
   return filled("ram", words.ram, ram.total, ram.free, [...parked, mirrors, spare], words);

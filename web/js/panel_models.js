@@ -91,6 +91,8 @@ function whereabouts(model) {
   if (model.on_disk && model.state !== "on disk") parts.push(words.onDisk(bytes(model.on_disk)));
   if (model.home.length) parts.push(words.home(model.home.join(", ")));
   parts.push(model.last_used === null ? words.neverUsed : words.used(ago(Date.now() / 1000 - model.last_used)));
+  if (model.place && model.place !== model.name) parts.push(words.foundAt(model.place));
+  for (const other of model.same ?? []) parts.push(words.sameAs(other.name, bytes(other.nbytes)));
   return parts.join(" · ");
 }
 

@@ -16,6 +16,8 @@ export interface ModelEntry {
   on_disk: number;
   home: string[];
   last_used: number | null;
+  /** The models that have the same weights, as far as that is known, and how many bytes of them. */
+  same?: { id: number; name: string; nbytes: number }[];
 }
 
 export interface Move {
@@ -41,7 +43,7 @@ export interface Device {
   total: number | null;
   free: number | null;
   /** What is no model: on wires, moved by others, other programs, and what nobody explains. */
-  others?: { name: string; nbytes: number }[];
+  others?: { name: string; nbytes: number; kind?: string }[];
 }
 
 export interface Snapshot {
@@ -51,7 +53,7 @@ export interface Snapshot {
   models: ModelEntry[];
   comfyui_models: { name: string; resident: Record<string, number> }[];
   devices: Device[];
-  ram: { total: number; free: number; parked: number; mirrors: number; spare: number };
+  ram: { total: number; free: number; parked: number; mirrors: number; spare: number; shared?: number };
   done: { parks: number; restores: number; moves: number; copied_bytes: number };
   moves: Move[];
   nodes: string[];

@@ -21,11 +21,13 @@ class Holder:
     name: in words.
     nbytes: of the device.
     way_out: what would free them.
+    kind: "wires" or "unexplained", for which a browser has words of its own; else empty.
     """
 
     name: str
     nbytes: int
     way_out: str
+    kind: str = ""
 
 
 _UNKNOWN = "not explained by this process (contexts, engines in C++, other programs)"
@@ -38,6 +40,7 @@ def others_on(device: torch.device) -> list[Holder]:
             "images and latents on wires",
             finding.on_wires().get(device, 0),
             "a run of another workflow drops them",
+            "wires",
         )
     ]
     for left in finding.left_alone():
@@ -55,7 +58,7 @@ def _unexplained(device: torch.device, named: int) -> Holder:
     used = reading.used if reading is not None else 0
     models = sum(holder.nbytes for holder in models_on(device))
     way_out = "a restart of ComfyUI frees what is its own"
-    return Holder(_UNKNOWN, used - models - named, way_out)
+    return Holder(_UNKNOWN, used - models - named, way_out, "unexplained")
 
 
 def models_on(device: torch.device) -> list[Holder]:

@@ -147,6 +147,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         "total": for_hosts.total_memory(device),
         "free": free,
         "others": [
-            {"name": holder.name, "nbytes": holder.nbytes} for holder in holders.others_on(device)
+            {"name": holder.name, "nbytes": holder.nbytes, "kind": holder.kind}
+            for holder in holders.others_on(device)
         ],
     }

@@ -61,7 +61,9 @@ def test_parked_ones_say_which_and_how_much(two: Any) -> None:
     assert same() == {"First": [("Second", nbytes)], "Second": [("First", nbytes)]}
     text = write_text(state.snapshot())
     assert "First and Second have the same weights: 48.75 KiB of each." in text
-    assert "RAM saved where models with the same weights share it: 48.75 KiB" in text
+    assert "Parked models share 48.75 KiB of RAM, as they have the same weights." in text
+    parked = [line for line in text.splitlines() if "(parked from cuda:0)" in line]
+    assert parked == ["  First (parked from cuda:0): 48.75 KiB"], "RAM is counted once"
     del first, second, two
 
 
@@ -75,7 +77,8 @@ def test_mirrored_ones_too_and_no_digest_is_taken_for_it(
         qmove.park(model).restore()
     monkeypatch.setattr(mirrors, "digest_storages", None)  # that nobody calls
     assert same() == {"First": [("Second", nbytes)], "Second": [("First", nbytes)]}
-    assert ("RAM saved" in write_text(state.snapshot())) == (share_from is not None)
+    text = write_text(state.snapshot())
+    assert "have the same weights" in text and "share" not in text
 
 
 def test_what_is_little_of_both_is_not_told(two: Any) -> None:

@@ -16,6 +16,11 @@ export const en = {
   ram: "RAM",
   other: "other use",
   free: "free",
+  others: /** @type {Record<string, string>} */ ({ unexplained: "not explained by this process (contexts, engines in C++, other programs)", wires: "images and latents on wires" }),
+  /** @param {string} place */
+  foundAt: (place) => `found at ${place}`,
+  /** @param {string} name @param {string} nbytes */
+  sameAs: (name, nbytes) => `same weights as ${name}: ${nbytes}`,
   parkedInRam: "parked",
   mirrors: "kept copies",
   spare: "reserve for the next park",
