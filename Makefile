@@ -19,6 +19,9 @@ BROWSER_STAMP := $(if $(filter no,$(BROWSER)),,$(VENV)/.qmove-browser)
 NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 
+# Tests run many small kernels: waiting for a second thread costs more than it brings, most of all on a busy machine.
+test test-faults: export OMP_NUM_THREADS ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-faults check format bench gpu-check setup clean
 

@@ -58,9 +58,10 @@ def _set_imports_aside() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_anything_behind() -> Iterator[None]:
-    """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings and no
-    host memory kept by it."""
+    """Each test starts with empty devices of 4 GiB, fresh counters, qmove's own settings, no host
+    memory kept by it, and none of the callbacks that an earlier test registered."""
     import qmove_core as qmove
+    from qmove_core import hosting
     from qmove_core.digests import choosing
     from qmove_core.memory import arena
     from qmove_core.parking import streaming
@@ -71,7 +72,11 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     for device, _way in choosing._failed:  # a fault of an earlier test made digests slower
         choosing._chosen.pop(device, None)
     choosing._failed.clear()
+    callbacks = [hosting._moved, hosting._ask_for_room]
+    kept = [list(some) for some in callbacks]
     yield
+    for some, before in zip(callbacks, kept, strict=True):
+        some[:] = before
     dispatched_models.loaded_in_test.clear()
     streaming.wait_for()
     gc.collect()
