@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qmove_core.for_hosts import readable_bytes
+from qmove_core.for_hosts import first_of, readable_bytes
 
 WIDTH, BAR, GAP = 900, 34, 22  # pixels
 BACKGROUND, TEXT, OTHER, FREE = "#1e1f22", "#e6e6e6", "#6b7280", "#33363c"
@@ -23,6 +23,12 @@ def write_text(snapshot: dict[str, Any]) -> str:
         lines.append(f"{title}: {readable_bytes(total)} in all")
         lines += [f"  {name}: {readable_bytes(nbytes)}" for name, nbytes, _color in parts if nbytes]
     lines += _same_weights(snapshot)
+    for model in snapshot["models"]:
+        if model["lost"]:
+            lines.append(
+                f"{_titled(model)}: {first_of(model['lost'])} lost their bytes, as somebody has "
+                "emptied the storages (resize_(0)). Load it again."
+            )
     done = snapshot["done"]
     lines.append(
         f"Since the start: {done['parks']} parks, {done['restores']} restores, "

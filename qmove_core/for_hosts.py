@@ -12,7 +12,7 @@ where it is defined.
 
 from .devices import free_memory, has_context, memory_without_context, total_memory
 from .devices import known as known_devices
-from .errors import is_out_of_memory, readable_bytes
+from .errors import first_of, is_out_of_memory, readable_bytes
 from .homes import lock, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
@@ -30,6 +30,7 @@ __all__ = [
     "Heap",
     "Place",
     "describe",
+    "first_of",
     "free_memory",
     "has_context",
     "has_room_on_host",

@@ -24,7 +24,9 @@ def start() -> None:
 
 @never_fails("follow its own moves", None)
 def listen_to_core() -> None:
-    """Follows each move, and answers requests for room; calling it twice changes nothing."""
+    """Follows each move, answers requests for room, and keeps our models in ComfyUI's list; calling
+    it twice changes nothing."""
     for_hosts.on_move(residency.note_move)
     for_hosts.on_move(events.model_moved)
     for_hosts.on_shortage(auto_parking.give_room)
+    residency.keep_listed()

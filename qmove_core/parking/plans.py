@@ -381,6 +381,11 @@ def left_alone(plan: MovePlan) -> list[Straggler]:
     ]
 
 
+def emptied(plan: MovePlan) -> list[str]:
+    """The tensors whose owner, or a stranger, has taken their bytes away."""
+    return [holding.name for holding in plan.held.holdings if _is_emptied(holding)]
+
+
 def _refuse_live_graph(action: Action, held: Inventory) -> None:
     names = live_graph.tensors_in_live_graph(held)
     if names:

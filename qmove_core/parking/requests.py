@@ -13,7 +13,7 @@ import torch
 
 from .. import devices, homes
 from ..devices import Device, DeviceMap
-from ..errors import readable_bytes
+from ..errors import first_of, readable_bytes
 from ..memory import arena, budget, mirrors
 from ..model.holders import Straggler
 from ..model.inventory import inventory
@@ -38,6 +38,8 @@ class Moved:
         home: for each storage that changed places, by its name, its home: where a park took it
             from, a restore brought it to.
         stragglers: storages that did not leave their device, and who holds them.
+        emptied: tensors that have lost their bytes: somebody has cut their storage
+            (`storage.resize_(0)`). Nothing of them moved, and nothing brings them back.
         verified: whether digests proved that every byte arrived as it was
             (`qmove.configure(verify=True)`).
     """
@@ -48,6 +50,7 @@ class Moved:
     home: dict[str, torch.device] = field(repr=False)
     stragglers: list[Straggler]
     verified: bool = False
+    emptied: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,9 @@ def move(
             done = carry_out(plan, progress)
         seconds = time.perf_counter() - started
         moved = Moved(
-            plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
+            *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers),
+            done.verified,
+            plans.emptied(plan),
         )
         _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
@@ -276,7 +281,9 @@ def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> 
     verified = done.verified if plan.moves else settings.verify
     stragglers = [*plans.left_alone(plan), *done.stragglers]
     result = Parked(
-        plan.nbytes, done.copied_bytes, seconds, plan.origins, stragglers, verified, model
+        *(plan.nbytes, done.copied_bytes, seconds, plan.origins, stragglers, verified),
+        plans.emptied(plan),
+        model,
     )
     _report("parked", model, result)
     return result
@@ -285,7 +292,8 @@ def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> 
 def restored_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Restored:
     """Reports a restore."""
     result = Restored(
-        plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified
+        *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified),
+        plans.emptied(plan),
     )
     _report("restored", model, result)
     return result
@@ -315,10 +323,18 @@ def _restore_streaming(plan: MovePlan) -> Done:
 
 def _report(done: str, model: object, figures: Moved) -> None:
     """Counts and logs a move. One that had nothing to do is neither counted nor logged."""
+    name = type(model).__name__
+    if figures.emptied:
+        log.warning(
+            "%s of %s %s no bytes any more: somebody has emptied the storage (resize_(0)). Load "
+            "the model again, unless its owner fills it.",
+            first_of(figures.emptied),
+            name,
+            "has" if len(figures.emptied) == 1 else "have",
+        )
     if not figures.home:
         return
     stats.count(done.split()[0], figures.copied_bytes)
-    name = type(model).__name__
     log.info(
         "%s %s: %s, %s copied in %.2f s (%s/s)",
         done,

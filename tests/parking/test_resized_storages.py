@@ -33,12 +33,14 @@ def test_an_emptied_storage_stays_empty_and_takes_no_memory(gpu: GPU) -> None:
     parked = qmove.park(model)
     assert parked.nbytes == qmove.inventory(model[1]).nbytes + model[0].bias.nbytes
     assert model[0].weight.device == gpu.device
-    qmove.restore(model)
+    assert parked.emptied == ["0.weight"]
+    assert qmove.restore(model).emptied == ["0.weight"]
 
     assert emptied.nbytes() == 0
     assert gpu.allocated() == before
     assert torch.equal(model[1].weight, other)
-    assert qmove.move(model, "cpu").nbytes == parked.nbytes
+    moved = qmove.move(model, "cpu")
+    assert (moved.nbytes, moved.emptied) == (parked.nbytes, ["0.weight"])
 
 
 def test_a_storage_that_was_emptied_and_filled_again_comes_back_with_its_new_bytes(

@@ -22,6 +22,8 @@ import qmove_core as qmove
 from qmove_core import for_hosts
 
 from .. import progress
+from . import managers
+from .emptied import is_emptied
 from .loose_tensors import LooseTensors, living_groups
 
 log = logging.getLogger("qmove")
@@ -98,6 +100,20 @@ class Adopted:
     def resident(self) -> dict[torch.device, int]:
         """Bytes on each accelerator now."""
         return self._bytes()[0]
+
+    @property
+    def moved_by(self) -> str | None:
+        """Who else moves its parts while it runs, and so decides where they are."""
+        model = self.model
+        return managers.manager_of(model) if isinstance(model, nn.Module) else None
+
+    @property
+    def lost(self) -> list[str]:
+        """The names of its tensors whose bytes somebody has taken away (`storage.resize_(0)`)."""
+        model = self.movable
+        if model is None or not any(is_emptied(tensor) for tensor, _ in self._storages()):
+            return []
+        return [holding.name for holding in qmove.inventory(model).holdings if holding.lacks_bytes]
 
     @property
     def parked(self) -> dict[torch.device, int]:

@@ -36,6 +36,11 @@ def entries_of(adopted: Adopted) -> list[Entry]:
     return list(entries.values())
 
 
+def known_entries() -> list[Entry]:
+    """All entries of the models that are alive."""
+    return [entry for entries in list(_entries.values()) for entry in entries.values()]
+
+
 _only_from: frozenset[torch.device] | None = None
 
 
@@ -56,6 +61,7 @@ class Entry:
         self.offload_device = torch.device("cpu")
         self.clone_base_uuid = uuid.uuid4()  # from 0.33: equal for clones, and an entry has none
         self.model_options: dict[str, Any] = {}
+        self.is_listed = False  # in ComfyUI's list, as far as qmove and ComfyUI have to do with it
 
     @property
     def model(self) -> Any:
@@ -106,10 +112,14 @@ class Entry:
 
     @never_fails("park a model for ComfyUI, which needs its memory", None)
     def detach(self, unpatch_all: bool = True) -> None:
-        """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew."""
+        """Parks the model. With `unpatch_all=False` ComfyUI only lists it anew.
+
+        One that another manager moves is left to that one.
+        """
+        self.is_listed = not unpatch_all
         adopted = self._adopted()
         may_leave = _only_from is None or self.load_device in _only_from
-        if unpatch_all and adopted is not None and may_leave:
+        if unpatch_all and adopted is not None and may_leave and not adopted.moved_by:
             try:
                 adopted.park()
             except (qmove.NotEnoughMemory, qmove.InUse) as error:  # the model stays

@@ -172,7 +172,7 @@ def _explained() -> Counter[torch.device]:
     for adopted in adopted_models():
         explained.update(adopted.resident)
     for entry in residency.hosts_own_entries():
-        if not getattr(entry, "is_dynamic", lambda: False)():  # aimdo's memory is not PyTorch's
+        if not residency.is_dynamic(entry):
             explained[entry.load_device] += int(entry.loaded_size())
     for left in _books.left_alone:
         explained.update(left.resident if left.module is not None else {})

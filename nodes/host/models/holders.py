@@ -71,9 +71,11 @@ def models_on(device: torch.device) -> list[Holder]:
         nbytes = adopted.resident.get(device, 0)
         held.append(Holder(where or adopted.name, nbytes, "Park Model, or the GPU memory tab"))
     for entry in residency.hosts_own_entries():
-        if entry.load_device == device and not getattr(entry, "is_dynamic", lambda: False)():
-            name = f"{type(entry.model).__name__} (ComfyUI's own)"
-            held.append(Holder(name, int(entry.loaded_size()), "ComfyUI's Unload Models"))
+        if entry.load_device == device:
+            yields = residency.is_dynamic(entry)
+            name = f"{type(entry.model).__name__} (ComfyUI's own{', dynamic' if yields else ''})"
+            way_out = "it yields by itself" if yields else "ComfyUI's Unload Models"
+            held.append(Holder(name, int(entry.loaded_size()), way_out))
     return sorted((holder for holder in held if holder.nbytes), key=lambda holder: -holder.nbytes)
 
 

@@ -7,6 +7,7 @@ does it alone.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -16,11 +17,11 @@ import torch
 
 import qmove_core as qmove
 
-from .. import comfy, meter, progress
+from .. import comfy, hooks, meter, progress
 from ..contract import HostEntry, ListedModel
-from ..guard import is_interrupt
+from ..guard import is_interrupt, never_fails
 from .adopted import Adopted, adopt, adopted_models
-from .entries import Entry, entries_of
+from .entries import Entry, entries_of, known_entries
 
 log = logging.getLogger("qmove")
 
@@ -55,14 +56,56 @@ def register(models: Iterable[Adopted]) -> None:
     if host is None or not models:
         return
     _alive = [adopted.model for adopted in models]  # until ComfyUI has asked for all sizes
-    listed = {id(_entry_of(line)) for line in host.current_loaded_models}
+    listed = _ids_listed()
     entries = [entry for adopted in models for entry in entries_of(adopted)]
     _drop([entry for entry in entries if id(entry) in listed and not entry.model_size()])
     for entry in entries:
-        if id(entry) not in listed and entry.loaded_size():
+        if id(entry) in listed:
+            continue
+        entry.is_listed = bool(entry.loaded_size())
+        if entry.is_listed:
             line = host.LoadedModel(entry)
             line.model_load()
             host.current_loaded_models.insert(0, line)
+
+
+def _ids_listed() -> set[int]:
+    host = comfy.model_management()
+    lines = host.current_loaded_models if host is not None else ()
+    return {id(_entry_of(line)) for line in lines}
+
+
+def keep_listed() -> bool:
+    """From now on ComfyUI's list is whole whenever ComfyUI looks for what can go.
+
+    Some packs empty it (`current_loaded_models.clear()`): the models stay where they are, and
+    nothing could evict them any more. Returns whether ComfyUI's function is as expected.
+    """
+    host: Any = comfy.model_management()
+    if not hooks.fits(host, "free_memory", 2):
+        log.warning(
+            "This ComfyUI makes room in another way than qmove knows: where a pack empties its "
+            "list of loaded models, parked ones are in it again only when they have moved."
+        )
+        return False
+    original = host.free_memory
+
+    @functools.wraps(original)
+    def free_memory(*args: Any, **options: Any) -> Any:
+        list_again()
+        return original(*args, **options)
+
+    hooks.wrap(host, "free_memory", free_memory)
+    return True
+
+
+@never_fails("list again what was taken out of ComfyUI's list", None)
+def list_again() -> None:
+    """Lists our models that somebody else has taken out of ComfyUI's list."""
+    expected = [entry for entry in known_entries() if entry.is_listed]
+    listed = _ids_listed() if expected else set()
+    if any(id(entry) not in listed for entry in expected):
+        register(adopted_models())
 
 
 def note_move() -> None:
@@ -158,6 +201,11 @@ def park_until_free(order: Sequence[Model], device: torch.device, nbytes: float)
     return done
 
 
+def evictable_models(used: Collection[Adopted]) -> list[Adopted]:
+    """Idle models that may go without anybody's word: not what another manager moves."""
+    return [adopted for adopted in idle_models(used) if adopted.moved_by is None]
+
+
 def idle_models(used: Collection[Adopted]) -> list[Adopted]:
     """Adopted models that are on a device and are not `used`."""
     numbers = {adopted.number for adopted in used}
@@ -188,7 +236,7 @@ def _is_known_kind(entry: Any) -> bool:
             entry.model,
             int(entry.loaded_size()),
             int(entry.model_size()),
-            _is_dynamic(entry),
+            is_dynamic(entry),
         )
         if not isinstance(entry.load_device, torch.device):
             raise TypeError("its load_device is no device")
@@ -213,19 +261,47 @@ def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
     """ComfyUI's own loaded models that are not `used`, without those that yield by themselves."""
     models = {id(patcher.model) for patcher in used}  # clones share the model
     idle = [entry for entry in hosts_own_entries() if id(entry.model) not in models]
-    return [entry for entry in idle if not _is_dynamic(entry)]
+    return [entry for entry in idle if not is_dynamic(entry)]
 
 
-def _is_dynamic(entry: HostEntry) -> bool:
+def is_dynamic(entry: HostEntry) -> bool:
+    """Whether it yields to whatever is allocated (comfy-aimdo); its memory is not PyTorch's."""
     return bool(getattr(entry, "is_dynamic", lambda: False)())  # it is there from 0.18.2
 
 
+def yielding_bytes(device: torch.device, used: Collection[Model] = ()) -> int:
+    """Bytes on `device` that ComfyUI's dynamic models give up by themselves, but for the `used`.
+
+    They are in no figure of what is free, and allocations succeed all the same.
+    """
+    return sum(int(entry.loaded_size()) for entry in _yielding(device, used))
+
+
+def _yielding(device: torch.device, used: Collection[Model]) -> list[HostEntry]:
+    models = {id(entry.model) for entry in used}  # clones share the model
+    return [
+        entry
+        for entry in hosts_own_entries()
+        if entry.load_device == device and id(entry.model) not in models and is_dynamic(entry)
+    ]
+
+
+def have_dynamic_yield(device: torch.device, nbytes: int, keep: Collection[Model] = ()) -> None:
+    """Has ComfyUI's dynamic models give up what is missing of `nbytes` on `device`, as far as they
+    can: the core moves nothing to where too little is free."""
+    dynamic = _yielding(device, keep)
+    if dynamic and (meter.free_bytes(device) or 0) < nbytes:
+        _free(nbytes, device, _lines_of(dynamic)[1])
+
+
 def make_room(device: torch.device, nbytes: int, keep: Iterable[Model]) -> None:
-    """Has ComfyUI evict models, in its own order, until `nbytes` are free on `device`."""
+    """Has ComfyUI evict models until `nbytes` are free on `device`: first the dynamic ones, whose
+    pages come back as they are used, then others in its own order."""
     host = comfy.model_management()
     keep = list(keep)
+    have_dynamic_yield(device, nbytes, keep)
     if host is not None and not _free(nbytes, device, _lines_of(_entries_of(keep))[0]):
-        ours = idle_models([model for model in keep if isinstance(model, Adopted)])
+        ours = evictable_models([model for model in keep if isinstance(model, Adopted)])
         park_until_free([model for model in ours if device in model.resident], device, nbytes)
 
 
@@ -261,6 +337,7 @@ def _unload(patchers: Sequence[HostEntry]) -> None:
 
 def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[ListedModel], list[ListedModel]]:
     """Of ComfyUI's list of loaded models the lines of these entries, and all other lines."""
+    list_again()
     host = comfy.model_management()
     # Clones of a patcher share its model; an entry speaks only for one device of its model.
     ids = {id(entry) if isinstance(entry, Entry) else id(entry.model) for entry in entries}
@@ -277,6 +354,8 @@ def _lines_of(entries: Iterable[HostEntry | Entry]) -> tuple[list[ListedModel], 
 def _drop(entries: Collection[Entry]) -> None:
     """Takes entries out of ComfyUI's list. Their models stay where they are."""
     host = comfy.model_management()
+    for entry in entries:
+        entry.is_listed = False
     if host is None or not entries:
         return
     ids = {id(entry) for entry in entries}

@@ -127,6 +127,7 @@ def _model(adopted: Adopted) -> dict[str, Any]:
         "resident": resident,
         "parked": parked,
         "on_disk": description.on_disk,
+        "lost": adopted.lost,
         "home": list(dict.fromkeys([*resident, *parked])),
         "last_used": adopted.last_used_at,
     }

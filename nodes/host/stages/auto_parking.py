@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 import qmove_core as qmove
 from qmove_core import for_hosts
@@ -24,8 +25,9 @@ from qmove_core.for_hosts import readable_bytes
 from .. import comfy, graph, meter, settings
 from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
-from ..models import finding, holders, residency, wires
+from ..models import finding, holders, managers, residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
+from ..models.emptied import emptied_in
 from ..models.residency import Model
 from . import needs, second_try
 from .needs import Measurement, Signature
@@ -138,7 +140,7 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
     given: list[Adopted] = []
     if settings.auto_park():
         known = {adopted.number for adopted in adopted_models()}
-        taken = residency.take_in(wires.find_models(outputs).modules)
+        taken = residency.take_in(filter(_is_ours, wires.find_models(outputs).modules))
         finding.look(nodes, node_id)  # what a node keeps it does not take again
         given = [adopted for adopted in taken if adopted.number not in known]
     if measurement is not None and measurement.allocated and not moved:
@@ -176,6 +178,19 @@ def note_shortage(
     log.error("\n".join(lines))
 
 
+def lost_by(inputs: NodeInputs) -> list[str]:
+    """A line for each of these models of which somebody has emptied storages."""
+    lost = [(m.name, m.lost) for m in inputs.models]
+    lost += [(type(p.model).__name__, emptied_in(p.model)) for p in inputs.patchers]
+    return [
+        f"{len(names)} of the tensors of {name} have no bytes any more ({for_hosts.first_of(names)}"
+        "): another node has emptied them (resize_(0)). Load the model again: change an input of "
+        "its loader, or use ComfyUI's Unload Models and Clear Cache."
+        for name, names in lost
+        if names
+    ]
+
+
 def say_who_holds(full: Sequence[torch.device]) -> None:
     """After an out-of-memory that parking cannot help: who holds the devices, and what frees it."""
     for device in full:
@@ -207,7 +222,7 @@ def order_to_park(
     least recently used one, then the bigger one.
     """
     patchers = residency.idle_patchers(inputs.patchers)
-    idle: list[Model] = [*residency.idle_models(inputs.models), *patchers]
+    idle: list[Model] = [*residency.evictable_models(inputs.models), *patchers]
     uses = _next_uses(nodes, node_id) if nodes is not None and len(idle) > 1 else {}
 
     def usefulness(model: Model) -> tuple[int, int, int]:
@@ -231,12 +246,19 @@ def _inputs(values: Iterable[Any]) -> NodeInputs:
         return NodeInputs()
     found = wires.find_models(values)
     wanted: list[Any] = [model for model in _parked_objects() if id(model) in found.seen]
-    wanted += [m for m in found.modules if settings.auto_park() or adopted_of(m) is not None]
+    wanted += [m for m in found.modules if _is_ours(m)]
     wanted += [owner for owner in found.tensor_owners if adopted_of(owner) is not None]
     models = residency.take_in([*wanted, *finding.groups_among(found.seen)])
     for adopted in models:
         adopted.note_use()
     return NodeInputs(models, found.patchers)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether it is adopted, or auto-parking adopts it: not what another manager moves."""
+    return adopted_of(module) is not None or (
+        settings.auto_park() and managers.manager_of(module) is None
+    )
 
 
 def _parked_objects() -> list[Any]:
@@ -256,9 +278,10 @@ def _make_room(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: N
     order: list[Model] | None = None
     for device in meter.devices():
         wanted: float = _room_for(device, coming[device], needed)
+        wanted -= residency.yielding_bytes(device, inputs.patchers) if wanted else 0
         if settings.parks_each_stage() and _computes_on(device, inputs, needed):
             wanted = residency.EVERYTHING
-        if not wanted or (free := meter.free_bytes(device)) is None or free >= wanted:
+        if wanted <= 0 or (free := meter.free_bytes(device)) is None or free >= wanted:
             continue
         if order is None:
             finding.look()

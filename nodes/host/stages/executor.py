@@ -111,6 +111,7 @@ def _wrap_complete(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _wrap_error(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_execution_error(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _name_lost(kwargs.get("error", args[4] if len(args) > 4 else None))
         _fail(kwargs.get("ex", args[-1] if args else None))
         return original(self, *args, **kwargs)
 
@@ -171,6 +172,17 @@ def _complete(nodes: ExecutionList, node_id: str) -> None:
     if history.stage_ends(nodes, node_id):  # it ran, it was not cached
         node_models.remember(nodes, node_id)
     job_queue.node_ended()
+
+
+@never_fails("say whose bytes are gone", None)
+def _name_lost(details: Any) -> None:
+    """Adds to what ComfyUI shows of a node's error which weights somebody has emptied."""
+    lines = auto_parking.lost_by(auto_parking.in_use)
+    if lines:
+        log.error("%s", "\n".join(lines))
+    if lines and isinstance(details, dict):
+        said = str(details.get("exception_message", "")).strip()
+        details["exception_message"] = "\n".join([said, *lines]).strip() + "\n"
 
 
 @never_fails("make room after an error", None)

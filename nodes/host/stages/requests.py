@@ -153,6 +153,7 @@ def free_vram(nbytes: int, device: str | None = None) -> str:
     lines = []
     for target in [torch.device(device)] if device else meter.devices():
         there = [model for model in order if auto_parking.is_on(model, target)]
+        residency.have_dynamic_yield(target, nbytes)
         parked = residency.park_until_free(there, target, nbytes)
         free = meter.free_bytes(target) or 0
         names = ", ".join(m.name if isinstance(m, Adopted) else _name(m) for m in parked)

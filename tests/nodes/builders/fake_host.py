@@ -70,6 +70,7 @@ class FakeModelManagement(ModuleType):
         self._interrupted = False
         self.emptied = 0
         self.requests: list[list[str]] = []
+        self.free_memory = _plain_function(self._free_memory)
 
     def get_torch_device(self) -> torch.device:
         return torch.device("cuda:0")
@@ -108,7 +109,7 @@ class FakeModelManagement(ModuleType):
             line.model_load()
             self.current_loaded_models.insert(0, line)
 
-    def free_memory(
+    def _free_memory(
         self, memory_required: float, device: torch.device, keep_loaded: Iterable[Any] = ()
     ) -> list[Line]:
         keep = list(keep_loaded)
@@ -293,6 +294,7 @@ class FakeHost:
         self.bars: list[tuple[str, int, int]] = []
         self.ran: list[str] = []
         self.errors: list[BaseException] = []
+        self.said = ""  # what the browser shows of the last error
         self.cache = Cache(old)
         self._signatures: dict[str, Any] = {}
         self._running: ContextVar[Any] = ContextVar("running", default=None)
@@ -383,9 +385,11 @@ class FakeHost:
                 except (Exception, self.management.InterruptProcessingException) as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         self.management.unload_all_models()
+                    details = {"node_id": node_id, "exception_message": str(error)}
                     self.executor_class().handle_execution_error(
-                        "prompt", prompt, {}, set(), {"node_id": node_id}, error
+                        "prompt", prompt, {}, set(), details, error
                     )
+                    self.said = details["exception_message"]
                     return
                 if not done:
                     nodes.unstage_node_execution()
@@ -602,6 +606,15 @@ def _function_of(method: Any) -> Any:
         )
 
     return get_output_data
+
+
+def _plain_function(method: Any) -> Any:
+    """A function that a module has, as the host's: others may put theirs in its place."""
+
+    def function(*args: Any, **options: Any) -> Any:
+        return method(*args, **options)
+
+    return function
 
 
 def _module(name: str, **members: Any) -> ModuleType:
