@@ -29,7 +29,7 @@ from tests.nodes.builders.real_prompts import (
 pytestmark = needs_comfyui
 
 MIB = 1 << 20
-MEMORY, HIDDEN_MIB, LOADED_MIB = "512MiB", 200, 400
+MEMORY, HIDDEN_MIB, LOADED_MIB = "128MiB", 50, 100
 
 PLACES = {
     "the node's instance": "HideOnInstance",

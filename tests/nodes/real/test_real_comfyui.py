@@ -27,7 +27,7 @@ from tests.nodes.builders.real_prompts import (
 
 pytestmark = needs_comfyui
 
-SMALL = ("512MiB", 307)  # VRAM, and 60 % of it in MiB
+SMALL = ("256MiB", 153)  # VRAM, and 60 % of it in MiB
 LARGE = ("1536MiB", 921)  # transformers' loader wants more than 1.2 GiB
 RUNS = 5
 
@@ -260,6 +260,7 @@ def test_its_routes(small: ComfyUI) -> None:
     assert small.post("/qmove/park", {"models": [10**6]})[0] == 400
     assert small.get("/qmove/settings") == settings
 
+    assert_passed(small, small.run(stages(SMALL[1], seed=800)))
     assert small.post("/qmove/park", {"models": "all"})[0] == 200
     models = small.get("/qmove/state")["models"]
     assert models
