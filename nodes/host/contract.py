@@ -91,6 +91,7 @@ class ExecutionList(Protocol):
     dynprompt: DynamicPrompt
     pendingNodes: Mapping[str, Any]
     blocking: Mapping[str, Mapping[str, Any]]  # node -> the nodes that wait for it
+    blockCount: Mapping[str, int]  # node -> how many it waits for, with what is outside the graph
     # 0.3.64: .get(node) -> outputs; from 0.3.75: .get or .get_local(node) -> an entry with .outputs
     output_cache: Any
 

@@ -63,12 +63,47 @@ def _is_link(value: Any) -> bool:
 
 
 def steps_ahead(graph: ExecutionList) -> dict[str, int]:
-    """For each node that remains, how many others must run before it: the more, the later."""
-    waits_for: dict[str, set[str]] = {node_id: set() for node_id in graph.pendingNodes}
+    """For each node that remains, how many others must run before it: the more, the later.
+
+    A node that waits for something outside the graph (the End of a loop, for its last round) comes
+    after all that do not wait for it.
+    """
+    waits_for: dict[str, list[str]] = {node_id: [] for node_id in graph.pendingNodes}
     for source, waiting in graph.blocking.items():
         for node_id in waiting:
-            waits_for.setdefault(node_id, set()).add(source)
-    return {node_id: len(_all_before(node_id, waits_for)) for node_id in graph.pendingNodes}
+            waits_for.setdefault(node_id, []).append(source)
+    counts = getattr(graph, "blockCount", {})
+    outside = {n for n in graph.pendingNodes if counts.get(n, 0) > len(waits_for[n])}
+    before = _all_before(waits_for)
+    bits = {node_id: 1 << index for index, node_id in enumerate(before)}
+    late = sum(bits[node_id] for node_id in outside)
+    most = len(before)
+    return {
+        n: before[n].bit_count() + (most if (before[n] | bits[n]) & late else 0)
+        for n in graph.pendingNodes
+    }
+
+
+def _all_before(waits_for: dict[str, list[str]]) -> dict[str, int]:
+    """For each node those that run before it, as a set of bits: that of a node is its place here.
+
+    A loop's rounds may be thousands of nodes, one behind the other.
+    """
+    before: dict[str, int] = {}
+    place: dict[str, int] = {}
+    stack = [(node_id, False) for node_id in waits_for]
+    while stack:
+        node_id, is_next = stack.pop()
+        sources = waits_for.get(node_id, [])
+        if is_next:
+            for source in sources:
+                before[node_id] |= before[source] | 1 << place[source]
+        elif node_id not in before:
+            place[node_id] = len(before)
+            before[node_id] = 0
+            stack.append((node_id, True))
+            stack += [(source, False) for source in sources]
+    return before
 
 
 def class_of(graph: ExecutionList, node_id: str) -> type | None:
@@ -155,17 +190,6 @@ def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
         elif depth < MOST_DEPTH and isinstance(value, (list, tuple)):
             stack += [(item, depth + 1) for item in reversed(value[:MOST_TENSORS])]
     return tensors
-
-
-def _all_before(node_id: str, waits_for: dict[str, set[str]]) -> set[str]:
-    before: set[str] = set()
-    stack = [node_id]
-    while stack:
-        for source in waits_for.get(stack.pop(), ()):
-            if source not in before:
-                before.add(source)
-                stack.append(source)
-    return before
 
 
 def _outputs(graph: ExecutionList, source: str, node_id: str) -> Outputs | None:

@@ -203,6 +203,7 @@ def test_the_state_names_each_model_and_where_it_is_and_looking_changes_nothing(
             "resident": {"cuda:0": nbytes},
             "parked": {},
             "on_disk": 0,
+            "lost": [],
             "home": ["cuda:0"],
             "last_used": None,
             "same": [],

@@ -375,16 +375,20 @@ def _runs_on(nodes: ExecutionList, model: Adopted) -> bool:
 def _next_uses(nodes: ExecutionList, node_id: str | None) -> dict[int, int]:
     """For each model on a wire of a remaining node: how many nodes run before its next use."""
     uses: dict[int, int] = {}
+    on_wire: dict[int, tuple[Any, set[int]]] = {}  # many nodes wait for the same wire
     for waiting, steps in graph.steps_ahead(nodes).items():
-        if waiting == node_id:
-            continue
-        found = wires.find_models(graph.inputs_of(nodes, waiting))
-        own = [adopted_of(model) for model in (*found.modules, *found.tensor_owners)]
-        for model in (*own, *found.patchers):
-            if model is not None:
-                identity = _identity(model)
+        for value in graph.inputs_of(nodes, waiting) if waiting != node_id else ():
+            if id(value) not in on_wire:
+                on_wire[id(value)] = value, _identities_in(value)
+            for identity in on_wire[id(value)][1]:
                 uses[identity] = min(steps, uses.get(identity, _NEVER))
     return uses
+
+
+def _identities_in(value: Any) -> set[int]:
+    found = wires.find_models([value])
+    own = [adopted_of(model) for model in (*found.modules, *found.tensor_owners)]
+    return {_identity(model) for model in (*own, *found.patchers) if model is not None}
 
 
 def _identity(model: Model) -> int:

@@ -236,11 +236,15 @@ class DynamicPrompt:
     def __init__(self, prompt: Mapping[str, Any]) -> None:
         self._prompt = prompt
         self.ephemeral: dict[str, Any] = {}
+        self._overridden: dict[str, Any] = {}
         self._parents: dict[str, str] = {}
         self._display: dict[str, str] = {}
 
     def get_node(self, node_id: str) -> Any:
-        return self.ephemeral[node_id] if node_id in self.ephemeral else self._prompt[node_id]
+        for nodes in (self._overridden, self.ephemeral):
+            if node_id in nodes:
+                return nodes[node_id]
+        return self._prompt[node_id]
 
     def has_node(self, node_id: str) -> bool:
         return node_id in self.ephemeral or node_id in self._prompt
@@ -267,6 +271,10 @@ class DynamicPrompt:
         self.ephemeral[node_id] = node_info
         self._parents[node_id] = parent_id
         self._display[node_id] = display_id
+
+    def override_node(self, node_id: str, node_info: Any) -> None:
+        """From the versions with native loops: another node in the place of one of the prompt's."""
+        self._overridden[node_id] = node_info
 
 
 class FakeServer:
@@ -412,6 +420,8 @@ class FakeHost:
         if (node_id, cls) not in self.instances:
             self.instances[node_id, cls] = cls()
         inputs = {name: self._values(item) for name, item in node["inputs"].items()}
+        hidden = {"dynprompt": nodes.dynprompt, "execution_list": nodes, "unique_id": node_id}
+        inputs |= {name: [hidden[name]] for name in getattr(cls, "HIDDEN", ())}
         # Looked up in its module, as the host does.
         results = await self.execution.get_output_data(
             "prompt",
@@ -424,10 +434,13 @@ class FakeHost:
         result = results[0]
         if isinstance(result, dict) and "expand" in result:
             names = nodes.expand(node_id, result["expand"])
-            waits_for = [[names[name], index] for name, index in result["result"]]
-            for source, _index in waits_for:
+            results = [
+                [names[item[0]], item[1]] if isinstance(item, list) else item
+                for item in result["result"]
+            ]
+            for source, _index in filter(is_link, results):
                 nodes.blocking.setdefault(source, {})[node_id] = True
-            pending[node_id] = waits_for
+            pending[node_id] = results
             return False
         results = [r["result"] if isinstance(r, dict) else r for r in results]
         is_list = getattr(cls, "OUTPUT_IS_LIST", [False] * len(results[0]))
@@ -471,7 +484,8 @@ class FakeHost:
         def signature(node_id: str) -> Any:
             node = prompt[node_id]
             parts = {n: signature(v[0]) if is_link(v) else v for n, v in node["inputs"].items()}
-            return node["class_type"], tuple(sorted(parts.items()))
+            always = getattr(self.classes[node["class_type"]], "ALWAYS_RUNS", False)
+            return node["class_type"], object() if always else tuple(sorted(parts.items()))
 
         for node_id in prompt:
             signatures[node_id] = signature(node_id)
@@ -527,6 +541,16 @@ def _execution_list_class(host: FakeHost) -> Any:
             self.pendingNodes: dict[str, bool] = {}
             self.blocking: dict[str, dict[str, bool]] = {}
             self.staged_node_id: str | None = None
+            self._outside: dict[str, Any] = {}  # nodes blocked from outside; what released them
+
+        @property
+        def blockCount(self) -> dict[str, int]:
+            counts = dict.fromkeys(self.pendingNodes, 0)
+            counts.update({n: 1 for n, value in self._outside.items() if value is None})
+            for source in self.pendingNodes:
+                for waiting in self.blocking[source]:
+                    counts[waiting] = counts.get(waiting, 0) + 1
+            return counts
 
         def is_cached(self, node_id: str) -> bool:
             return self.output_cache.get(node_id) is not None
@@ -546,8 +570,7 @@ def _execution_list_class(host: FakeHost) -> Any:
                     self.blocking.setdefault(value[0], {})[node_id] = True
 
         async def stage_node_execution(self) -> tuple[str | None, Any, Any]:
-            blocked = {waiting for source in self.pendingNodes for waiting in self.blocking[source]}
-            ready = [node_id for node_id in self.pendingNodes if node_id not in blocked]
+            ready = [node_id for node_id in self.pendingNodes if not self.blockCount[node_id]]
             ready.sort(key=lambda node_id: not getattr(self._class(node_id), "OUTPUT_NODE", False))
             self.staged_node_id = ready[0]
             return self.staged_node_id, None, None
@@ -569,13 +592,32 @@ def _execution_list_class(host: FakeHost) -> Any:
                 }
                 self.dynprompt.add_ephemeral_node(
                     names[name],
-                    {"class_type": node["class_type"], "inputs": inputs},
+                    {**node, "inputs": inputs},
                     node_id,
                     node.get("display", node_id),
                 )
             for child in names.values():
                 self.add_node(child)
             return names
+
+        # From the versions with native loops on
+
+        def inhibit_nodes(self, node_ids: Iterable[str]) -> None:
+            """Takes nodes away without completing them."""
+            for node_id in node_ids:
+                self.pendingNodes.pop(node_id, None)
+                self.blocking.pop(node_id, None)
+                for waiting in self.blocking.values():
+                    waiting.pop(node_id, None)
+
+        def add_external_block(self, node_id: str) -> None:
+            self._outside[node_id] = None
+
+        def release_external_block(self, node_id: str, value: Any) -> None:
+            self._outside[node_id] = value
+
+        def released_with(self, node_id: str) -> Any:
+            return self._outside.pop(node_id)
 
         def complete_node_execution(self) -> None:
             assert self.staged_node_id is not None
