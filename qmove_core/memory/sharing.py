@@ -18,7 +18,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -104,7 +106,7 @@ def _find_on(
         once = _written_once(parts.values())
         if once is None:
             continue
-        with devices.on_stream(stream, device):
+        with _awaited(stream), devices.on_stream(stream, device):
             same = _compare(once, device, [(part, storages[i]) for i, part in parts.items()])
         equal = [index for index, is_same in zip(parts, same, strict=True) if is_same]
         if not equal:
@@ -120,6 +122,15 @@ def _find_on(
             "%s of these weights are in host memory already, for another model: shared",
             readable_bytes(sum(parts[index].nbytes for index in equal)),
         )
+
+
+@contextmanager
+def _awaited(stream: Any) -> Iterator[None]:
+    """Ends when all is done that was queued: no memory is ever freed below a copy."""
+    try:
+        yield
+    finally:
+        stream.synchronize()
 
 
 def _candidates(sizes: set[int]) -> list[_Part]:

@@ -3,6 +3,7 @@ be done twice."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Operation:
         home: brings the model to where it computes, after the operation.
         between: does a part of it, after which it may stay: a third state that is whole.
         atomic: one step: what raises an error has done nothing.
-        lies_in_files: parked, it takes no RAM, unless no digest proves that the files are true.
+        saves_ram: parked, it takes no RAM of its own, unless a fault lets it have a copy.
         repeatable: doing it once more changes nothing, and raises nothing.
     """
 
@@ -39,7 +40,7 @@ class Operation:
     home: Callable[[Subject], object] = lambda subject: qmove.restore(subject.model)
     between: Callable[[Subject], object] | None = None
     atomic: bool = True
-    lies_in_files: bool = False
+    saves_ram: bool = False
     repeatable: bool = True
 
     def is_for(self, tags: frozenset[str]) -> bool:
@@ -86,6 +87,23 @@ def _with_another_parked(s: Subject) -> None:
     other = layers(2)
     qmove.park(other)
     s.beside.append(other)
+
+
+def _with_its_like_parked(s: Subject) -> None:
+    qmove.configure(share_from=1)
+    other = copy.deepcopy(s.model)
+    qmove.park(other)
+    s.beside.append(other)
+
+
+def _with_its_like_mirrored(s: Subject) -> None:
+    _with_its_like_parked(s)
+    qmove.restore(s.beside[-1])
+
+
+def _both_parked(s: Subject) -> None:
+    _with_its_like_parked(s)
+    _park(s)
 
 
 def _swap(s: Subject) -> None:
@@ -145,7 +163,16 @@ OPERATIONS: dict[str, Operation] = {
     "park": Operation(_park),
     "park again": Operation(_park, _round_trip),
     "park again, changed": Operation(_park, _changed_round_trip, _tags("sequence")),
-    "park in files": Operation(_park, _saved_and_mirrored, FILE, lies_in_files=True),
+    "park what another has parked": Operation(
+        _park, _with_its_like_parked, not_for=_tags("dispatched shares"), saves_ram=True
+    ),
+    "park what another mirrors": Operation(
+        _park, _with_its_like_mirrored, not_for=_tags("dispatched shares"), saves_ram=True
+    ),
+    "restore what is shared": Operation(
+        lambda s: qmove.restore(s.model), _both_parked, not_for=_tags("dispatched shares")
+    ),
+    "park in files": Operation(_park, _saved_and_mirrored, FILE, saves_ram=True),
     "restore": Operation(lambda s: qmove.restore(s.model), _park),
     "restore from files": Operation(
         lambda s: qmove.restore(s.model), lambda s: (_saved_and_mirrored(s), _park(s)), FILE

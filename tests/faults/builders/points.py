@@ -186,7 +186,7 @@ def _problems(
         wanted = case.states[name][1]
         if memory.device != wanted.device:
             problems.append(f"{name}, but device bytes {memory.device} and not {wanted.device}")
-        if memory.host > wanted.host and not op.lies_in_files:
+        if memory.host > wanted.host and not op.saves_ram:
             problems.append(f"{name}, but host bytes {memory.host} and not {wanted.host}")
     problems += _of_the_error(fault, raised, struck and not unraised, op, reached)
     if "before" in reached and identities(subject) != ids:

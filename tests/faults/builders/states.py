@@ -91,7 +91,12 @@ class Memory:
     def now(cls) -> Memory:
         gc.collect()
         device = tuple(torch.cuda.memory_allocated(index) for index in range(2))
-        sizes = [end - start for block, start, end in list(blocks._places.values()) if block.is_ram]
+        parts = {
+            (id(block.ram), start, end)
+            for block, start, end in list(blocks._places.values())
+            if block.ram is not None
+        }
+        sizes = [end - start for _ram, start, end in parts]
         return cls(device, arena.bytes_for(sizes) - mirrors.nbytes())
 
     def __sub__(self, base: Memory) -> Memory:
