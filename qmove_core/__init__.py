@@ -14,6 +14,7 @@ from .errors import (
     NotEnoughMemory,
     NoTensors,
     OffloadedDataError,
+    Pinned,
     QMoveError,
     UnknownDevice,
 )
@@ -32,14 +33,17 @@ from .parking.requests import (
     Parked,
     Restored,
     is_parked,
+    is_pinned,
     move,
     park,
     parked,
     parked_models,
+    pin,
     prefetch,
     prepare,
     resident,
     restore,
+    unpin,
 )
 from .parking.stats import Stats, stats
 from .parking.swapping import swap
@@ -65,6 +69,7 @@ __all__ = [
     "NotEnoughMemory",
     "OffloadedDataError",
     "Parked",
+    "Pinned",
     "QMoveError",
     "Restored",
     "Stats",
@@ -77,6 +82,7 @@ __all__ = [
     "enable_to",
     "inventory",
     "is_parked",
+    "is_pinned",
     "materialize_meta_tensors",
     "materialized",
     "mirror_files",
@@ -85,6 +91,7 @@ __all__ = [
     "park",
     "parked",
     "parked_models",
+    "pin",
     "prefetch",
     "prepare",
     "redispatch",
@@ -93,4 +100,5 @@ __all__ = [
     "stats",
     "swap",
     "trim",
+    "unpin",
 ]

@@ -171,6 +171,17 @@ class InUse(QMoveError):
         )
 
 
+class Pinned(QMoveError):
+    """The model, or a part of it that would have to go along, is pinned where it is."""
+
+    def __init__(self, action: Action, name: str) -> None:
+        super().__init__(
+            f"Cannot {action.infinitive}: a pin (qmove.pin) keeps {name} where it is. "
+            f"{action.nothing_done.capitalize()}. To let it go, call qmove.unpin(model) with that "
+            f"{name} first."
+        )
+
+
 class DtypeCastRefused(QMoveError, TypeError):
     """A cast that would destroy quantized weights."""
 

@@ -21,6 +21,7 @@ from .memory.mirrors import known_digest
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
 from .nvml import other_processes
+from .parking.pins import Pin, pin_of
 from .parking.records import parked_bytes
 from .slots import slots_of
 
@@ -28,6 +29,7 @@ __all__ = [
     "AT_ONCE",
     "Description",
     "Heap",
+    "Pin",
     "Place",
     "describe",
     "first_of",
@@ -44,6 +46,7 @@ __all__ = [
     "other_processes",
     "parked_bytes",
     "parked_home",
+    "pin_of",
     "places",
     "readable_bytes",
     "slots_of",

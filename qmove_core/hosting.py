@@ -23,7 +23,7 @@ def on_shortage(ask_for_room: AskForRoom) -> None:
 
 
 def on_move(moved: Moved) -> None:
-    """Registers `moved`, which is called after each move (waking too) in the thread that moved."""
+    """Registers `moved`, called after each move (waking too) and pin in the thread that made it."""
     if moved not in _moved:
         _moved.append(moved)
 

@@ -24,6 +24,7 @@ from qmove_core.errors import (
     NotEnoughDeviceMemory,
     NotEnoughMemory,
     OffloadedDataError,
+    Pinned,
     QMoveError,
     counted,
     first_of,
@@ -55,6 +56,7 @@ WITH_AN_ACTION: dict[type[QMoveError], Callable[[Action], QMoveError]] = {
     OffloadedDataError: lambda action: OffloadedDataError(action, REASONS, ADVICE),
     ChangesNotKept: lambda action: ChangesNotKept(action, REASONS),
     InUse: lambda action: InUse(action, "MainThread", "keeps it home (qmove.resident)"),
+    Pinned: lambda action: Pinned(action, "LlamaForCausalLM"),
     LiveAutogradGraph: lambda action: LiveAutogradGraph(action, ["lm_head.weight"]),
 }
 

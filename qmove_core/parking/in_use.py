@@ -1,4 +1,4 @@
-"""A forward that is running is not robbed of its weights, and a pinned model stays where it is.
+"""A forward that is running is not robbed of its weights.
 
 Nothing is on the path of a resident model: who moves one looks at the other threads. First its
 outermost modules fall asleep, so that a forward that begins now waits for the lock that the move
@@ -20,29 +20,15 @@ from types import FrameType
 import torch
 from torch import nn
 
-from .. import homes
 from ..actions import Action
 from ..errors import InUse
 from ..interrupts import interrupts_deferred
-from ..model.holdings import Inventory
-from ..model.inventory import inventory
 from ..transfer.moves import MovePlan
-from . import plans, sleeping
+from . import pins, plans, sleeping
 from .away_tensors import put_away, take_home
 
 PATIENCE = 30.0  # seconds that a running forward is given
 _FORWARDS = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
-
-
-class _Pin:
-    """A model that a thread keeps home, and whether somebody has to park it after that."""
-
-    def __init__(self, model: object) -> None:
-        self.model, self.thread = model, threading.current_thread()
-        self.parks_after = False
-
-
-_pins: list[_Pin] = []
 
 
 class _WaitForMove:
@@ -67,7 +53,8 @@ def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
     if not any(move.came_from.type != "cpu" for move in plan.moves):
         yield
         return
-    if pin := _pin_of(plan.held, of_others=True):
+    pin = pins.held_by_another_thread(plan.held)
+    if pin is not None and pin.thread is not None:
         raise InUse(plan.action, pin.thread.name, "keeps it home (qmove.resident)")
     modules, waiting = list(plan.held.modules.values()), _WaitForMove()
     ids = {id(module) for module in modules}
@@ -85,38 +72,6 @@ def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
             sleeping.wake_up(module for module in modules if sleeping.sleeps_by(module, waiting))
             take_home(tensor for move in plan.moves for tensor in move.tensors)
         raise
-
-
-def pinned(model: object) -> _Pin:
-    """Pins a model for this thread."""
-    pin = _Pin(model)
-    _pins.append(pin)
-    return pin
-
-
-def unpin(pin: _Pin) -> bool:
-    """Ends a pin. Returns whether it is to be parked now; another pin may do that later."""
-    with homes.lock:
-        _pins.remove(pin)
-        if not pin.parks_after:
-            return False
-        other = _pin_of(inventory(pin.model), of_others=False)
-        if other is not None:
-            other.parks_after = True
-        return other is None
-
-
-def _pin_of(held: Inventory, *, of_others: bool) -> _Pin | None:
-    """A pin that this model shares a tensor with."""
-    mine: set[int] = set()
-    for pin in _pins:
-        if of_others and pin.thread is threading.current_thread():
-            continue
-        mine = mine or {id(tensor) for holding in held.holdings for tensor in holding.tensors}
-        theirs = inventory(pin.model).holdings
-        if any(id(tensor) in mine for holding in theirs for tensor in holding.tensors):
-            return pin
-    return None
 
 
 def _let_forwards_end(action: Action, modules: set[int], wakes: bool) -> None:

@@ -29,7 +29,7 @@ from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
 from ..transfer.moves import MovePlan, StorageMove
-from . import layer_order, sleeping, streaming
+from . import layer_order, pins, sleeping, streaming
 from .away_tensors import is_looked_after, put_away, take_home
 from .records import Record, record_of
 
@@ -53,8 +53,9 @@ def to_park(
     """
     before = record_of(model)
     extra = tuple(extra)
-    held = _inventory_of(model, extra)
     action = Action("park", model)
+    everything = _inventory_of(model, extra)
+    held = pins.without_pinned(action, model, everything)
     away = [
         holding
         for holding in layer_order.holdings_in_order(held)
@@ -64,7 +65,7 @@ def to_park(
     ]
     if not away and not (strict and held.immovable):
         return MovePlan(action, held, [], lambda: None)
-    accelerate_dispatch.refuse_lost(action, held)
+    accelerate_dispatch.refuse_lost(action, everything)
     _refuse_immovable(action, held, devices.CPU, left_alone=not strict)
     if not allow_live_graph:
         _refuse_live_graph(action, held)
@@ -94,13 +95,21 @@ def to_park(
 
 
 def to_restore(model: object, device: Device | DeviceMap | None = None) -> MovePlan:
-    """What bringing a parked model home takes, or to where `device` says."""
+    """What bringing a parked model home takes, or to where `device` says.
+
+    What is pinned to a device goes there.
+    """
     choose = _destination(device)
     record = record_of(model)
     held = _inventory_of(model, record.extra if record else (), record, comes=True)
-    belonging = _Neighbours(held)
+    belonging, pinned = _Neighbours(held), pins.by_storage(with_device=True)
+
+    def goal(holding: Holding, home: torch.device) -> torch.device:
+        pin = pinned.get(holding.storage._cdata) if pinned else None
+        return pin.device if pin is not None and pin.device else choose(holding, home)
+
     goals = [
-        (holding, choose(holding, home))
+        (holding, goal(holding, home))
         for holding in layer_order.holdings_in_order(held)
         if (home := belonging.home_of(holding))
     ]
@@ -120,6 +129,7 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
         for holding in layer_order.holdings_in_order(held)
         if (target.type == "cpu" or _goes_along(holding)) and not _is_emptied(holding)
     ]
+    pins.refuse(action, (holding for holding, _target in goals), target)
     if not allow_live_graph and any(holding.device != target for holding, _target in goals):
         _refuse_live_graph(action, held)
     return _to_bring(action, held, goals)
@@ -211,8 +221,10 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
     for move in moves:
         if move.origin is not None:
             move.origin.part = part_of.get(id(owners.of(move.holding.name)))
+    ids = {id(module) for module in held.modules.values()}  # not those of a pinned part
     for top in tops:
-        sleeping.put_to_sleep(top.modules(), _WakeModel(record, None if wakes_whole else top))
+        own = [module for module in top.modules() if id(module) in ids]
+        sleeping.put_to_sleep(own, _WakeModel(record, None if wakes_whole else top))
 
 
 def _look_after_outsiders(moves: Iterable[StorageMove]) -> None:

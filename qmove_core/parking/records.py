@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch.utils.weak import TensorWeakRef
-
 from .. import homes
-from ..slots import slots_of
+from .weakly import Weakly, ids_of
 
 _numbers = itertools.count()
 _living: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -28,7 +25,7 @@ class Record:
 
     def __init__(self, model: object, extra: Iterable[object], wake: Callable[..., object]) -> None:
         self.wake = wake
-        self._model, self._extra = _weakly(model), [_weakly(root) for root in extra]
+        self._model, self._extra = Weakly(model), [Weakly(root) for root in extra]
         self._number = next(_numbers)
 
     def register(self) -> None:
@@ -51,10 +48,7 @@ class Record:
 
     def is_for(self, model: object) -> bool:
         """Whether this object was parked: for a container, whether it holds all that is left."""
-        own = self.model
-        if own is None or _allows_weak_reference(own) != _allows_weak_reference(model):
-            return False
-        return _ids(own) <= _ids(model)
+        return self._model.is_for(model)
 
 
 def records() -> list[Record]:
@@ -66,7 +60,7 @@ def records() -> list[Record]:
 def parked_models() -> list[Any]:
     """The model of each record, the longest parked first, no model twice."""
     models = [model for record in records() if (model := record.model) is not None]
-    return list({_ids(model): model for model in models}.values())
+    return list({ids_of(model): model for model in models}.values())
 
 
 def parked_bytes() -> dict[str, int]:
@@ -84,50 +78,3 @@ def record_of(model: object) -> Record | None:
         key=lambda record: record._number,
         default=None,
     )
-
-
-def _weakly(model: object) -> Callable[[], Any]:
-    """Gives the model, or a new dict of what is left of a container; None when it is gone."""
-    refs = [
-        (name, TensorWeakRef(leaf) if isinstance(leaf, torch.Tensor) else weakref.ref(leaf))
-        for name, leaf in _leaves(model)
-    ]
-    if _allows_weak_reference(model):
-        return refs[0][1]
-    return lambda: {name: leaf for name, ref in refs if (leaf := ref()) is not None} or None
-
-
-def _ids(model: object) -> frozenset[int]:
-    return frozenset(id(leaf) for _name, leaf in _leaves(model))
-
-
-def _leaves(
-    obj: object, name: str = "", within: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, Any]]:
-    """The objects that make up a model and allow a weak reference, with their names."""
-    if _allows_weak_reference(obj):
-        yield name, obj
-        return
-    if id(obj) in within:
-        return
-    if isinstance(obj, dict):
-        # A key that is no name may be an object that must not be kept alive by its name: an
-        # optimizer's state has parameters for keys.
-        items = [
-            (f"{name}.{key}" if name else key, value)
-            if isinstance(key, str)
-            else (f"{name}[{key if isinstance(key, int) else f'#{index}'}]", value)
-            for index, (key, value) in enumerate(obj.items())
-        ]
-    elif isinstance(obj, (list, tuple, set, frozenset)):
-        items = [(f"{name}[{index}]", value) for index, value in enumerate(obj)]
-    else:
-        prefix = f"{name}." if name else ""
-        slots = slots_of(type(obj))  # type: ignore[arg-type]
-        items = [(prefix + slot, getattr(obj, slot, None)) for slot in slots]
-    for item_name, value in items:
-        yield from _leaves(value, item_name, within | {id(obj)})
-
-
-def _allows_weak_reference(obj: object) -> bool:
-    return isinstance(obj, torch.Tensor) or type(obj).__weakrefoffset__ != 0

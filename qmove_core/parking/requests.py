@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import devices, homes
+from .. import devices, homes, hosting
 from ..devices import Device, DeviceMap
 from ..errors import first_of, readable_bytes
 from ..memory import arena, budget, mirrors
@@ -22,7 +22,7 @@ from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import in_use, plans, records, sleeping, stats, streaming
+from . import in_use, pins, plans, records, sleeping, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -103,6 +103,8 @@ def park(
         CannotMove: a storage was cut, a graph has raw addresses; with `strict` whatever cannot be
             moved; with names and reasons.
         InUse: another thread pins it (`resident`), or does not come to the end of a forward.
+        Pinned: it is pinned. Of a model that shares a part with a pinned one that part stays, and
+            is a straggler; so does a pinned part of a pipeline.
     """
     started = time.perf_counter()
     with moving():
@@ -182,6 +184,8 @@ def prepare(model: object) -> int:
         Bytes that are being prepared, or are ready.
     """
     with moving():
+        if pins.is_pinned(model):
+            return 0
         plan = plans.to_park(model, wake, allow_live_graph=True)
         needed = arena.bytes_for(
             [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
@@ -207,8 +211,8 @@ def move(
         allow_live_graph, progress: as for `park`.
 
     Raises:
-        As `park`; and CannotMove if parts of the model would not run on `device`, with names and
-        reasons.
+        As `park`; CannotMove if parts of the model would not run on `device`, with names and
+        reasons; Pinned also where only a part of it is pinned to another place.
     """
     started = time.perf_counter()
     with moving():
@@ -245,14 +249,67 @@ def resident(model: object) -> Iterator[Restored]:
         As `restore`. Another thread that parks or moves it gets InUse.
     """
     with moving():
-        pin = in_use.pinned(model)
+        pin = pins.hold(model)
         pin.parks_after, record = is_parked(model), records.record_of(model)
         extra = record.extra if record else []
     try:
         yield restore(model)
     finally:
-        if in_use.unpin(pin):
+        if pins.let_go(pin) and not is_pinned(model):
             park(model, extra=extra)
+
+
+def pin(model: object, device: Device | None = None) -> Moved:
+    """Keeps `model` where it runs until `unpin`: it is not parked, swapped or moved any more.
+
+    A parked one comes home first. What comes into the model later is pinned with it. The pin is on
+    this object, not on copies of it, and keeps nothing alive: it ends with the model. Pinning again
+    replaces the pin.
+
+    Args:
+        model: as for `park`.
+        device: keep it on this device. It moves there whole, and what of it was parked before it
+            came into the model comes home to there.
+
+    Returns:
+        What bringing it there took.
+
+    Raises:
+        As `restore`, or with a `device` as `move`. Nothing is pinned then that was not before.
+    """
+    place = None if device is None else devices.resolve(device)
+    with moving():
+        before = pins.lift(model)
+        try:
+            moved = restore(model) if place is None else move(model, place)
+        except BaseException:
+            pins.put_back(before)
+            raise
+        pins.keep(model, place)
+    hosting.tell_moved()
+    return moved
+
+
+def unpin(model: object) -> bool:
+    """Takes the pin off again. The model stays where it is, and can be parked and moved.
+
+    Args:
+        model: the very object that was pinned; its parts and what it is a part of keep their pins.
+
+    Returns:
+        Whether it was pinned.
+    """
+    with moving():
+        lifted = pins.lift(model)
+    if lifted:
+        hosting.tell_moved()
+    return bool(lifted)
+
+
+def is_pinned(model: object) -> bool:
+    """Whether `model` is pinned, or belongs as a whole to pinned models."""
+    with moving():
+        return pins.is_pinned(model)
 
 
 def is_parked(model: object) -> bool:

@@ -27,6 +27,7 @@ from ..model.inventory import inventory
 from ..model.quantized import quantized_weights
 from ..model.walk import walk
 from ..moving import moving
+from ..parking import pins
 from ..parking.plans import refuse_meta
 from ..parking.requests import move
 from ..tracebacks import clear_own_frames
@@ -145,6 +146,7 @@ def _dequantize(
 ) -> set[torch.device]:
     held, action = inventory(model), Action("dequantize", model, f"to {target}")
     refuse_meta(action, held)
+    pins.refuse(action, held.holdings, target)
     work, reasons = [], []
     for name, module, working_dtype in _modules(held):
         layer_format = format_of(module)
@@ -184,6 +186,7 @@ def _dequantize(
 def _requantize(model: object, target: torch.device) -> set[torch.device]:
     held, action = inventory(model), Action("requantize", model, f"on {target}")
     refuse_meta(action, held)
+    pins.refuse(action, held.holdings, target)
     work, reasons = [], []
     for name, module, _working_dtype in _modules(held):
         if module in _recipes and format_of(module) is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core.parking import in_use, sleeping, streaming
+from qmove_core.parking import in_use, pins, sleeping, streaming
 from tests.builders.device import GPU
 from tests.builders.models import inputs, layers
 from tests.builders.places import places
@@ -187,7 +187,7 @@ def test_a_pinned_model_is_not_moved_by_another_thread(
         assert "'MainThread', keeps it home" in str(error)
         assert places(model) == {"cuda"}
     assert places(model) == {"cpu"}
-    assert not in_use._pins
+    assert not pins._pins
     with qmove.resident(model):
         qmove.park(model)  # its own thread may
         assert places(model) == {"cpu"}
