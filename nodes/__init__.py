@@ -8,6 +8,7 @@ from . import host  # noqa: E402
 from .free_vram import QMoveFreeVRAM  # noqa: E402
 from .materialize import QMoveMaterialize  # noqa: E402
 from .park import QMovePark  # noqa: E402
+from .pin import QMovePin  # noqa: E402
 from .report import QMoveReport  # noqa: E402
 from .restore import QMoveRestore  # noqa: E402
 
@@ -17,6 +18,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QMoveMaterialize": QMoveMaterialize,
     "QMoveReport": QMoveReport,
     "QMoveFreeVRAM": QMoveFreeVRAM,
+    "QMovePin": QMovePin,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "QMovePark": "Park Model",
@@ -24,6 +26,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "QMoveMaterialize": "Materialize Model",
     "QMoveReport": "Memory Report",
     "QMoveFreeVRAM": "Free VRAM",
+    "QMovePin": "Pin Model",
 }
 WEB_DIRECTORY = "./web"
 

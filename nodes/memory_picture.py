@@ -110,9 +110,14 @@ def _once(parked: list[Part], shared: int) -> list[Part]:
 
 
 def _titled(model: dict[str, Any]) -> str:
-    """A model's name, and where it was found if no wire carries it."""
-    place = model.get("place", "")
-    return model["name"] if place in ("", model["name"]) else f"{model['name']} ({place})"
+    """A model's name, where it was found if no wire carries it, and whether it is pinned."""
+    place, pin = model.get("place", ""), model.get("pin", "unpin")
+    notes = [place] if place not in ("", model["name"]) else []
+    notes += [] if pin == "unpin" else [_PINS.get(pin, f"kept on {pin}")]
+    return f"{model['name']} ({', '.join(notes)})" if notes else model["name"]
+
+
+_PINS = {"pin": "pinned", "forget": "left alone"}
 
 
 def _parts(snapshot: dict[str, Any], device: dict[str, Any]) -> list[Part]:

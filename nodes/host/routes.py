@@ -14,10 +14,10 @@ import torch
 from qmove_core import QMoveError, for_hosts
 
 from . import browser, comfy, progress, settings
-from .models import node_models
+from .models import node_models, pins
 from .models.adopted import Adopted, adopted_models
 from .panel import events, history, state
-from .stages import job_queue, requests
+from .stages import job_queue, pinning, requests
 from .web_requests import BadRequest, Workers, check_origin, echo, names, read_json
 
 log = logging.getLogger("qmove")
@@ -75,6 +75,7 @@ def install() -> bool:
     add_post("/qmove/cancel", _cancel, at_once=True)
     add_post("/qmove/park", lambda body: _run(read_park(body)))
     add_post("/qmove/restore", lambda body: _run(read_restore(body)))
+    add_post("/qmove/pin", lambda body: _run(read_pin(body)))
     add_post("/qmove/free", lambda body: _run(read_free(body)))
     return True
 
@@ -103,6 +104,20 @@ def read_restore(body: Any) -> Callable[[], str]:
         return lambda: requests.restore_all(device)
     models = _models(body["models"])
     return lambda: requests.restore_models(models, device)
+
+
+def read_pin(body: Any) -> Callable[[], str]:
+    """As for park, and `"pin"`: "pin", "unpin", "forget", or the device to keep the models on."""
+    by_node = isinstance(body, dict) and "node" in body
+    body = _object(body, {"node", "class", "pin"} if by_node else {"models", "pin"})
+    choice = body["pin"]
+    if not isinstance(choice, str) or choice not in pins.choices():
+        raise BadRequest(f"pin is one of {', '.join(pins.choices())}, not {echo(choice)}")
+    if by_node:
+        found = _models_of_node(body)
+        return lambda: pinning.pin_value(found, choice)
+    models = _models(body["models"])
+    return lambda: pinning.pin_models(models, choice)
 
 
 def read_free(body: Any) -> Callable[[], str]:

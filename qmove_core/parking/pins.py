@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import homes
 from ..actions import Action
@@ -38,6 +40,7 @@ class Pin:
         self.name = type(model).__name__
         self.thread, self.device = thread, device
         self.parks_after = False
+        self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
     def model(self) -> object:
@@ -46,6 +49,15 @@ class Pin:
     def is_for(self, model: object) -> bool:
         """Whether exactly this object was pinned."""
         return self._model.is_for(model)
+
+    def note_modules(self) -> None:
+        """Notes the modules that the model has now, for `has`."""
+        for module in inventory(self.model).modules.values():
+            self._modules[module] = None
+
+    def has(self, model: object) -> bool:
+        """Whether this object was pinned, or was a module of what was."""
+        return self.is_for(model) or (isinstance(model, nn.Module) and model in self._modules)
 
 
 _pins: list[Pin] = []  # changed by who holds the lock of moves
@@ -96,8 +108,10 @@ def _held_by_thread(held: Inventory, *, of_others: bool) -> Pin | None:
 
 def keep(model: object, device: torch.device | None = None) -> None:
     """Pins a model until it is unpinned or dies."""
+    pin = Pin(model, thread=None, device=device)
+    pin.note_modules()
     _forget_dead()
-    _pins.append(Pin(model, thread=None, device=device))
+    _pins.append(pin)
 
 
 def lift(model: object) -> list[Pin]:
@@ -114,8 +128,8 @@ def put_back(lifted: Iterable[Pin]) -> None:
 
 
 def pin_of(model: object) -> Pin | None:
-    """The pin of exactly this object. Cheap: no inventory is taken."""
-    return next((pin for pin in _kept() if pin.is_for(model)), None) if _pins else None
+    """The pin of this object, or of what it was a module of when that was pinned. It is cheap."""
+    return next((pin for pin in _kept() if pin.has(model)), None) if _pins else None
 
 
 def by_storage(*, with_device: bool = False) -> dict[int, Pin]:
@@ -131,7 +145,7 @@ def by_storage(*, with_device: bool = False) -> dict[int, Pin]:
 
 def is_pinned(model: object) -> bool:
     """Whether exactly this object is pinned, or all of it belongs to pinned models."""
-    if pin_of(model) is not None:
+    if any(pin.is_for(model) for pin in _kept()):
         return True
     pinned = by_storage()
     held = inventory(model).holdings if pinned else []
@@ -158,7 +172,7 @@ def without_pinned(action: Action, model: object, held: Inventory) -> Inventory:
         return held
     ids = {id(holding) for holding, _pin in staying}
     others = [holding for holding in held.holdings if id(holding) not in ids]
-    own = pin_of(model)
+    own = next((pin for pin in _kept() if pin.is_for(model)), None)
     if own is not None or not others:
         raise Pinned(action, (own or staying[0][1]).name)
     pins = {id(pin): pin for _holding, pin in staying}

@@ -1,4 +1,4 @@
-"""The five nodes: what they take, what they give, what they say."""
+"""The six nodes: what they take, what they give, what they say."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def test_their_names_are_those_of_the_documentation() -> None:
         "QMoveMaterialize": "Materialize Model",
         "QMoveReport": "Memory Report",
         "QMoveFreeVRAM": "Free VRAM",
+        "QMovePin": "Pin Model",
     }
     assert {cls.CATEGORY for cls in NODE_CLASS_MAPPINGS.values()} == {"qmove"}  # type: ignore[attr-defined]
 

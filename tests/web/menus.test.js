@@ -20,24 +20,25 @@ beforeEach(async () => {
 });
 
 describe("the menu of a node", () => {
-  test("with a model offers to park and to restore it", async () => {
-    api.answers["/qmove/park"] = api.answers["/qmove/restore"] = { report: "Done." };
+  test("with a model offers to park, restore, pin and unpin it", async () => {
+    for (const route of ["park", "restore", "pin"]) api.answers[`/qmove/${route}`] = { report: "Done." };
     const node = { id: 5, comfyClass: "LoadIt", title: "My loader" };
     app.rootGraph = graphOf([node]);
-    const [separator, park, restore] = nodeMenuItems(/** @type {any} */ (node), store);
+    const [separator, ...items] = nodeMenuItems(/** @type {any} */ (node), store);
     expect(separator).toBeNull();
-    park?.callback();
-    restore?.callback();
-    await vi.waitFor(() => expect(app.toasts).toHaveLength(2));
+    for (const item of items) item?.callback();
+    await vi.waitFor(() => expect(app.toasts).toHaveLength(4));
     expect(api.posted("/qmove/park")).toEqual([{ node: "5", class: "LoadIt" }]);
     expect(api.posted("/qmove/restore")).toEqual([{ node: "5", class: "LoadIt" }]);
+    expect(api.posted("/qmove/pin").map((body) => body.pin)).toEqual(["pin", "unpin"]);
+    expect(api.posted("/qmove/pin")[0]).toEqual({ node: "5", class: "LoadIt", pin: "pin" });
   });
 
   test("of a node in a subgraph is found by the nodes around it", () => {
     const inner = { id: 6, comfyClass: "LoadIt" };
     const subgraph = graphOf([inner]);
     app.rootGraph = graphOf([{ id: 3, subgraph, title: "Group" }], new Map([["x", subgraph]]));
-    expect(nodeMenuItems(/** @type {any} */ (inner), store)).toHaveLength(3);
+    expect(nodeMenuItems(/** @type {any} */ (inner), store)).toHaveLength(5);
   });
 
   test("of a node whose subgraph is used twice says nothing, as nobody knows which is meant", () => {

@@ -141,6 +141,56 @@ describe("models", () => {
   });
 });
 
+describe("pins", () => {
+  /** @param {any} select @param {string} choice */
+  const choose = (select, choice) => {
+    select.value = choice;
+    select.dispatchEvent(new Event("change"));
+  };
+  const choices = () => [...part("pin").options].map((option) => option.textContent);
+
+  test("a row shows its model's pin, and what else can be chosen", async () => {
+    await show(snapshot({ models: [model({ pin: "cuda:0" }), model({ id: 2, pin: "forget" }), model({ id: 3 })] }));
+    expect(parts("pin").map((select) => select.value)).toEqual(["cuda:0", "forget", "unpin"]);
+    expect(choices()).toEqual(["not pinned", "pinned: never parked", "kept on cuda:0", "left alone by qmove"]);
+    expect(part("pin").getAttribute("aria-label")).toContain("Pin of Flux");
+  });
+
+  test("what is pinned cannot be parked here", async () => {
+    await show(snapshot({ models: [model({ pin: "pin" }), model({ id: 2 })] }));
+    expect(parts("park").map((button) => button.getAttribute("aria-disabled"))).toEqual(["true", "false"]);
+    parts("park")[0].click();
+    expect(api.posted("/qmove/park")).toEqual([]);
+  });
+
+  test("a choice is asked for, and shown until the backend says what is", async () => {
+    await show(snapshot());
+    api.answers["/qmove/pin"] = { report: "Pinned." };
+    choose(part("pin"), "cuda:0");
+    await vi.waitFor(() => expect(app.toasts).toHaveLength(1));
+    expect(api.posted("/qmove/pin")).toEqual([{ models: [1], pin: "cuda:0" }]);
+    send(snapshot({ models: [model({ last_used: 1 })] }));
+    expect(part("pin").value).toBe("cuda:0");
+    send(snapshot({ models: [model({ pin: "cuda:0" })] }));
+    send(snapshot());
+    expect(part("pin").value).toBe("unpin");
+  });
+
+  test("what was refused is taken back, with the reason", async () => {
+    await show(snapshot());
+    api.answers["/qmove/pin"] = () => Response.json({ error: "no room" }, { status: 409 });
+    choose(part("pin"), "pin");
+    await vi.waitFor(() => expect(part("pin").value).toBe("unpin"));
+    expect(app.toasts).toEqual([expect.objectContaining({ summary: "Not pinned", detail: "no room" })]);
+  });
+
+  test("the language changes with all others", async () => {
+    app.settings.add({ id: "Comfy.Locale", defaultValue: "zh" });
+    await show(snapshot());
+    expect(choices()).toEqual(["未固定", "已固定：从不停放", "保持在 cuda:0", "qmove 不处理"]);
+  });
+});
+
 describe("moves", () => {
   beforeEach(async () => {
     await show(snapshot());

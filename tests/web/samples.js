@@ -16,6 +16,7 @@ export const model = (parts = {}) => ({
   on_disk: 0,
   home: ["cuda:0"],
   last_used: null,
+  pin: "unpin",
   ...parts,
 });
 
@@ -53,6 +54,7 @@ export const snapshot = (parts = {}) => ({
   done: { parks: 0, restores: 0, moves: 0, copied_bytes: 0 },
   moves: [],
   nodes: [],
+  pins: ["unpin", "pin", "cuda:0", "forget"],
   ...parts,
 });
 

@@ -22,6 +22,12 @@ export const park = (target) => act(() => server.park(target), texts().notParked
 /** @param {Target} target */
 export const restore = (target) => act(() => server.restore(target), texts().notRestored);
 
+/**
+ * @param {Target} target
+ * @param {string} pin "pin", "unpin", "forget", or the device to keep it on
+ */
+export const pin = (target, pin) => act(() => server.pin(target, pin), texts().notPinned);
+
 export const parkAll = () => park("all");
 
 /** @param {number} gib */

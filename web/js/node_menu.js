@@ -1,4 +1,4 @@
-/** Entries in the menu of a node that gave or took a model: park it, restore it. */
+/** Entries in the menu of a node that gave or took a model: park it, restore it, pin it. */
 
 import * as actions from "./actions.js";
 import { idOf } from "./graph.js";
@@ -18,5 +18,7 @@ export function nodeMenuItems(node, store) {
     null,
     { content: texts().parkNode, callback: () => void actions.park(target) },
     { content: texts().restoreNode, callback: () => void actions.restore(target) },
+    { content: texts().pinNode, callback: () => void actions.pin(target, "pin") },
+    { content: texts().unpinNode, callback: () => void actions.pin(target, "unpin") },
   ];
 }

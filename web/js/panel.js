@@ -71,7 +71,7 @@ export class Panel {
     updateRunningMoves(parts.running, this._store.moves.values());
     updateBars(parts.bars, snapshot);
     parts.noGpu.hidden = snapshot.devices.some((device) => device.total !== null);
-    updateModels(parts.models, snapshot.models, this._store.moves.values());
+    updateModels(parts.models, snapshot, this._store.moves.values());
     parts.empty.hidden = snapshot.models.length > 0;
     const canPark = snapshot.models.some((model) => Object.keys(model.resident).length > 0);
     setAttribute(parts.parkAll, "aria-disabled", String(!canPark));

@@ -1,4 +1,4 @@
-/** The list of models, each with where it is, and with Park and Restore. */
+/** The list of models, each with where it is, with Park and Restore, and with its pin. */
 
 import * as actions from "./actions.js";
 import { make, reconcile, setAttribute, setText } from "./dom.js";
@@ -6,18 +6,18 @@ import { bytes } from "./format.js";
 import { colorOf } from "./memory.js";
 import { texts } from "./texts.js";
 
-/** @typedef {import("./types").ModelEntry} ModelEntry */
+/** @typedef {import("./types").ModelEntry & {pins: string[]}} ModelEntry what can be chosen as its pin goes with it */
 
 /**
  * @param {HTMLElement} list
- * @param {ModelEntry[]} models
+ * @param {import("./types").Snapshot} snapshot
  * @param {Iterable<import("./types").Move>} moves that run now
  */
-export function updateModels(list, models, moves) {
+export function updateModels(list, { models, pins }, moves) {
   const verbs = new Map([...moves].map((move) => [move.model, move.verb]));
   const marked = models.map((model) => {
     const verb = verbs.get(model.id);
-    return verb ? { ...model, state: /** @type {const} */ ("busy"), busy: verb } : model;
+    return verb ? { ...model, pins, state: /** @type {const} */ ("busy"), busy: verb } : { ...model, pins };
   });
   reconcile(list, marked, (model) => String(model.id), createRow, updateRow);
 }
@@ -40,9 +40,21 @@ function createRow(model) {
       "div",
       { class: "qmove-buttons" },
       button("qmove-park", () => actions.park([model.id])),
-      button("qmove-restore", () => actions.restore([model.id]))
+      button("qmove-restore", () => actions.restore([model.id])),
+      pinChoice(model)
     )
   );
+}
+
+/** @param {ModelEntry} model */
+function pinChoice(model) {
+  /** @param {Event} event */
+  const change = async (event) => {
+    const select = /** @type {HTMLSelectElement} */ (event.currentTarget);
+    const done = await actions.pin([model.id], select.value);
+    if (!done) select.value = select.dataset.pin ?? "";
+  };
+  return make("select", { class: "qmove-pin", "data-testid": "qmove-pin", change });
 }
 
 /**
@@ -74,13 +86,31 @@ function updateRow(row, model) {
   setAttribute(head.children[2], "hidden", !model.kind);
   setText(head.children[3], bytes(model.nbytes));
   setText(where, whereabouts(model));
-  const [park, restore] = /** @type {HTMLElement[]} */ ([...buttons.children]);
+  const [park, restore, pin] = /** @type {HTMLElement[]} */ ([...buttons.children]);
   setText(park, words.park);
   setAttribute(park, "aria-label", words.parkLabel(model.name));
-  setAttribute(park, "aria-disabled", String(model.state === "busy" || isEmpty(model.resident)));
+  setAttribute(park, "aria-disabled", String(model.state === "busy" || isEmpty(model.resident) || model.pin !== "unpin"));
   setText(restore, words.restore);
   setAttribute(restore, "aria-label", words.restoreLabel(model.name));
   setAttribute(restore, "aria-disabled", String(model.state === "busy" || isEmpty(model.parked)));
+  updatePin(/** @type {HTMLSelectElement} */ (pin), model);
+}
+
+/**
+ * @param {HTMLSelectElement} select
+ * @param {ModelEntry} model
+ */
+function updatePin(select, { name, pin, pins }) {
+  const words = texts();
+  /** @param {string} choice */
+  const create = (choice) => make("option", { value: choice });
+  /** @param {HTMLElement} option @param {string} choice */
+  const update = (option, choice) => setText(option, words.pins[choice] ?? words.keptOn(choice));
+  reconcile(select, pins, (choice) => choice, create, update);
+  setAttribute(select, "aria-label", words.pinLabel(name));
+  if (select.dataset.pin === pin) return; // what is being chosen is not taken back meanwhile
+  select.dataset.pin = pin;
+  select.value = pin;
 }
 
 /** @param {ModelEntry} model */

@@ -56,6 +56,13 @@ export const park = async (target) => (await ask("/qmove/park", bodyOf(target)))
 export const restore = async (target) => (await ask("/qmove/restore", bodyOf(target))).report;
 
 /**
+ * @param {Target} target
+ * @param {string} pin one of the snapshot's `pins`
+ * @returns {Promise<string>} what was done
+ */
+export const pin = async (target, pin) => (await ask("/qmove/pin", { ...bodyOf(target), pin })).report;
+
+/**
  * @param {number} gib
  * @returns {Promise<string>} what was done
  */

@@ -18,6 +18,8 @@ export interface ModelEntry {
   last_used: number | null;
   /** The models that have the same weights, as far as that is known, and how many bytes of them. */
   same?: { id: number; name: string; nbytes: number }[];
+  /** "unpin" where it is not pinned, "pin", "forget", or the device that it is kept on. */
+  pin: string;
 }
 
 export interface Move {
@@ -57,6 +59,8 @@ export interface Snapshot {
   done: { parks: number; restores: number; moves: number; copied_bytes: number };
   moves: Move[];
   nodes: string[];
+  /** What a model's `pin` can be on this machine. */
+  pins: string[];
 }
 
 export interface Stage {

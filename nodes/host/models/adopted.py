@@ -45,6 +45,7 @@ class Adopted:
         last_used: grows from use to use of any model; 0 for one that was not used yet.
         last_used_at: seconds since the epoch; None for one that was not used yet.
         description: what people call it, for the browser.
+        left_alone: the user wants that qmove does not touch it (`pins.py`).
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,6 +54,7 @@ class Adopted:
         self.last_used_at: float | None = None
         self.description = for_hosts.Description()
         self.place = ""
+        self.left_alone = False
         self.users: weakref.WeakSet[type] = weakref.WeakSet()  # a class may hold the model
         self._model = weakref.ref(model)
         self._fingerprint: object = None
@@ -198,6 +200,7 @@ def adopt(model: Any) -> tuple[Adopted, list[Adopted]]:
         for part in parts.values():
             _by_model.pop(part.model, None)
         adopted = Adopted(model)
+        adopted.left_alone = any(part.left_alone for part in parts.values())
         _by_model[model] = adopted
         reference = weakref.ref(adopted)
         for module in modules:

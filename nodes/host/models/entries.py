@@ -18,6 +18,7 @@ import torch
 import qmove_core as qmove
 
 from ..guard import is_interrupt, never_fails
+from . import pins
 from .adopted import Adopted
 
 log = logging.getLogger("qmove")
@@ -119,9 +120,13 @@ class Entry:
         self.is_listed = not unpatch_all
         adopted = self._adopted()
         may_leave = _only_from is None or self.load_device in _only_from
-        if unpatch_all and adopted is not None and may_leave and not adopted.moved_by:
+        if adopted is None or adopted.moved_by or pins.stays(adopted):
+            return
+        if unpatch_all and may_leave:
             try:
                 adopted.park()
+            except qmove.Pinned as error:  # with what it is a part of
+                log.debug("%s", error)
             except (qmove.NotEnoughMemory, qmove.InUse) as error:  # the model stays
                 log.warning("%s", error)
 

@@ -11,8 +11,8 @@ from qmove_core import for_hosts
 from qmove_core.for_hosts import readable_bytes
 
 from .. import meter
-from . import finding, residency
-from .adopted import adopted_models
+from . import finding, pins, residency
+from .adopted import Adopted, adopted_models
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,42 @@ def models_on(device: torch.device) -> list[Holder]:
             f"{adopted.name} ({adopted.place})" if adopted.place not in ("", adopted.name) else ""
         )
         nbytes = adopted.resident.get(device, 0)
-        held.append(Holder(where or adopted.name, nbytes, "Park Model, or the GPU memory tab"))
+        held.append(_holder(adopted, where or adopted.name, nbytes, _PARK))
     for entry in residency.hosts_own_entries():
         if entry.load_device == device:
             yields = residency.is_dynamic(entry)
             name = f"{type(entry.model).__name__} (ComfyUI's own{', dynamic' if yields else ''})"
             way_out = "it yields by itself" if yields else "ComfyUI's Unload Models"
-            held.append(Holder(name, int(entry.loaded_size()), way_out))
+            held.append(_holder(entry, name, int(entry.loaded_size()), way_out))
     return sorted((holder for holder in held if holder.nbytes), key=lambda holder: -holder.nbytes)
+
+
+_PARK = "Park Model, or the GPU memory tab"
+
+
+def _holder(model: residency.Model, name: str, nbytes: int, way_out: str) -> Holder:
+    if pins.stays(model):
+        return Holder(f"{name}, {pins.in_words(model)}", nbytes, pins.WAY_OUT)
+    return Holder(name, nbytes, way_out)
+
+
+def pinned_on(device: torch.device) -> list[str]:
+    """Lines for people: the models that stay on a device because the user wants it."""
+    models: list[residency.Model] = [*adopted_models(), *residency.hosts_own_entries()]
+    lines = []
+    for model in models if any(map(pins.stays, models)) else ():
+        if isinstance(model, Adopted):
+            name, there = model.name, model.resident.get(device, 0)
+        else:
+            name = type(model.model).__name__
+            there = int(model.loaded_size()) if model.load_device == device else 0
+        if there and pins.stays(model):
+            size = readable_bytes(there)
+            lines.append(
+                f"  {device}: {name} ({size}) stays, it is {pins.in_words(model)}. "
+                f"To free it: {pins.WAY_OUT}."
+            )
+    return lines
 
 
 def table(device: torch.device, most: int = 6) -> list[str]:

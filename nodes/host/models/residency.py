@@ -20,6 +20,7 @@ import qmove_core as qmove
 from .. import comfy, hooks, meter, progress
 from ..contract import HostEntry, ListedModel
 from ..guard import is_interrupt, never_fails
+from . import pins
 from .adopted import Adopted, adopt, adopted_models
 from .entries import Entry, entries_of, known_entries
 
@@ -48,6 +49,7 @@ def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
 def register(models: Iterable[Adopted]) -> None:
     """Lists what is resident as loaded in ComfyUI, and takes out what left a device for good.
 
+    What stays where it is (`pins.py`) is not listed, so that ComfyUI does not try to evict it.
     Only the list changes. ComfyUI's own `load_models_gpu` would make room for computing first, and
     evict other models for a line in its list.
     """
@@ -57,7 +59,9 @@ def register(models: Iterable[Adopted]) -> None:
         return
     _alive = [adopted.model for adopted in models]  # until ComfyUI has asked for all sizes
     listed = _ids_listed()
-    entries = [entry for adopted in models for entry in entries_of(adopted)]
+    staying = [adopted for adopted in models if pins.stays(adopted)]
+    _drop([entry for adopted in staying for entry in entries_of(adopted)])
+    entries = [e for adopted in models if adopted not in staying for e in entries_of(adopted)]
     _drop([entry for entry in entries if id(entry) in listed and not entry.model_size()])
     for entry in entries:
         if id(entry) in listed:
@@ -129,7 +133,7 @@ def bring_home(models: Collection[Adopted], keep: Collection[Model] = ()) -> Non
     Raises:
         NotEnoughMemory: there is too little room all the same.
     """
-    away = [adopted for adopted in models if adopted.parked]
+    away = [adopted for adopted in models if adopted.parked and not adopted.left_alone]
     _alive = [adopted.model for adopted in away]
     coming: Counter[torch.device] = Counter()
     for adopted in away:
@@ -196,7 +200,11 @@ def park_until_free(order: Sequence[Model], device: torch.device, nbytes: float)
     for model in order:
         if (meter.free_bytes(device) or 0) >= nbytes:
             break
-        park([model])
+        try:
+            park([model])
+        except qmove.Pinned as error:  # with what it is a part of
+            log.debug("%s", error)
+            continue
         done.append(model)
     return done
 
@@ -207,9 +215,10 @@ def evictable_models(used: Collection[Adopted]) -> list[Adopted]:
 
 
 def idle_models(used: Collection[Adopted]) -> list[Adopted]:
-    """Adopted models that are on a device and are not `used`."""
+    """Adopted models that are on a device, may leave it, and are not `used`."""
     numbers = {adopted.number for adopted in used}
-    return [m for m in adopted_models() if m.number not in numbers and m.resident]
+    idle = [m for m in adopted_models() if m.number not in numbers and m.resident]
+    return [adopted for adopted in idle if not pins.stays(adopted)]
 
 
 def hosts_own_entries() -> list[HostEntry]:
@@ -258,10 +267,11 @@ def _leave(stranger: object, error: Exception) -> None:
 
 
 def idle_patchers(used: Collection[HostEntry]) -> list[HostEntry]:
-    """ComfyUI's own loaded models that are not `used`, without those that yield by themselves."""
+    """ComfyUI's own loaded models that are not `used`, without those that yield by themselves, and
+    those that the user has pinned."""
     models = {id(patcher.model) for patcher in used}  # clones share the model
     idle = [entry for entry in hosts_own_entries() if id(entry.model) not in models]
-    return [entry for entry in idle if not is_dynamic(entry)]
+    return [entry for entry in idle if not is_dynamic(entry) and not pins.stays(entry)]
 
 
 def is_dynamic(entry: HostEntry) -> bool:

@@ -12,7 +12,7 @@ import qmove_core as qmove
 from qmove_core import for_hosts
 
 from .. import meter, progress, settings
-from ..models import holders, node_models, residency
+from ..models import holders, node_models, pins, residency
 from ..models.adopted import Adopted, adopted_models
 from . import version
 
@@ -64,17 +64,20 @@ def snapshot() -> dict[str, Any]:
         },
         "moves": moves,
         "nodes": node_models.nodes_with_models(),
+        "pins": pins.choices(),
     }
 
 
 def outline() -> tuple[object, ...]:
-    """Differs when a browser would show something else: a model came, went or was used; a bar.
+    """Differs when a browser would show something else: a model came, went, was used or pinned; a
+    bar.
 
     It is cheap to make.
     """
     readings = [meter.read(device) for device in meter.devices()]
     bars = [200 * r.used // r.total for r in readings if r is not None and r.total]
-    return tuple((adopted.number, adopted.last_used) for adopted in adopted_models()), tuple(bars)
+    models = [(m.number, m.last_used, pins.choice_of(m)) for m in adopted_models()]
+    return tuple(models), tuple(bars)
 
 
 def _look() -> tuple[list[dict[str, Any]], qmove.Stats]:
@@ -130,6 +133,7 @@ def _model(adopted: Adopted) -> dict[str, Any]:
         "lost": adopted.lost,
         "home": list(dict.fromkeys([*resident, *parked])),
         "last_used": adopted.last_used_at,
+        "pin": pins.choice_of(adopted),
     }
 
 

@@ -175,6 +175,8 @@ def note_shortage(
             f"{readable_bytes(peak[device])} when that was not enough."
         )
         needs.learned.learn(measurement.signature, {device: max(peak[device], free)}, {})
+    for device in second_try.full_devices(error):
+        lines += holders.pinned_on(device)
     log.error("\n".join(lines))
 
 
@@ -336,7 +338,8 @@ def _swap(
 @never_fails("bring a model home ahead of its use", None)
 def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: Needed) -> None:
     """Starts to bring home the model that is needed next, while this node computes, if both fit."""
-    parked = {_identity(adopted): adopted for adopted in adopted_models() if adopted.parked}
+    away = [adopted for adopted in adopted_models() if adopted.parked and not adopted.left_alone]
+    parked = {_identity(adopted): adopted for adopted in away}
     if not parked:
         return
     uses = _next_uses(nodes, node_id)

@@ -12,9 +12,10 @@ from qmove_core.for_hosts import readable_bytes
 
 from .. import comfy, meter
 from ..contract import HostEntry
-from ..models import residency, wires
+from ..models import holders, pins, residency, wires
 from ..models.adopted import Adopted, adopted_models
 from ..models.loose_tensors import group_of
+from ..models.residency import Model
 from . import auto_parking, executor
 
 HOME = "home"
@@ -22,13 +23,13 @@ HOME = "home"
 
 def park_value(value: object) -> str:
     """Parks all models in a value; returns a line for each."""
-    models, patchers = _models_in(value)
+    models, patchers = models_in(value)
     if not models and not patchers:
-        return f"{_what(value)} holds no model: nothing to park."
+        return f"{what(value)} holds no model: nothing to park."
     return park_models(models, patchers)
 
 
-def _models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
+def models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
     """The models in a value, and ComfyUI's own ones. Tensors in dicts and lists count as one."""
     found = wires.find_models([value])
     models: list[object] = [*found.modules, *found.tensor_owners]
@@ -39,12 +40,15 @@ def _models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
 
 
 def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
-    """Parks models; returns a line for each."""
+    """Parks models, but none that is to stay; returns a line for each."""
+    asked: list[Model] = [*models, *patchers]
+    lines = [_stays(model) for model in asked if pins.stays(model)]
+    models = [adopted for adopted in models if not pins.stays(adopted)]
+    patchers = [patcher for patcher in patchers if not pins.stays(patcher)]
     with for_hosts.lock:  # waits for what ComfyUI's own thread parks just now
         before = {adopted.number: adopted.resident for adopted in models}
     loaded = {id(patcher): int(patcher.loaded_size()) for patcher in patchers}
     residency.park([*(adopted for adopted in models if before[adopted.number]), *patchers])
-    lines = []
     for adopted in models:
         for device, nbytes in before[adopted.number].items():
             left = adopted.resident.get(device, 0)
@@ -53,11 +57,12 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
                 f"Parked {adopted.name}: {readable_bytes(nbytes - left)} left {device}{stayed}."
             )
         if not before[adopted.number]:
-            lines.append(f"{adopted.name} was not on a device: {_where(adopted)}.")
+            lines.append(f"{adopted.name} was not on a device: {where(adopted)}.")
     for patcher in patchers:
         left = loaded[id(patcher)] - int(patcher.loaded_size())
         lines.append(
-            f"ComfyUI unloaded {_name(patcher)}: {readable_bytes(left)} left {patcher.load_device}."
+            f"ComfyUI unloaded {name_of(patcher)}: "
+            f"{readable_bytes(left)} left {patcher.load_device}."
         )
     return "\n".join(lines)
 
@@ -65,7 +70,7 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
 def park_all() -> str:
     """Parks all models one by one, so that each can be cancelled; returns a line for each."""
     with for_hosts.lock:
-        models = residency.idle_models([])
+        models = [adopted for adopted in adopted_models() if adopted.resident]
     reports = [park_models([model]) for model in models]
     return "\n".join(reports) or "No model is in VRAM: nothing to park."
 
@@ -79,22 +84,24 @@ def restore_all(device: str = HOME) -> str:
 
 def restore_value(value: object, device: str = HOME) -> str:
     """Brings all models in a value home, or to `device`; returns a line for each."""
-    models, patchers = _models_in(value)
+    models, patchers = models_in(value)
     if not models and not patchers:
-        return f"{_what(value)} holds no model: nothing to restore."
+        return f"{what(value)} holds no model: nothing to restore."
     lines = [restore_models(models, device)] if models else []
     host = comfy.model_management()
     if patchers and host is not None:
         host.load_models_gpu(patchers)
         lines += [
-            f"ComfyUI loaded {_name(patcher)} on {patcher.load_device}, which it chooses itself."
+            f"ComfyUI loaded {name_of(patcher)} on {patcher.load_device}, which it chooses itself."
             for patcher in patchers
         ]
     return "\n".join(lines)
 
 
 def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
-    """Brings models home, or to `device`; returns a line for each."""
+    """Brings models home, or to `device`, but none that is to stay; returns a line for each."""
+    staying = [m for m in models if m.left_alone or (device != HOME and pins.stays(m))]
+    models = [adopted for adopted in models if adopted not in staying]
     away = {adopted.number: sum(adopted.parked.values()) for adopted in models}
     if device == HOME:
         residency.bring_home(models)
@@ -102,22 +109,34 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
         for adopted in models:
             _move(adopted, torch.device(device))
     residency.register(models)
-    return "\n".join(
-        f"Restored {adopted.name}: {readable_bytes(away[adopted.number])}, now {_where(adopted)}."
+    said = [_stays(adopted) for adopted in staying]
+    lines = [
+        f"Restored {adopted.name}: {readable_bytes(away[adopted.number])}, now {where(adopted)}."
         if away[adopted.number]
-        else f"{adopted.name} was not parked; it is {_where(adopted)}."
+        else f"{adopted.name} was not parked; it is {where(adopted)}."
         for adopted in models
-    )
+    ]
+    return "\n".join([*said, *lines])
+
+
+def _stays(model: Model) -> str:
+    name = model.name if isinstance(model, Adopted) else name_of(model)
+    return f"{name} is {pins.in_words(model)}: it stays as it is. To change that, {pins.WAY_OUT}."
 
 
 def _move(adopted: Adopted, target: torch.device) -> None:
+    make_room_for(adopted, target)
+    qmove.move(adopted.movable, target)
+    adopted.refresh()
+
+
+def make_room_for(adopted: Adopted, target: torch.device) -> None:
+    """Has room made for all of a model on `target`."""
     if target.type != "cpu":
         resident = adopted.resident
         coming = sum(resident.values()) + sum(adopted.parked.values()) - resident.get(target, 0)
         if coming > (meter.free_bytes(target) or 0):
             residency.make_room(target, coming, [adopted])
-    qmove.move(adopted.movable, target)
-    adopted.refresh()
 
 
 def materialize_value(value: object, target_device: str = "cpu") -> str:
@@ -125,7 +144,7 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
     found = wires.find_models([value])
     if not found.modules:
         own = " ComfyUI's own models have no meta tensors." if found.patchers else ""
-        return f"{_what(value)} holds no model that qmove could materialize.{own}"
+        return f"{what(value)} holds no model that qmove could materialize.{own}"
     lines = []
     for module in found.modules:
         name, missing = type(module).__name__, qmove.inventory(module).meta
@@ -156,16 +175,17 @@ def free_vram(nbytes: int, device: str | None = None) -> str:
         residency.have_dynamic_yield(target, nbytes)
         parked = residency.park_until_free(there, target, nbytes)
         free = meter.free_bytes(target) or 0
-        names = ", ".join(m.name if isinstance(m, Adopted) else _name(m) for m in parked)
+        names = ", ".join(m.name if isinstance(m, Adopted) else name_of(m) for m in parked)
         line = f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}."
         if free < nbytes:
             wanted = readable_bytes(nbytes)
             line += f" That is less than the {wanted} asked for: no model is left to park."
+            line = "\n".join([line, *holders.pinned_on(target)])
         lines.append(line)
     return "\n".join(lines) or "This machine has no accelerator: there is no VRAM to free."
 
 
-def _where(adopted: Adopted) -> str:
+def where(adopted: Adopted) -> str:
     places = [f"{readable_bytes(n)} on {device}" for device, n in adopted.resident.items()]
     places += [
         f"{readable_bytes(n)} parked, home is {device}" for device, n in adopted.parked.items()
@@ -173,10 +193,10 @@ def _where(adopted: Adopted) -> str:
     return ", ".join(places) or "in CPU memory"
 
 
-def _what(value: object) -> str:
+def what(value: object) -> str:
     name = type(value).__name__
     return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}"
 
 
-def _name(patcher: HostEntry) -> str:
+def name_of(patcher: HostEntry) -> str:
     return type(patcher.model).__name__

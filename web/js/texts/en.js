@@ -101,8 +101,16 @@ export const en = {
   copiedNothing: "nothing to copy",
   parkNode: "Park this model now",
   restoreNode: "Restore",
+  pins: /** @type {Record<string, string>} */ ({ unpin: "not pinned", pin: "pinned: never parked", forget: "left alone by qmove" }),
+  /** @param {string} device */
+  keptOn: (device) => `kept on ${device}`,
+  /** @param {string} name */
+  pinLabel: (name) => `Pin of ${name}: whether it may leave its GPU`,
+  pinNode: "Pin this model",
+  unpinNode: "Unpin this model",
   notParked: "Not parked",
   notRestored: "Not restored",
+  notPinned: "Not pinned",
   notFreed: "No VRAM freed",
   notCancelled: "Not cancelled",
   notDone: "Not done",
