@@ -213,6 +213,7 @@ def test_the_state_names_each_model_and_where_it_is_and_looking_changes_nothing(
             "home": ["cuda:0"],
             "last_used": None,
             "same": [],
+            "pin": "unpin",
         }
     ]
     parked = state.snapshot()["models"][0]
