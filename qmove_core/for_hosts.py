@@ -21,7 +21,7 @@ from .memory.mirrors import known_digest
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
 from .nvml import other_processes
-from .parking.pins import Pin, pin_of
+from .parking.pins import Pin, any_pinned, pin_of
 from .parking.records import parked_bytes
 from .slots import slots_of
 
@@ -31,6 +31,7 @@ __all__ = [
     "Heap",
     "Pin",
     "Place",
+    "any_pinned",
     "describe",
     "first_of",
     "free_memory",

@@ -110,13 +110,12 @@ def keep(model: object, device: torch.device | None = None) -> None:
     """Pins a model until it is unpinned or dies."""
     pin = Pin(model, thread=None, device=device)
     pin.note_modules()
-    _forget_dead()
     _pins.append(pin)
 
 
 def lift(model: object) -> list[Pin]:
-    """Takes the pins of exactly this object off, and returns them."""
-    _forget_dead()
+    """Takes the pins of exactly this object off, and returns them. Dead ones are forgotten."""
+    _pins[:] = [pin for pin in _pins if pin.thread is not None or pin.model is not None]
     lifted = [pin for pin in _kept() if pin.is_for(model)]
     _pins[:] = [pin for pin in _pins if pin not in lifted]
     return lifted
@@ -127,9 +126,14 @@ def put_back(lifted: Iterable[Pin]) -> None:
     _pins.extend(lifted)
 
 
+def any_pinned() -> bool:
+    """Whether any model may be pinned by a user."""
+    return any(pin.thread is None for pin in _pins)
+
+
 def pin_of(model: object) -> Pin | None:
     """The pin of this object, or of what it was a module of when that was pinned. It is cheap."""
-    return next((pin for pin in _kept() if pin.has(model)), None) if _pins else None
+    return next((pin for pin in _kept() if pin.has(model)), None)
 
 
 def by_storage(*, with_device: bool = False) -> dict[int, Pin]:
@@ -214,7 +218,3 @@ def _home_of(storage: torch.UntypedStorage, place: torch.device) -> torch.device
 
 def _kept() -> list[Pin]:
     return [pin for pin in _pins if pin.thread is None]
-
-
-def _forget_dead() -> None:
-    _pins[:] = [pin for pin in _pins if pin.thread is not None or pin.model is not None]

@@ -14,7 +14,14 @@ from playwright.sync_api import expect
 from .servers import ROOT
 from .tab import Tab
 
-NODES = ("QMovePark", "QMoveRestore", "QMoveMaterialize", "QMoveReport", "QMoveFreeVRAM")
+NODES = (
+    "QMovePark",
+    "QMoveRestore",
+    "QMoveMaterialize",
+    "QMoveReport",
+    "QMoveFreeVRAM",
+    "QMovePin",
+)
 
 
 def texts(language: str, part: str) -> dict[str, Any]:

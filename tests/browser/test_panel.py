@@ -34,6 +34,26 @@ def test_a_park_and_a_restore_are_seen_and_the_model_is_the_same_after_them(tab:
     assert again["outputs"]["201"]["text"] == before
 
 
+@pytest.mark.every_frontend
+def test_a_pin_is_chosen_in_the_row_and_lasts_when_the_page_is_loaded_again(tab: Tab) -> None:
+    tab.open_panel()
+    tab.server.load_resident(ENCODER, TRANSFORMER)
+    pin = tab.row("DiffusionTransformer").get_by_test_id("qmove-pin")
+
+    pin.select_option("pinned: never parked")
+    park = tab.row("DiffusionTransformer").get_by_test_id("qmove-park")
+    expect(park).to_have_attribute("aria-disabled", "true")
+    tab.reload().open_panel()
+    expect(pin).to_have_value("pin")
+    tab.part("park-all").click()
+
+    expect_state(tab, "TextEncoder", "parked")
+    expect_state(tab, "DiffusionTransformer", "resident")
+    pin.select_option("not pinned")
+    park.click()
+    expect_state(tab, "DiffusionTransformer", "parked")
+
+
 def test_the_bars_follow_the_models(tab: Tab) -> None:
     tab.open_panel()
     tab.server.load_resident(ENCODER, TRANSFORMER)

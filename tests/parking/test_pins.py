@@ -152,7 +152,7 @@ def test_a_parked_model_can_be_kept_on_another_device(gpu: GPU, second_gpu: GPU)
 
 
 @pytest.mark.simulated
-def test_where_there_is_no_room_nothing_is_pinned_that_was_not(gpu: GPU) -> None:
+def test_where_there_is_no_room_nothing_is_pinned_that_was_not(gpu: GPU, second_gpu: GPU) -> None:
     model, other = layers(4, width=1024), layers(2)
     qmove.park(model)
     qmove.pin(other)
@@ -164,7 +164,11 @@ def test_where_there_is_no_room_nothing_is_pinned_that_was_not(gpu: GPU) -> None
         qmove.pin(other, "cuda:9")
     with pytest.raises(qmove.NoTensors):
         qmove.pin(nn.Identity())
+    _blocker = torch.empty((8 << 20) - 4096, dtype=torch.uint8, device="cuda:1")
+    with pytest.raises(qmove.NotEnoughMemory):
+        qmove.pin(other, "cuda:1")
     assert qmove.is_pinned(other)  # its old pin holds
+    refused(lambda: qmove.park(other))
 
 
 def test_a_pinned_part_of_a_pipeline_stays_and_is_reported(gpu: GPU) -> None:

@@ -31,7 +31,7 @@ def choice_of(model: Adopted | HostEntry) -> str:
         return str(_of_hosts_own.get(model.model, UNPIN)) if _of_hosts_own.data else UNPIN
     if model.left_alone:
         return FORGET
-    pin = for_hosts.pin_of(model.movable)
+    pin = for_hosts.pin_of(model.movable) if for_hosts.any_pinned() else None
     return UNPIN if pin is None else PIN if pin.device is None else str(pin.device)
 
 
