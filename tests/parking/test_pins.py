@@ -164,7 +164,7 @@ def test_where_there_is_no_room_nothing_is_pinned_that_was_not(gpu: GPU, second_
         qmove.pin(other, "cuda:9")
     with pytest.raises(qmove.NoTensors):
         qmove.pin(nn.Identity())
-    _blocker = torch.empty((8 << 20) - 4096, dtype=torch.uint8, device="cuda:1")
+    simcuda.set_memory(4096, 1)
     with pytest.raises(qmove.NotEnoughMemory):
         qmove.pin(other, "cuda:1")
     assert qmove.is_pinned(other)  # its old pin holds
