@@ -399,9 +399,10 @@ def test_of_comfyuis_own_models_qmove_keeps_its_hands_and_comfyui_need_not(
     assert report.startswith("Sequential is ComfyUI's own: qmove does not have it unloaded")
     assert "stays as it is" in call("QMovePark", model=patcher)
     call("QMoveFreeVRAM", gib=0.1)
+    assert patcher.loaded_size()
     host.run({"work": node("Scratch", mib=100, seed=1)})
     assert host.ran == ["work"]  # and no second try
-    del host.errors[:]
+    assert [type(error) for error in host.errors] == [torch.OutOfMemoryError]
     assert not patcher.loaded_size()  # after an out-of-memory ComfyUI unloads all
     host.management.load_models_gpu([patcher])
     call("QMovePin", model=patcher, choice="unpin")
