@@ -484,7 +484,7 @@ class FakeHost:
         def signature(node_id: str) -> Any:
             node = prompt[node_id]
             parts = {n: signature(v[0]) if is_link(v) else v for n, v in node["inputs"].items()}
-            always = getattr(self.classes[node["class_type"]], "ALWAYS_RUNS", False)
+            always = getattr(self.classes.get(node["class_type"]), "ALWAYS_RUNS", False)
             return node["class_type"], object() if always else tuple(sorted(parts.items()))
 
         for node_id in prompt:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from qmove_pack.nodes.host import hooks
 from qmove_pack.nodes.host.models import entries, residency
 from qmove_pack.nodes.host.models.adopted import adopted_of
 from torch import nn
@@ -354,3 +355,22 @@ def test_a_model_that_woke_by_itself_is_in_the_books_again(any_host: Any) -> Non
     residency.register_woken()
 
     assert len(entries_of(any_host, model)) == 1
+
+
+def test_a_model_that_a_pack_has_thrown_out_of_the_list_is_evicted_all_the_same(
+    any_host: Any, gpu: GPU
+) -> None:
+    model = big()
+    residency.take_in([model])
+    assert residency.keep_listed()
+    try:
+        any_host.management.current_loaded_models.clear()
+
+        any_host.management.free_memory(MIB, gpu.device)
+        assert len(entries_of(any_host, model)) == 1
+        any_host.management.free_memory(1e30, gpu.device)
+    finally:
+        hooks.unwrap_all()
+
+    assert gpu.allocated() == 0
+    assert any_host.management.current_loaded_models == []

@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import nn
 
-from . import counting, harmless, hiding  # noqa: F401 (counting adds routes)
+from . import counting, harmless, hiding, purging  # noqa: F401 (counting adds routes)
 from .notes import note
 
 
@@ -181,5 +181,6 @@ NODE_CLASS_MAPPINGS = {
         *(CarelessLoader, CarelessInt8Loader, CarelessRun, CarelessSlow, CarelessShow),
         *harmless.NODES,
         *hiding.NODES,
+        *purging.NODES,
     )
 }

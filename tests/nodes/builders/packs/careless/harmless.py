@@ -58,6 +58,29 @@ class CarelessLoop:
         return {"result": (last,), "expand": graph.finalize()}
 
 
+class CarelessRounds:
+    """The same, but each round is made by the one before it."""
+
+    CATEGORY = "careless"
+    FUNCTION = "run"
+    RETURN_TYPES = ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        inputs = CarelessLoop.INPUT_TYPES()
+        return inputs | {"optional": {"after": ("STRING", {"forceInput": True})}}
+
+    def run(self, first, second, rounds, seed, after=""):
+        graph = GraphBuilder()
+        inputs = {"seed": seed, "scratch_mib": 8, "after": after}
+        one = graph.node("CarelessRun", model=first, **inputs).out(0)
+        last = graph.node("CarelessRun", model=second, **inputs | {"after": one}).out(0)
+        if rounds > 1:
+            inputs = {"rounds": rounds - 1, "seed": seed + 1, "after": last}
+            last = graph.node("CarelessRounds", first=first, second=second, **inputs).out(0)
+        return {"result": (last,), "expand": graph.finalize()}
+
+
 class CarelessOwnLoader:
     """A model of ComfyUI's own: a ModelPatcher, which ComfyUI loads and unloads."""
 
@@ -187,6 +210,6 @@ class CarelessSave(CarelessScratch):
 
 
 NODES = (
-    *(CarelessText, CarelessLoop, CarelessOwnLoader, CarelessSample),
+    *(CarelessText, CarelessLoop, CarelessRounds, CarelessOwnLoader, CarelessSample),
     *(CarelessScratch, CarelessSizes, CarelessTiles, CarelessSave),
 )
