@@ -346,6 +346,7 @@ def test_the_route_the_state_and_the_report_and_a_page_that_is_loaded_again(host
         assert [model["pin"] for model in snapshot["models"]] == ["pin"]
         assert snapshot["pins"] == ["unpin", "pin", "cuda:0", "cuda:1", "forget"]
     assert "Sequential (pinned): " in report_of_memory().splitlines()[1]
+    routes._run(routes.read_pin({"models": [adopted.number], "pin": "unpin"}))
     host.server.sent.clear()
     routes._run(routes.read_pin({"models": [adopted.number], "pin": "forget"}))
     assert [event for event, _ in host.server.sent] == [browser.STATE]
