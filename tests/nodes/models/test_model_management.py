@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from qmove_pack.nodes.host import hooks
-from qmove_pack.nodes.host.models import entries, residency
+from qmove_pack.nodes.host.models import entries, pins, residency
 from qmove_pack.nodes.host.models.adopted import adopted_of
+from qmove_pack.nodes.host.stages import pinning
 from torch import nn
 
 import qmove_core as qmove
@@ -63,6 +64,27 @@ def test_when_comfyui_needs_vram_it_parks_the_model_by_itself(any_host: Any, gpu
     assert entries_of(any_host, model) == []
     qmove.restore(model)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("choice", [pins.PIN, "cuda:0", pins.FORGET])
+def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(
+    any_host: Any, gpu: GPU, choice: str
+) -> None:
+    model, other = big(), big(17)
+    residency.take_in([model, other])
+    before = snapshot(model)
+    pinning.pin_value(model, choice)
+
+    for _ in range(2):
+        any_host.management.free_memory(1e30, gpu.device)
+        any_host.management.unload_all_models()
+        assert gpu.allocated() == nbytes(model)
+    assert any_host.management.current_loaded_models == []
+
+    assert snapshot(model) == before
+    pinning.pin_value(model, pins.UNPIN)
+    any_host.management.free_memory(1e30, gpu.device)
+    assert gpu.allocated() == 0 and qmove.is_parked(model)
 
 
 def test_a_request_for_a_little_parks_it_whole(any_host: Any, gpu: GPU) -> None:
