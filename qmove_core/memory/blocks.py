@@ -70,12 +70,15 @@ class HostBlock(ABC):
         Args:
             released: called when the storage dies, in the middle of anything.
         """
-        piece = self.memory()[start : start + nbytes]
+        memory = self.memory()
+        # An empty slice would have the block's address: `torch.save` knows storages by theirs.
+        piece = memory[start : start + nbytes] if nbytes else numpy.empty(0, numpy.uint8)
         with torch.inference_mode(False):
             storage = torch.from_numpy(piece).untyped_storage()
         _places[storage._cdata] = (self, start, start + nbytes)
         # The storage keeps `piece` alive, and nothing else does: when it dies the storage is gone.
-        weakref.finalize(piece, _forget, storage._cdata, released).atexit = False
+        keeps = () if nbytes else (memory,)
+        weakref.finalize(piece, _forget, storage._cdata, released, *keeps).atexit = False
         return storage
 
     def pin(self, start: int, end: int) -> bool:
@@ -145,7 +148,7 @@ def gaps_in(block: HostBlock) -> list[tuple[int, int]]:
     return gaps
 
 
-def _forget(storage_cdata: int, released: Released) -> None:
+def _forget(storage_cdata: int, released: Released, *_kept: object) -> None:
     _places.pop(storage_cdata, None)
     released(storage_cdata)
 

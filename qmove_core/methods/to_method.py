@@ -26,6 +26,7 @@ from ..model.inventory import inventory
 from ..model.quantized import is_quantized, quantized_weights
 from ..parking import sleeping
 from ..parking.requests import is_parked, move, restore
+from . import own_methods
 
 Model = TypeVar("Model")
 Original = Callable[..., Any]  # the method without qmove
@@ -34,6 +35,7 @@ Original = Callable[..., Any]  # the method without qmove
 def enable_to(model: Model) -> Model:
     """Makes `model.to()`, `.cpu()` and `.cuda()` do what `qmove.move` does, past libraries' guards.
 
+    What the model's own class notes of its device in an override of these methods is noted as ever.
     Casts (`.half()`, `.to(dtype)`, ...) work as before, but raise DtypeCastRefused while the model
     holds quantized weights; a parked model comes home for one. No flag of the model is edited. A
     copy of an enabled model is an ordinary one. Enabling twice does nothing.
@@ -81,10 +83,17 @@ def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     if dtype is not None:
         _refuse_cast(model, f"to({dtype})")
     if dtype is None and memory_format is None:
-        return model if device is None else _moved(model, device)
+        if device is not None:
+            _moved(model, device)
+            own_methods.let_note(model, "to", args, kwargs)
+        return model
     # A cast does not wake a parked model, and the weights that it makes would have no home.
     if is_parked(model):
         restore(model, device)
+    if dtype is not None and device is not None and own_methods.has_own(model, "to"):
+        _moved(model, device)
+        original(*args, **kwargs)
+        return model
     if dtype is not None:
         original(dtype)
     if memory_format is not None:
@@ -94,11 +103,20 @@ def _to(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
 
 def _accelerator(device_type: str) -> Callable[..., Any]:
     def to_accelerator(model: Any, original: Original, device: Any = None) -> Any:
+        told = () if device is None else (device,)
         if isinstance(device, int):
             device = f"{device_type}:{device}"
-        return _moved(model, device_type if device is None else device)
+        _moved(model, device_type if device is None else device)
+        own_methods.let_note(model, device_type, told)
+        return model
 
     return to_accelerator
+
+
+def _to_host(model: Any, original: Original) -> Any:
+    _moved(model, "cpu")
+    own_methods.let_note(model, "cpu")
+    return model
 
 
 def _cast(name: str) -> Callable[..., Any]:
@@ -127,7 +145,7 @@ def _materialize_all(model: Any, device: Any, *, progress: Any) -> Any:
 # name -> (what the method does, whether a class without such a method gets it too)
 _METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
     "to": (_to, True),
-    "cpu": (lambda model, original: _moved(model, "cpu"), True),
+    "cpu": (_to_host, True),
     "cuda": (_accelerator("cuda"), True),
     "xpu": (_accelerator("xpu"), False),
     **{name: (_cast(name), False) for name in ("half", "float", "double", "bfloat16", "type")},

@@ -14,9 +14,13 @@ such a device. "Alone": an operator has only it and tensors of the host. What co
 into the same storage and is parked too, or is a new tensor, a *result*, that would have been made
 at home. Mixed with an ordinary host tensor it gives an ordinary host tensor.
 
+An operator that records a graph for gradients, draws random numbers, or is under autocast for the
+home, gives something else on the host: it runs at home (`functions.py`).
+
 The variant's `__torch_function__` sees all of it but `torch.tensor(w)`, `x.data = w` and the like,
 which read bytes that are true as well: an arriving tensor looks at its new place once they are
-there. A tensor that is home has its own class and nothing of ours on it.
+there. What else is past it goes through `entrances.py`. A tensor that is home has its own class and
+nothing of ours on it.
 """
 
 from __future__ import annotations
@@ -25,65 +29,22 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from .. import homes
 from ..class_variants import Variants, base_of, own_class, set_class
+from ..errors import QMoveError
 from ..homes import Origin, lock, origin_of, place_of
+from . import compilers, functions
 
 _Tensor: Any = torch.Tensor
-
-# Never a wait, and no lock.
-_ATTRIBUTES = (
-    ("shape", "dtype", "layout", "ndim", "requires_grad", "is_leaf", "is_meta", "is_sparse")
-    + ("is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "grad")
-    + ("_backward_hooks", "grad_fn", "_version")
-)
-_METHODS = (
-    ("size", "stride", "numel", "nelement", "element_size", "storage_offset", "is_contiguous")
-    + ("__len__", "dim", "ndimension", "is_floating_point", "is_complex", "is_signed")
-    + ("is_inference", "_is_view", "is_conj", "is_neg", "__hash__")
-)
-
-
-def _asks_for_no_bytes() -> Iterator[Any]:
-    yield from (getattr(_Tensor, name).__get__ for name in _ATTRIBUTES)
-    yield from (getattr(_Tensor, name) for name in _METHODS)
-    yield from (torch.is_floating_point, torch.is_complex, torch.numel)
-
-
-_HARMLESS = frozenset(_asks_for_no_bytes())
-_PLACES: dict[Any, Callable[[torch.device], Any]] = {
-    _Tensor.device.__get__: lambda device: device,
-    _Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index,
-    torch.get_device: lambda device: -1 if device.type == "cpu" else device.index,
-    _Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
-    _Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
-    _Tensor.is_xpu.__get__: lambda device: device.type == "xpu",
-    _Tensor.is_mps.__get__: lambda device: device.type == "mps",
-}
-_LIKE_IT = frozenset(  # these make a tensor where theirs lives, and read no bytes
-    [getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full")]
-    + [getattr(torch, f"{name}_like") for name in ("rand", "randn", "randint")]
-    + [_Tensor.new_empty, _Tensor.new_empty_strided, _Tensor.new_full, _Tensor.new_ones]
-    + [_Tensor.new_zeros, _Tensor.new_tensor, _Tensor.new]
-)
-_ONLY_AT_HOME = frozenset(  # the host's random numbers are others; the rest is not for host tensors
-    [getattr(_Tensor, f"{name}_") for name in ("normal", "uniform", "random", "bernoulli")]
-    + [getattr(_Tensor, f"{name}_") for name in ("exponential", "geometric", "log_normal")]
-    + [_Tensor.cauchy_, _Tensor.bernoulli, _Tensor.multinomial, torch.bernoulli]
-    + [torch.multinomial, torch.poisson, torch.normal, torch.dropout, torch.nn.functional.dropout]
-    + [_Tensor.__dlpack__, _Tensor.__dlpack_device__, _Tensor.record_stream]
-    + [_Tensor.__cuda_array_interface__.__get__]
-)
-_MOVES = frozenset([_Tensor.to, _Tensor.cuda, _Tensor.cpu, _Tensor.xpu])
-_COPIES = frozenset([_Tensor.copy_, _Tensor.data.__set__])  # from and to any device
-_ASKED_BY_TORCH = frozenset([_Tensor.dim, _Tensor.detach, _Tensor.requires_grad_])
+_RUN_KERNELS = ("torch._functorch", "triton", "bitsandbytes", "cupy")
 
 
 def put_away(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -170,25 +131,37 @@ def _uncompiled() -> Callable[..., Any]:
 
 
 def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in _PLACES and args:
-        return _PLACES[func](_place(args[0]))
-    at_home, makes_parameter = func in _ONLY_AT_HOME, False
-    if func in _ASKED_BY_TORCH:
+    if func in functions.PLACES and args:
+        return functions.PLACES[func](_place(args[0]))
+    if func is _Tensor.share_memory_ and _place(args[0]).type == "cuda":
+        return args[0]  # what is on a device is shared as it is
+    at_home, makes_parameter = functions.must_be_at_home(func), False
+    if func in functions.ASKED_BY_TORCH:
         caller = _caller()
-        # What vmap and grad ask for before they take the tensor to where no operator is seen.
-        at_home = caller.f_globals.get("__name__", "").startswith("torch._functorch")
+        # What vmap and grad ask for before they take the tensor to where no operator is seen; and
+        # the address that a kernel of the device is given.
+        at_home = caller.f_globals.get("__name__", "").startswith(_RUN_KERNELS)
         is_new = caller.f_code is nn.Parameter.__new__.__code__
         makes_parameter = is_new and func is _Tensor.detach
-    if func in _HARMLESS and not at_home:
+    if func in functions.HARMLESS and not at_home:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if func is functions.GRADIENT:
+        return _gradient_of(args[0])
+    func, args, kwargs = functions.told_by_place(func, args, kwargs, _place)
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     with lock:
         parked = _still_parked(tensors)
         if parked:
-            if not at_home and not _meet_an_accelerator(func, tensors, args, kwargs):
-                return _on_the_host(func, parked, tensors, args, kwargs, makes_parameter)
+            if not at_home and not _meet_an_accelerator(func, tensors, leaves, args, kwargs):
+                try:
+                    return _on_the_host(func, parked, tensors, args, kwargs, makes_parameter)
+                except functions.OnlyAtHome:
+                    pass
             _bring_home(parked)
+    if torch._C._get_tracing_state() is not None:
+        func = compilers.as_if_called_by(_caller(), func)
     result = func(*args, **kwargs)
     if makes_parameter and type(args[0]) is nn.Parameter:  # `detach`: a custom tensor's keeps class
         return _as_parameter(result)
@@ -219,46 +192,59 @@ def _still_parked(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return parked
 
 
+def bring_home(objects: Any) -> None:
+    """Brings home what is away among tensors, in containers or not."""
+    with lock:
+        leaves = (leaf for leaf in tree_leaves(objects) if isinstance(leaf, torch.Tensor))
+        parked = _still_parked(leaves)
+        if parked:
+            _bring_home(parked)
+
+
+def meet(objects: Any) -> None:
+    """The same if one of the tensors is on an accelerator."""
+    tensors = [leaf for leaf in tree_leaves(objects) if isinstance(leaf, torch.Tensor)]
+    if any(place_of(tensor).type not in ("cpu", "meta") for tensor in tensors):
+        bring_home(tensors)
+
+
 def _bring_home(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        origin = _origin(tensor)
+        if origin is not None and origin.is_result and tensor.grad_fn is not None:
+            raise QMoveError(
+                "An autograd.Function has computed this from a weight of a parked model, on the "
+                "host, and its graph cannot go to the device. Call qmove.restore(model) before it."
+            )
     origin = _origin(tensors[0])
     if origin is not None:
         origin.record.wake(list(tensors), stream=False)
 
 
+def _gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    with lock, torch._C.DisableTorchFunctionSubclass():
+        gradient, origin = tensor.grad, _origin(tensor)
+    if gradient is not None and origin is not None and origin.is_parked:
+        _follow(gradient, origin)  # a backward on the host has made it
+    return gradient
+
+
 def _meet_an_accelerator(
-    func: Any, tensors: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    func: Any,
+    tensors: Sequence[torch.Tensor],
+    leaves: Sequence[Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> bool:
-    if func in _COPIES or func in _LIKE_IT:
+    if functions.is_copy(func) or func in functions.LIKE_IT:
         return False
-    if getattr(func, "__module__", None) == "torch.nn.init":
-        return True
-    if func in _MOVES:
-        target = _target_of(func, args, kwargs)
+    if func in functions.MOVES:
+        target = functions.target_of(func, args, kwargs, _place)
         return target is not None and target == _place(args[0])
     if any(place_of(tensor).type not in ("cpu", "meta") for tensor in tensors):
         return True
-    devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
-    return any(device.type not in ("cpu", "meta") for device in devices)
-
-
-def _target_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """Where a move is to, with its index; None for a cast."""
-    device: Any
-    if func is _Tensor.cpu:
-        return torch.device("cpu")
-    if func is _Tensor.to:
-        other = args[1] if len(args) > 1 else kwargs.get("other")
-        if isinstance(other, torch.Tensor):
-            return _place(other)
-        options = {name: value for name, value in kwargs.items() if name != "copy"}
-        device = torch._C._nn._parse_to(*args[1:4], **options)[0]  # type: ignore[attr-defined]
-    else:
-        kind = "cuda" if func is _Tensor.cuda else "xpu"
-        device = args[1] if len(args) > 1 else kwargs.get("device")
-        device = torch.device(*((kind, device) if isinstance(device, int) else (device or kind,)))
-    if device is None or device.index is not None or device.type in ("cpu", "meta"):
-        return device  # type: ignore[no-any-return]
-    return torch.device(device.type, torch.get_device_module(device).current_device())
+    told = functions.devices_told(leaves)
+    return any(device.type not in ("cpu", "meta") for device in told)
 
 
 def _on_the_host(
@@ -269,30 +255,60 @@ def _on_the_host(
     kwargs: dict[str, Any],
     makes_parameter: bool,
 ) -> Any:
-    """Runs an operator on the bytes where they are."""
+    """Runs an operator on the bytes where they are.
+
+    Raises:
+        OnlyAtHome: it must run at home, and nothing has changed.
+    """
     origin = _origin(parked[0])
     assert origin is not None
-    if func in _LIKE_IT:
+    if func in functions.LIKE_IT:
         if kwargs.get("device") is None:
             kwargs = kwargs | {"device": origin.home}
         return _run(func, parked, args, kwargs)
+    if func is _Tensor.type and not isinstance((*args[1:], *kwargs.values(), None)[0], torch.dtype):
+        raise functions.OnlyAtHome  # its name; and a name or a class stands for a device too
     if kwargs.get("non_blocking"):  # nobody would wait for it before the bytes go
         kwargs = kwargs | {"non_blocking": False}
-    result = _run(func, parked, args, kwargs)
-    if func in _MOVES and (target := _target_of(func, args, kwargs)) is not None:
-        return _sent_to_the_host(result) if target.type == "cpu" else result
+    if functions.computes(func) and _is_autocast(origin.home, parked):
+        raise functions.OnlyAtHome
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if records and functions.changes_in_place(func) and func is not _Tensor.requires_grad_:
+        raise functions.OnlyAtHome
+    if functions.may_draw_within(func):
+        with functions.NoRandomNumbers():
+            result = _run(func, parked, args, kwargs)
+    else:
+        result = _run(func, parked, args, kwargs)
+    if func in functions.MOVES:
+        target = functions.target_of(func, args, kwargs, _place)
+        if target is not None:
+            return _sent_to_the_host(result) if target.type == "cpu" else result
     if makes_parameter and own_class(parked[0]) is nn.Parameter:
         result = _as_parameter(result)
     given = {id(tensor) for tensor in tensors}
     known = {id(tensor) for tensor in parked}
-    is_all = all(id(tensor) in known or tensor.dim() == 0 for tensor in tensors)
-    for made in tree_leaves(result):
-        if isinstance(made, torch.Tensor) and id(made) not in given:
-            _follow(made, origin if is_all else None)
+    made = [
+        leaf
+        for leaf in tree_leaves(result)
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in given
+    ]
+    if records and any(tensor.grad_fn is not None for tensor in made):
+        raise functions.OnlyAtHome
+    decide = tensors[:1] if func in functions.PICKS_BY_THE_FIRST else tensors
+    is_all = all(id(tensor) in known or tensor.dim() == 0 for tensor in decide)
+    for tensor in made:
+        _follow(tensor, origin if is_all else None)
     for tensor in tensors:  # one may look into another's storage now, as after `a.set_(b)`
         _follow(tensor, None)
     _still_parked(parked)
     return result
+
+
+def _is_autocast(home: torch.device, parked: Sequence[torch.Tensor]) -> bool:
+    return torch.is_autocast_enabled(home.type) and any(
+        tensor.is_floating_point() for tensor in parked
+    )
 
 
 def _run(
@@ -389,11 +405,28 @@ def _set_class(self: Any, cls: type) -> None:
     set_class(self, cls)
 
 
+def _get_class(self: Any) -> type:
+    if not is_dynamo_compiling() and compilers.is_compiling_whole(sys._getframe(1)):
+        bring_home(self)
+    return own_class(self)
+
+
+def _past_torch_function(name: str) -> Callable[..., Any]:
+    """A method that PyTorch does not send through `__torch_function__`."""
+    function = getattr(_Tensor, name)
+    return functools.wraps(function)(
+        lambda self, *args, **kwargs: _answer(function, (self, *args), kwargs)
+    )
+
+
 _MEMBERS = {
-    "__class__": property(own_class, _set_class),
+    "__class__": property(_get_class, _set_class),
     "__copy__": _copy,
     "__deepcopy__": _deepcopy,
     "__repr__": lambda self: _of_own_class(self, repr),
+    "__format__": lambda self, spec: _of_own_class(self, format, spec),
+    "set_": _past_torch_function("set_"),
+    "as_subclass": _past_torch_function("as_subclass"),
     "__reduce_ex__": lambda self, protocol: _of_own_class(self, _reduce, protocol),
     "__torch_function__": classmethod(_torch_function),
 }

@@ -29,7 +29,7 @@ from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
 from ..transfer.moves import MovePlan, StorageMove
-from . import layer_order, pins, sleeping, streaming
+from . import entrances, layer_order, pins, sleeping, streaming
 from .away_tensors import is_looked_after, put_away, take_home
 from .records import Record, record_of
 
@@ -204,6 +204,7 @@ def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
 
 def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
     record.register()
+    entrances.guard()
     owners = _Owners(held.modules)
     tops = outermost(held.modules.values())
     wakes_whole = isinstance(record.model, nn.Module) or len(tops) == 1

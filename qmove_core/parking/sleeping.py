@@ -22,10 +22,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..class_variants import Variants, base_of, own_class, reduce_as_own_class, set_class
 from ..homes import is_settled, lock, parked_home, place_of
+from . import compilers
 
 log = logging.getLogger("qmove")
 
@@ -150,7 +152,7 @@ def _wake_model_of(module: nn.Module) -> None:
         )  # also a copy of a sleeping module, made behind our back, which nobody else would wake
 
 
-_COMPILERS = ("torch.jit", "torch._jit_internal")
+_ASLEEP = "_qmove_sleeps"  # in the class of each module that sleeps
 
 
 class _RousingForward:
@@ -165,15 +167,16 @@ class _RousingForward:
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any]:
         if module is None:
             return self._cls.forward
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(_COMPILERS):
-            _rouse(module)  # they read its code and its tensors, and never call it
+        if not is_dynamo_compiling() and compilers.reads_code(sys._getframe(1)):
+            _rouse(module)
             return module.forward
         own = module.__dict__
         forward = own["forward"] if "forward" in own else _forward_of_class(module)
 
         @functools.wraps(forward)  # transformers reads the signature before the first forward
         def rousing_forward(*args: Any, **kwargs: Any) -> Any:
-            _rouse(module)
+            if getattr(type(module), _ASLEEP, False):
+                _rouse(module)
             return forward(*args, **kwargs)
 
         return rousing_forward
@@ -192,11 +195,18 @@ def _forward_of_class(module: nn.Module) -> Callable[..., Any]:
         return module.__getattr__("forward")  # type: ignore[return-value]
 
 
+def _get_class(self: nn.Module) -> type:
+    if not is_dynamo_compiling() and compilers.is_compiling_whole(sys._getframe(1)):
+        _wake_model_of(self)
+    return own_class(self)
+
+
 def _members(cls: type[Any]) -> dict[str, Any]:
     """What a sleeping module does differently from others of `cls`."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _rouse(self)
+        if getattr(type(self), _ASLEEP, False):  # else it woke for a compiler that reads this
+            _rouse(self)
         return cls.__call__(self, *args, **kwargs)
 
     def device(self: nn.Module) -> torch.device:
@@ -225,9 +235,10 @@ def _members(cls: type[Any]) -> dict[str, Any]:
                 set_class(self, sleeping)
 
     members: dict[str, Any] = {
+        _ASLEEP: True,
         # What programs ask for the class, pickle among them. Who sets another one gets it, and the
         # module sleeps on.
-        "__class__": property(own_class, lambda self, other: set_class(self, _asleep.of(other))),
+        "__class__": property(_get_class, lambda self, other: set_class(self, _asleep.of(other))),
         "__call__": call,
         "__getattr__": get,
         "forward": _RousingForward(cls),
