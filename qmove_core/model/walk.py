@@ -215,6 +215,25 @@ class _Walker:
             deliberate = _is_module(value)  # nn.Module.__setattr__ would have registered it
             reach = Reach.BEYOND if deliberate or is_hook else Reach.OWN
             self._push(value, prefix + attribute, reach, _CAPTURED if is_hook else _STATE)
+        if isinstance(module, torch.jit.ScriptModule):
+            script = module._c
+            methods = [script._get_method(method) for method in script._method_names()]
+            self._constants(methods, name, reach)
+            for method, examples in script._retrieve_traced_inputs().items():
+                self._push(list(examples), f"{name}.<traced {method}>", reach, _CAPTURED)
+
+    def _script_function(self, function: Any, name: str, reach: Reach, kind: str) -> None:
+        self._constants([function], name, _beyond(reach))
+
+    def _constants(self, methods: Iterable[Any], name: str, reach: Reach) -> None:
+        """What TorchScript keeps in its code: weights of a frozen module, tensors of a traced one."""
+        for method in methods:
+            for node in method.graph.findAllNodes("prim::Constant", recurse=True):
+                kind = node.kindOf("value") if node.hasAttribute("value") else ""
+                if kind in ("t", "ts", "ival"):
+                    value = getattr(node, kind)("value")
+                    constant = f"{name}.<constant>.{node.output().debugName()}"
+                    self._push(value, constant, reach, _CAPTURED)
 
     def _mapping(self, mapping: Mapping[Any, Any], name: str, reach: Reach, kind: str) -> None:
         for index, (key, value) in enumerate(mapping.items()):
@@ -326,6 +345,8 @@ def _visitor_of(cls: type) -> Callable[..., None]:
         return _Walker._method
     if issubclass(cls, functools.partial):
         return _Walker._partial
+    if issubclass(cls, torch.jit.ScriptFunction):
+        return _Walker._script_function
     if cls is not functools._lru_cache_wrapper and (cls.__dictoffset__ or slots_of(cls)):
         return _Walker._object
     return _Walker._opaque

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import qmove_core as qmove
 from qmove_core.memory import arena
@@ -79,3 +80,70 @@ def test_an_error_while_an_arrival_ends_holds_nothing(
     del model, expected
     gc.collect()
     assert nbytes and gpu.allocated() == 0
+
+
+class _Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = layers(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        return y * 2 if bool(y.sum() > 1e9) else y
+
+
+def _frozen() -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(_Scripted().eval()))  # type: ignore[no-any-return]
+
+
+def _trace_over(model: nn.Module) -> Any:
+    """Its weights are constants, as they belong to no module of it."""
+
+    class Closing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(bias, x, weight)
+
+    weight, bias = list(model.parameters())[:2]
+    # The module of a check lives as long as the process, with constants of its own.
+    return torch.jit.trace(Closing(), inputs(), check_trace=False)
+
+
+SCRIPTS: dict[str, Any] = {
+    "frozen": _frozen,
+    "frozen in a module": lambda: nn.Sequential(_frozen(), *layers(1)),
+    "frozen for inference": lambda: torch.jit.optimize_for_inference(_frozen()),
+    "traced over weights": lambda: _trace_over(layers(2)),
+}
+
+
+@pytest.mark.parametrize("calls", [0, 4], ids=["never ran", "optimized by runs"])
+@pytest.mark.parametrize("build", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_constants_of_torchscript_leave_and_come_home(gpu: GPU, build: Any, calls: int) -> None:
+    empty = gpu.allocated()
+    model, x = build(), inputs()
+    expected = None
+    for _ in range(calls):
+        expected = model(x).cpu()
+    gc.collect()
+    held = gpu.allocated() - empty - x.nbytes
+    assert held > 0
+    for _ in range(2):
+        parked = qmove.park(model)
+        assert (gpu.allocated() - empty - x.nbytes, parked.stragglers) == (0, [])
+        result = model(x).cpu()
+        assert expected is None or torch.equal(result, expected)
+        assert gpu.allocated() - empty - x.nbytes == held
+        expected = result
+
+
+def test_constants_of_a_function_in_torchscript_leave_too(gpu: GPU) -> None:
+    gc.collect()
+    empty, weight = gpu.allocated(), torch.ones(64, 64, device="cuda")
+    holder = {"function": torch.jit.trace(lambda x: x @ weight, (inputs(),)), "w": weight.clone()}
+    expected = holder["function"](inputs()).cpu()
+    del weight
+    gc.collect()
+    parked = qmove.park(holder)
+    assert gpu.allocated() == empty and not parked.stragglers
+    parked.restore()
+    assert torch.equal(holder["function"](inputs()).cpu(), expected)
