@@ -25,7 +25,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import contenders, little_room, machine, page, plots, terminal, workloads
+from . import contenders, forwards, little_room, machine, page, plots, terminal, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = [contender.name for contender in contenders.ALL]
@@ -145,8 +145,11 @@ class Run:
             for case in little_room.CASES
             for way in little_room.WAYS
         ]
+        forward = {"width": 256, "layers": 8 if quick else 24}
+        forward |= {"rounds": 2 if quick else 9, "pairs": 3 if quick else 60}
         steps = (
             len(turns)
+            + len(forwards.PRECISIONS)
             + len(models) * (1 + len(self.contenders) + len(self.moves_on))
             + 1
             + len(counts)
@@ -164,6 +167,10 @@ class Run:
                 "workloads": [self._workload(workload) for workload in models],
                 "beside a copy": self._child("beside a copy", beside, "beside a plain copy"),
                 "little room": [self._turns(request) for request in turns],
+                "forwards": [
+                    self._forward({"precision": precision, **forward})
+                    for precision in forwards.PRECISIONS
+                ],
                 "by tensors": list(self.pool.map(self._size, by_tensors)),
                 "by bytes": list(self.pool.map(self._size, by_bytes)),
             }
@@ -200,6 +207,10 @@ class Run:
 
     def _turns(self, request: dict[str, Any]) -> dict[str, Any]:
         return request | self._child("little room", request, f"{request['case']}: {request['way']}")
+
+    def _forward(self, request: dict[str, Any]) -> dict[str, Any]:
+        what = f"{request['precision']}: a forward before and after"
+        return request | self._child("forward", request, what)
 
     def _size(self, request: dict[str, Any]) -> dict[str, Any]:
         needed = (2.1 if self.simulated else 1.1) * request["nbytes"] + 10**9

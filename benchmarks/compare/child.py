@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from . import growth, little_room, moves, swaps, workloads
+from . import forwards, growth, little_room, moves, swaps, workloads
 
 
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +25,7 @@ TASKS = {
     "swaps": swaps.main,
     "moves": moves.main,
     "little room": little_room.main,
+    "forward": forwards.main,
     "one size": growth.one_size,
     "beside a copy": growth.beside_a_copy,
 }

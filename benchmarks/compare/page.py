@@ -37,6 +37,13 @@ four times its largest storage. "VRAM for one": one model and 64 MiB. RAM is wha
 """
 
 
+FORWARDS = """\
+A restored model beside a twin that never moved: the shortest of many forwards of each, in turns, before a park and after the restore, in
+{} rounds. On the simulated GPU it is CPU time of the thread, whose kernels run in it. "Operators" are those of one forward: the fast paths
+are taken again.
+"""
+
+
 def page(results: dict[str, Any]) -> str:
     """The whole page, as Markdown."""
     parts = [
@@ -62,6 +69,13 @@ def page(results: dict[str, Any]) -> str:
             "## Swaps in little room",
             LITTLE_ROOM.format(rows.readable(nbytes)),
             _table(*_split(rows.little_room(results))),
+        ]
+    if results.get("forwards"):
+        rounds = max(measured.get("rounds", 0) for measured in results["forwards"])
+        parts += [
+            "## A forward before a park and after a restore",
+            FORWARDS.format(rounds),
+            _table(*_split(rows.forwards(results))),
         ]
     parts += ["## What was to be reached", REACHED, _table(*_split(rows.reached_by_link(results)))]
     parts += ["Wall time of this machine:", _table(*_split(rows.reached_on_the_wall(results)))]

@@ -104,6 +104,31 @@ def little_room(results: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def forwards(results: dict[str, Any]) -> list[list[str]]:
+    """Headings, and a line for each precision: a forward after a restore, over one before."""
+    lines = [["", "after / before", "half of the rounds", "a forward, ms", "operators"]]
+    for measured in results.get("forwards", []):
+        name = f"{measured['precision']}, {measured['layers']} layers"
+        if "error" in measured:
+            lines.append([name, str(measured["error"]), "", "", ""])
+            continue
+        before, after = measured["operators"]
+        ratio = f"{measured['ratio']:.3f}"
+        lines.append(
+            [
+                name,
+                ratio if abs(measured["ratio"] - 1) <= FORWARD_TOLERANCE else f"**{ratio}**",
+                f"{measured['low']:.3f} to {measured['high']:.3f}",
+                f"{measured['forward'] * 1e3:.3g}",
+                f"{before:,}" if before == after else f"**{before:,}, then {after:,}**",
+            ]
+        )
+    return lines
+
+
+FORWARD_TOLERANCE = 0.02
+
+
 def readable(nbytes: float) -> str:
     """In GB, MB or kB."""
     unit, name = next(

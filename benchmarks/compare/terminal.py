@@ -38,6 +38,7 @@ def show(console: Console, results: dict[str, Any]) -> None:
             rows.reached_by_link(results),
         ),
         ("swaps in little room", rows.little_room(results)),
+        ("a forward after a restore, over one before the park", rows.forwards(results)),
         ("to be reached on this machine, wall", rows.reached_on_the_wall(results)),
     ):
         table = Table(*lines[0], title=f"{title} (red: not reached)", title_justify="left")

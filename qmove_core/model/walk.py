@@ -226,7 +226,7 @@ class _Walker:
         self._constants([function], name, _beyond(reach))
 
     def _constants(self, methods: Iterable[Any], name: str, reach: Reach) -> None:
-        """What TorchScript keeps in its code: weights of a frozen module, tensors of a traced one."""
+        """What TorchScript keeps in code: weights of a frozen module, tensors of a traced one."""
         for method in methods:
             for node in method.graph.findAllNodes("prim::Constant", recurse=True):
                 kind = node.kindOf("value") if node.hasAttribute("value") else ""

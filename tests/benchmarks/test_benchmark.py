@@ -312,3 +312,16 @@ def test_swaps_in_little_room_show_what_a_park_first_has_no_room_for(gpu: GPU) -
     assert first[:2] == [request["case"], "swap"]
     assert "GB" not in second[2] and "needs 3." in second[2]
     assert len(heading) == len(first) == len(second)
+
+
+def test_a_forward_after_a_restore_runs_the_operators_of_one_before(gpu: GPU) -> None:
+    """The times are for the page: here only that they are measured, and what ran."""
+    request = {"precision": "int8", "width": 64, "layers": 2, "rounds": 2, "pairs": 2}
+    measured = request | child.TASKS["forward"](request)
+    before, after = measured["operators"]
+    assert before == after > 0 and measured["ratio"] > 0
+    slow = measured | {"ratio": 1.5, "operators": [before, before + 1]}
+    headings, fast, slower = rows.forwards({"forwards": [measured | {"ratio": 1.0}, slow]})
+    assert len(headings) == len(fast) == len(slower)
+    assert (fast[1], slower[1]) == ("1.000", "**1.500**")
+    assert slower[-1].startswith("**")

@@ -57,12 +57,27 @@ def torchao() -> Model:
     return Model(layer, layer.in_features, layer.out_features, next(iter(layer.parameters())).dtype)
 
 
+def dispatched() -> Any:
+    from accelerate import dispatch_model
+
+    return dispatch_model(plain(), {"": 0}, force_hooks=True)
+
+
+def dispatched_to_two() -> Any:
+    from accelerate import dispatch_model
+
+    places = {"first": 0, "base": 1, "last": 0, "spare": 1}
+    return dispatch_model(plain(), places, force_hooks=True)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "plain": plain,
     "tied": tied,
     "int8": lambda: Model(quantized("int8")[0], 128, 64, torch.float16),
     "nf4": lambda: Model(quantized("nf4 double")[0], 128, 64, torch.float16),
     "torchao": torchao,
+    "dispatched": dispatched,
+    "dispatched to two": dispatched_to_two,
 }
 
 

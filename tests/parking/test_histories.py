@@ -98,6 +98,42 @@ def load(pair: Pair, n: int) -> None:
     layer.requires_grad_(False)
 
 
+def resize(pair: Pair, n: int) -> None:
+    """A buffer grows, and a weight's storage is taken away and given back, as FSDP does."""
+    layer = pair.layer(n)
+    layer.register_buffer("grown", torch.ones(WIDTH, device=layer.weight.device))
+    layer.grown.resize_(WIDTH * (1 + n % 3)).fill_(n)
+
+
+def delete(pair: Pair, n: int) -> None:
+    """One model of the pipeline goes, and a new one comes, with the shared part or without."""
+    key = "ab"[n % 2]
+    torch.manual_seed(n)
+    last = pair.layer(n) if n % 3 else nn.Linear(WIDTH, WIDTH)
+    pair.pipe[key] = nn.Sequential(nn.Linear(WIDTH, WIDTH), last).cuda().requires_grad_(False)
+
+
+def exchange(pair: Pair, n: int) -> None:
+    one, other = pair.layer(n).weight, pair.layer(n + 1).weight
+    if one is not other:
+        torch.utils.swap_tensors(one, other)
+
+
+def gradients(pair: Pair, n: int) -> Any:
+    layer = pair.layer(n)
+    weight = layer.weight.requires_grad_(True)
+    loss = (weight**2).sum() + (layer(x()).sum() if n % 2 else 0)
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    weight.requires_grad_(False)
+    return gradient
+
+
+def noise(pair: Pair, n: int) -> Any:
+    torch.manual_seed(n)
+    weight = pair.layer(n).weight
+    return [weight + torch.randn_like(weight), nn.functional.dropout(weight), weight.type()]
+
+
 USER: dict[str, Callable[[Pair, int], Any]] = {
     "forward a": lambda pair, n: pair.pipe["a"](x()),
     "forward b": lambda pair, n: pair.pipe["b"](x()),
@@ -116,6 +152,11 @@ USER: dict[str, Callable[[Pair, int], Any]] = {
     "replace": replace,
     "add": add,
     "share": share,
+    "resize": resize,
+    "delete": delete,
+    "exchange": exchange,
+    "gradients": gradients,
+    "noise": noise,
     "cast": cast,
     "load": load,
     "save": lambda pair, n: saved(pair.pipe["a"]),

@@ -136,13 +136,18 @@ def test_constants_of_torchscript_leave_and_come_home(gpu: GPU, build: Any, call
         expected = result
 
 
+def _holder_of_a_function() -> dict[str, Any]:
+    weight = torch.ones(64, 64, device="cuda")
+    traced = torch.jit.trace(lambda x: x @ weight, (inputs(),))
+    return {"function": traced, "other": weight.clone()}
+
+
 def test_constants_of_a_function_in_torchscript_leave_too(gpu: GPU) -> None:
     gc.collect()
-    empty, weight = gpu.allocated(), torch.ones(64, 64, device="cuda")
-    holder = {"function": torch.jit.trace(lambda x: x @ weight, (inputs(),)), "w": weight.clone()}
+    empty, holder = gpu.allocated(), _holder_of_a_function()
     expected = holder["function"](inputs()).cpu()
-    del weight
     gc.collect()
+    assert gpu.allocated() > empty
     parked = qmove.park(holder)
     assert gpu.allocated() == empty and not parked.stragglers
     parked.restore()
