@@ -66,7 +66,7 @@ def dispatched() -> Any:
 def dispatched_to_two() -> Any:
     from accelerate import dispatch_model
 
-    places = {"first": 0, "base": 1, "last": 0, "spare": 1}
+    places = {"first": 0, "base": 1, "last": 0, "spare": 1, "scale": 0}
     return dispatch_model(plain(), places, force_hooks=True)
 
 
