@@ -9,6 +9,7 @@ makes has its dtype and its device named, and is made by `storages.empty`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,12 +25,39 @@ _C: Any = torch._C
 _overrides: Any = torch.overrides
 _dispatch: Any = torch.utils._python_dispatch
 
+EXIT_SECONDS = 1.0  # how long the end of the process waits for a move of another thread
+
+_process_ends = False
+
 
 @contextmanager
 def moving() -> Iterator[None]:
-    """Holds the lock of all moves. The body sees PyTorch as a new thread does."""
-    with lock, ordinary_state():
-        yield
+    """Holds the lock of all moves. The body sees PyTorch as a new thread does.
+
+    Raises:
+        SystemExit: in a thread that comes here while the process ends.
+    """
+    begins = not lock._is_owned()  # type: ignore[attr-defined]
+    with lock:
+        if _process_ends and begins and threading.current_thread() is not threading.main_thread():
+            raise SystemExit
+        with ordinary_state():
+            yield
+
+
+def _at_exit() -> None:
+    """Lets the move of another thread end, and no further one begin.
+
+    The end of the interpreter kills daemon threads as soon as they come back from PyTorch, whose
+    C++ then aborts the process.
+    """
+    global _process_ends
+    _process_ends = True
+    if lock.acquire(timeout=EXIT_SECONDS):
+        lock.release()
+
+
+atexit.register(_at_exit)
 
 
 @contextmanager
