@@ -280,10 +280,12 @@ def _make_room(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: N
     order: list[Model] | None = None
     for device in meter.devices():
         wanted: float = _room_for(device, coming[device], needed)
-        wanted -= residency.yielding_bytes(device, inputs.patchers) if wanted else 0
         if settings.parks_each_stage() and _computes_on(device, inputs, needed):
             wanted = residency.EVERYTHING
-        if wanted <= 0 or (free := meter.free_bytes(device)) is None or free >= wanted:
+        if not wanted or (free := meter.free_bytes(device)) is None or free >= wanted:
+            continue
+        wanted -= residency.yielding_bytes(device, inputs.patchers)
+        if free >= wanted:
             continue
         if order is None:
             finding.look()
