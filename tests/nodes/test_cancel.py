@@ -112,6 +112,9 @@ def test_to_cancel_one_of_several_keeps_those_that_were_done(
     host: FakeHost, gpu: GPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [model_of(16), model_of(16), model_of(16)]
+    for number, model in enumerate(models):  # the same weights twice are not copied twice
+        for parameter in model.parameters():
+            parameter.data.add_(number)
     residency.take_in(models)
     cancel_each(host, monkeypatch, number=2)
 
