@@ -23,7 +23,7 @@ SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 test test-faults: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format bench gpu-check setup clean
+.PHONY: help demo test test-faults check audit format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,7 @@ endif
 
 test-faults: $(STAMP) ## Try faults, histories, threads and memory for MINUTES (60), and write docs/results/faults.json
 	QMOVE_FAULT_MINUTES=$(MINUTES) QMOVE_FAULT_RESULTS=docs/results/faults.json $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+	$(BIN)/python -m tools.guarantees
 
 check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)
@@ -48,6 +49,12 @@ check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imp
 ifneq ($(BROWSER_STAMP),)
 	$(NPM) run check
 endif
+
+# Not in `check`: it asks an online service, which many a CI cannot reach, and a package index without one
+# answers as if nothing were known. So here what cannot be audited is a failure (--strict).
+audit: $(STAMP) ## Ask the package index's vulnerability service about the versions in tools/constraints.txt
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --strict --requirement tools/constraints.txt --no-deps --disable-pip
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix $(SOURCES)
