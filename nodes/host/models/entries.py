@@ -93,6 +93,7 @@ class Entry:
 
         ComfyUI may load it along with models of its own, which a failure of this one must not stop.
         """
+        self.is_listed = True
         adopted = self._adopted()
         if adopted is None or self.load_device not in adopted.parked:
             return 0
@@ -117,7 +118,7 @@ class Entry:
 
         One that another manager moves is left to that one.
         """
-        self.is_listed = not unpatch_all
+        self.is_listed = False  # where it is listed anew, it is loaded once more
         adopted = self._adopted()
         may_leave = _only_from is None or self.load_device in _only_from
         if adopted is None or adopted.moved_by or pins.stays(adopted):

@@ -66,8 +66,8 @@ def register(models: Iterable[Adopted]) -> None:
     for entry in entries:
         if id(entry) in listed:
             continue
-        entry.is_listed = bool(entry.loaded_size())
-        if entry.is_listed:
+        entry.is_listed = False
+        if entry.loaded_size():
             line = host.LoadedModel(entry)
             line.model_load()
             host.current_loaded_models.insert(0, line)

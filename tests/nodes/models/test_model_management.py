@@ -396,3 +396,21 @@ def test_a_model_that_a_pack_has_thrown_out_of_the_list_is_evicted_all_the_same(
 
     assert gpu.allocated() == 0
     assert any_host.management.current_loaded_models == []
+
+
+def test_a_model_that_comfyui_lists_anew_is_in_the_list_once(any_host: Any, gpu: GPU) -> None:
+    """On a repeated request it takes the line out, makes room, and puts it in again."""
+    model = big()
+    (adopted,) = residency.take_in([model])
+    assert residency.keep_listed()
+    try:
+        for _ in range(2):
+            any_host.management.load_models_gpu(entries.entries_of(adopted), force_full_load=True)
+            assert len(entries_of(any_host, model)) == 1
+        any_host.management.current_loaded_models.clear()
+        any_host.management.free_memory(MIB, gpu.device)
+    finally:
+        hooks.unwrap_all()
+
+    assert len(entries_of(any_host, model)) == 1
+    assert gpu.allocated() == nbytes(model)
