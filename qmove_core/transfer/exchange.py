@@ -53,6 +53,7 @@ def exchange(
     asleep = dataclasses.replace(leaving, on_commit=lambda: None)
     with MoveTransaction(asleep, coming) as transaction:
         transaction.use_mirrors()
+        transaction.share_with_others()
         swap = _Swap(transaction, leaving, coming)
         with interrupts_deferred():
             leaving.on_commit()

@@ -109,9 +109,21 @@ class MoveTransaction:
                 move.mirror = None  # a file is never written to
 
     def share_with_others(self) -> None:
-        """Finds what is in host memory already, for another model: nothing to copy there either."""
+        """Finds what is in host memory already, for another model: nothing to copy there either.
+
+        That may be the model that comes while this one leaves.
+        """
         lacking = [move for move in self.moves if move.goes_out and move.target is None]
-        found = sharing.find_equal([move.source for move in lacking])
+        if not lacking:
+            return
+        coming = [move for move in self.moves if move.came_from.type == "cpu"]
+        for move in coming:
+            move.source = EMPTY  # what somebody holds is not shared
+        try:
+            found = sharing.find_equal([move.source for move in lacking])
+        finally:
+            for move in coming:
+                move.source = move.holding.storage
         for move, equal in zip(lacking, found, strict=True):
             if equal is not None:
                 move.target, move.digest, move.is_unchanged = equal.host, equal.digest, True

@@ -49,8 +49,8 @@ class Loads:
 
     def swap(self, n: int) -> None:
         one, other = self.models[n], self.models[(n + 1) % COUNT]
-        qmove.park(other)
         qmove.restore(one)
+        qmove.park(other)
         qmove.swap(one, other)
 
     def are_right(self) -> None:

@@ -182,6 +182,20 @@ def test_restoring_one_and_trimming_keeps_the_others_bytes(gpu: GPU) -> None:
     assert qmove.park(one).copied_bytes == qmove.inventory(one).nbytes
 
 
+@every_kind
+def test_one_that_leaves_lies_where_the_one_that_comes_lay(gpu: GPU, kind: str) -> None:
+    one, other = loaded(kind), loaded(kind)
+    before = weights_of(one)
+    qmove.park(one)
+    in_ram = held()
+    for leaving, coming in ((other, one), (one, other), (other, one)):
+        parked, restored = qmove.swap(leaving, coming)
+        assert (parked.copied_bytes, restored.copied_bytes) == (0, restored.nbytes)
+        assert qmove.is_parked(leaving) and not qmove.is_parked(coming)
+        assert weights_of(one) == weights_of(other) == before
+        assert held() == in_ram
+
+
 def test_a_swap_of_two_that_share(gpu: GPU) -> None:
     one, other, before = both_parked()
     for leaving, coming in ((None, one), (one, other), (other, one)):

@@ -114,6 +114,18 @@ def test_what_was_changed_is_parked_in_memory_that_is_counted(
     assert weights_of(one) == changed
 
 
+def test_storages_that_models_share_cannot_be_resized(gpu: GPU) -> None:
+    one, other, before = both_parked()
+    weight = one[0].weight.data
+    with pytest.raises(RuntimeError, match="resiz"):
+        weight.resize_(2 * weight.numel())
+    weight.resize_(4).fill_(3)
+    assert weights_of(other) == before
+    qmove.restore(one)
+    qmove.restore(other)
+    assert weights_of(other) == before and weight.tolist() == [3] * 4
+
+
 def test_an_array_over_the_first_keeps_it_where_it_is(gpu: GPU) -> None:
     one, other = loaded("plain"), loaded("plain")
     before = weights_of(other)
