@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -18,7 +18,8 @@ from qmove_core.memory import arena, shared, sharing
 from tests.builders.byte_tensors import MIB, equal, on_host, tensors
 from tests.builders.device import GPU
 from tests.builders.mirrors import digest_bytes, held
-from tests.builders.models import layers
+from tests.builders.models import layers, quanto_layers, torchao_layers
+from tests.builders.snapshots import snapshot
 from tests.builders.twins import KINDS, both_parked, loaded, weights_of
 
 pytestmark = [
@@ -64,6 +65,23 @@ def test_the_second_one_copies_nothing_out_and_takes_no_memory(gpu: GPU, kind: s
 
 def places_of(model: nn.Module) -> set[str]:
     return {parameter.device.type for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [lambda: torchao_layers("int8"), lambda: quanto_layers("qint4")],
+    ids=["torchao", "quanto"],
+)
+def test_tensors_of_wrapper_subclasses_share_too(gpu: GPU, load: Callable[[], Any]) -> None:
+    one, other = load(), load()
+    before = snapshot(one), snapshot(other)
+    x = torch.ones(2, 128, device="cuda", dtype=next(one.parameters()).dtype)
+    expected = one(x)
+    qmove.park(one)
+    in_ram = held()
+    assert (qmove.park(other).copied_bytes, held()) == (0, in_ram)
+    assert torch.equal(one(x), expected) and torch.equal(other(x), expected)
+    assert (snapshot(one), snapshot(other)) == before
 
 
 def test_any_number_of_them_share(gpu: GPU) -> None:
