@@ -12,8 +12,8 @@ gives a model another one's bytes.
    is given back as it goes. Not for a block that has anything in it whose owner is not known.
 3. What is equal, byte for byte, is in host memory already.
 
-What it costs, once: the host copies the bytes (2), and they cross the link to be compared (3), which
-takes about as long as the park that is saved. Later parks find the copy as their mirror.
+What it costs, once: the host copies the bytes (2), and they cross the link to be compared (3), as
+they would have crossed it for the park. Later parks find the shared copy as their mirror.
 """
 
 from __future__ import annotations

@@ -29,6 +29,12 @@ def small_models_share() -> None:
 
 
 @pytest.fixture
+def none_share() -> None:
+    """Two models are different ones, although tests build them alike: they share nothing."""
+    qmove.configure(share_from=None)
+
+
+@pytest.fixture
 def tried_out(gpu: GPU) -> None:
     """Digests are tried out once for each device, which waits."""
     assert choosing.available(gpu.device)

@@ -19,7 +19,7 @@ from tests.builders.device import GPU
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
 
-pytestmark = pytest.mark.simulated
+pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("none_share")]
 
 CHUNK = 2 * copies.STAGING  # what a swap may hold beyond the larger model
 

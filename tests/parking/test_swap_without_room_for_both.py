@@ -21,7 +21,7 @@ from tests.builders.interrupts import Interrupted
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
 
-pytestmark = pytest.mark.simulated
+pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("none_share")]
 
 MIB = 1 << 20
 
