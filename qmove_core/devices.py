@@ -110,7 +110,7 @@ def memory_without_context(device: torch.device) -> nvml.Memory | None:
         try:
             return nvml.Memory(*module.mem_get_info(device))
         except RuntimeError as error:  # XPU on several systems
-            log.debug("%s does not say what is free: %s", device, error)
+            log.debug("%s does not say what is free: %s", device, str(error))
     return nvml.memory(device)
 
 
@@ -135,7 +135,7 @@ def free_memory(device: torch.device) -> int | None:
         free, _total = module.mem_get_info(device)
         unused = module.memory_reserved(device) - module.memory_allocated(device)
     except RuntimeError as error:  # XPU on several systems, pluggable allocators
-        log.debug("%s does not say what is free: %s", device, error)
+        log.debug("%s does not say what is free: %s", device, str(error))
         return None
     return free + unused
 

@@ -20,6 +20,7 @@ import torch.overrides
 import torch.utils._python_dispatch
 
 from .homes import lock
+from .tracebacks import keeping_nothing
 
 _C: Any = torch._C
 _overrides: Any = torch.overrides
@@ -34,6 +35,9 @@ _process_ends = False
 def moving() -> Iterator[None]:
     """Holds the lock of all moves. The body sees PyTorch as a new thread does.
 
+    Whoever keeps an exception of the body keeps none of the memory that the body had in use: so
+    there is room to try again.
+
     Raises:
         SystemExit: in a thread that comes here while the process ends.
     """
@@ -41,7 +45,7 @@ def moving() -> Iterator[None]:
     with lock:
         if _process_ends and begins and threading.current_thread() is not threading.main_thread():
             raise SystemExit
-        with ordinary_state():
+        with ordinary_state(), keeping_nothing():
             yield
 
 

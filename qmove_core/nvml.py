@@ -84,7 +84,7 @@ def _ask(function: str, device: torch.device) -> Any:
     try:
         return getattr(pynvml, function)(_handle(pynvml, device.index or 0))
     except pynvml.NVMLError as error:
-        log.debug("NVML: %s", error)
+        log.debug("NVML: %s", str(error))
         return None
 
 
@@ -98,7 +98,7 @@ def library() -> Any:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        log.debug("NVML cannot be used: %s", error)
+        log.debug("NVML cannot be used: %s", str(error))
         return None
     return pynvml
 

@@ -10,6 +10,7 @@ import logging
 
 import torch
 
+from ..interrupts import interrupts_deferred
 from .digest_tree import (
     GROUP,
     PIECE,
@@ -25,6 +26,7 @@ from .gathering import LEAST_STAGING, is_shortage, queue
 log = logging.getLogger("qmove")
 
 
+@interrupts_deferred()
 def available(device: torch.device) -> bool:
     """Whether digests can be computed on `device`.
 

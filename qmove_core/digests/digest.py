@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..interrupts import interrupts_deferred
 from ..storages import as_bytes
 from .choosing import Inexact, note_failure, products_on
 from .digest_tree import PRODUCT, current_stream, matrices
@@ -32,6 +33,7 @@ def digest_storages(storages: Sequence[torch.UntypedStorage]) -> list[Digest | N
     return queue_digests(storages).values()
 
 
+@interrupts_deferred()  # their handlers raise what is no failure of a digest
 def queue_digests(storages: Sequence[torch.UntypedStorage], *, at_most: int = STAGING) -> Pending:
     """As `digest_storages`, but only queued. Keep the storages, and what they hold, until
     `values()` has returned.
@@ -85,6 +87,7 @@ class Pending:
         pending._values = [None] * count
         return pending
 
+    @interrupts_deferred()
     def values(self) -> list[Digest | None]:
         """Waits until they are computed, and reads them. The order is that of the storages.
 
@@ -115,6 +118,7 @@ class Pending:
         self._out = self._stream = self._numbers = None
 
 
+@interrupts_deferred()  # their handlers raise what is no failure of a digest
 def read_together(pendings: Sequence[Pending]) -> None:
     """Reads what was queued on one stream of one device in one copy, where there is room to put it
     together. As for failures: `queue_digests`."""

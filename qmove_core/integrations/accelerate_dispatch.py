@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..actions import Action
-from ..attributes import set_aside
+from ..attributes import Undo, set_aside
 from ..class_variants import own_class
 from ..errors import MetaTensorsPresent, counted
 from ..model.holdings import Inventory
@@ -98,7 +97,7 @@ def _with_parts(slot: Slot) -> list[torch.Tensor]:
     return [slot.tensor, *bitsandbytes_offloaded.tensors_on(slot.tensor)]
 
 
-def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+def take_off(modules: Iterable[nn.Module], undo: Undo) -> None:
     """Takes accelerate's dispatch and offload hooks off. Moves no tensor; other hooks stay.
 
     A module's `forward` is then its own again, and `to` and `cuda` are no longer guarded. `undo`
@@ -110,30 +109,30 @@ def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
         if others and len(others) < len(hooks):
             # accelerate's wrapper around `forward` reads `_hf_hook` in each call
             kept = sys.modules["accelerate.hooks"].SequentialHook(*others)
-            undo.callback(set_aside(module, _hf_hook=others[0] if len(others) == 1 else kept))
+            set_aside(undo, module, _hf_hook=others[0] if len(others) == 1 else kept)
         elif hooks and not others:
             _take_forward(module, undo)
         _take_guards(module, undo)
 
 
-def _take_forward(module: nn.Module, undo: ExitStack) -> None:
+def _take_forward(module: nn.Module, undo: Undo) -> None:
     """Gives a module the forward that it had before accelerate wrapped it."""
     wrapped = "_old_forward" in module.__dict__
     old_forward = module.__dict__.get("_old_forward")
     instead = {}
     if wrapped and _is_graph_module(module):
         cls: Any = own_class(module)
-        undo.callback(setattr, cls, "forward", cls.forward)
+        undo.note(setattr, cls, "forward", cls.forward)
         cls.forward = old_forward
     elif wrapped and not is_forward_of_its_class(old_forward, module):
         instead["forward"] = old_forward  # it was replaced before the dispatch
-    undo.callback(set_aside(module, ["_hf_hook", "_old_forward", "forward"], **instead))
+    set_aside(undo, module, ["_hf_hook", "_old_forward", "forward"], **instead)
 
 
-def take_off_pipelines(pipelines: Iterable[Any], undo: ExitStack) -> None:
+def take_off_pipelines(pipelines: Iterable[Any], undo: Undo) -> None:
     """What pipelines of diffusers note about offloading, which would enable it again."""
     for pipeline in pipelines:
-        undo.callback(set_aside(pipeline, ["_all_hooks", "hf_device_map"]))
+        set_aside(undo, pipeline, ["_all_hooks", "hf_device_map"])
 
 
 def is_forward_of_its_class(forward: Any, module: nn.Module) -> bool:
@@ -144,7 +143,7 @@ def is_forward_of_its_class(forward: Any, module: nn.Module) -> bool:
     )
 
 
-def _take_guards(module: nn.Module, undo: ExitStack) -> None:
+def _take_guards(module: nn.Module, undo: Undo) -> None:
     """`to` and `cuda` as `dispatch_model` wraps them on the root, and the map it leaves there."""
     names = [name for name in _GUARDED if _is_guard(module.__dict__.get(name))]
     names += ["hf_device_map"] if "hf_device_map" in module.__dict__ else []
@@ -152,7 +151,7 @@ def _take_guards(module: nn.Module, undo: ExitStack) -> None:
     others = {name: method for name, method in kept_by_enable_to.items() if not _is_guard(method)}
     instead = {METHODS_BEFORE: others} if len(others) < len(kept_by_enable_to) else {}
     if names or instead:
-        undo.callback(set_aside(module, names, **instead))
+        set_aside(undo, module, names, **instead)
 
 
 def _is_guard(method: Any) -> bool:

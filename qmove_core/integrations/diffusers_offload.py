@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..actions import Action
-from ..attributes import set_aside
+from ..attributes import Undo, set_aside
 from ..errors import MetaTensorsPresent, counted
 from ..storages import exchange, stand_in
 
@@ -55,7 +54,7 @@ def refuse_absent(action: Action, modules: Iterable[nn.Module]) -> None:
         )
 
 
-def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+def take_off(modules: Iterable[nn.Module], undo: Undo) -> None:
     """Takes the hooks of group offload off; `undo` gets what puts them back. No tensor moves."""
     for module in modules:
         registry = _registry_of(module)
@@ -63,24 +62,29 @@ def take_off(modules: Iterable[nn.Module], undo: ExitStack) -> None:
             _take_off_one(module, registry, name, undo)
 
 
-def _take_off_one(module: nn.Module, registry: Any, name: str, undo: ExitStack) -> None:
+def _take_off_one(module: nn.Module, registry: Any, name: str, undo: Undo) -> None:
     """As `HookRegistry.remove_hook`, which also calls the hook, and drops it."""
     index = registry._hook_order.index(name)
     reference, outer = (*registry._fn_refs[index : index + 2], None)[:2]
     inner = reference.forward if reference.original_forward is None else reference.original_forward
     if outer is not None:
-        undo.callback(set_aside(outer, forward=inner))
+        set_aside(undo, outer, forward=inner)
     elif (
         getattr(inner, "__self__", None) is module
         and getattr(inner, "__func__", None) is type(module).forward
     ):
-        undo.callback(set_aside(module, ["forward"]))
+        set_aside(undo, module, ["forward"])
     else:
-        undo.callback(set_aside(module, forward=inner))
-    undo.callback(registry._fn_refs.insert, index, registry._fn_refs.pop(index))
-    undo.callback(registry._hook_order.insert, index, registry._hook_order.pop(index))
-    undo.callback(_put_hooks_back, registry.hooks, dict(registry.hooks))
+        set_aside(undo, module, forward=inner)
+    for numbered in (registry._fn_refs, registry._hook_order):
+        undo.note(_put_list_back, numbered, list(numbered))
+        del numbered[index]
+    undo.note(_put_hooks_back, registry.hooks, dict(registry.hooks))
     del registry.hooks[name]
+
+
+def _put_list_back(numbered: list[Any], before: list[Any]) -> None:
+    numbered[:] = before
 
 
 def _put_hooks_back(hooks: dict[str, Any], before: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from .. import devices, homes
 from ..actions import Action
+from ..attributes import Undo
 from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import readable_bytes
@@ -31,7 +31,7 @@ from ..integrations.accelerate_dispatch import (
 )
 from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source
-from ..interrupts import interrupts_deferred
+from ..interrupts import all_or_nothing, interrupts_deferred
 from ..memory.budget import allocate
 from ..model import kinds
 from ..model.inventory import inventory
@@ -85,8 +85,9 @@ class Materialized:
         was_parked: anything was.
         buffers: the slots of the real buffers: `nn.Module.to` exchanges buffers for new objects.
         groups: those of diffusers' group offload.
-        undo: closing it brings the objects back. What was changed since then is lost: see
-            `undo.py`.
+        undo: brings the objects back. What was changed since then is lost: see `undo.py`.
+        is_done: it is done, and not undone.
+        changes_are_kept: undoing has got so far.
     """
 
     plans: list[TensorPlan]
@@ -94,54 +95,60 @@ class Materialized:
     was_parked: bool
     buffers: list[Slot]
     groups: list[Any]
-    undo: ExitStack = field(default_factory=ExitStack)
+    undo: Undo = field(default_factory=Undo)
+    is_done: bool = False
+    changes_are_kept: bool = False
 
 
+@moving()
 def materialize(
     model: object,
     target_device: Device | DeviceMap,
     progress: Progress | None = None,
     *,
     checksums: bool = False,
-) -> Materialized | None:
-    """As `materialize_meta_tensors`. Returns what undoes it; to see changes, that takes checksums.
+    note: Callable[[Materialized], object] = lambda done: None,
+) -> None:
+    """As `materialize_meta_tensors`.
 
-    None: there was nothing to materialize.
+    Args:
+        checksums: takes them, to see changes later.
+        note: called with what undoes it, before anything changes; not if there is nothing to
+            materialize.
     """
     started = time.perf_counter()
-    with moving():
-        action, place, held = (
-            Action("materialize", model),
-            placement(target_device),
-            inventory(model),
-        )
-        modules = list(held.modules.values())
-        groups = diffusers_offload.groups_of(modules)
-        if not held.meta and not groups and not is_dispatched(modules):
-            return None
-        plans = plan(action, held, place)
-        check_budget(action, plans)
-        _read(action, plans, progress, checksums)
-        home = [homes.parked_home(holding.tensors[0]) for holding in held.holdings]
-        done = Materialized(
-            plans,
-            homes={
-                name: parked_home or holding.device
-                for holding, parked_home in zip(held.holdings, home, strict=True)
-                for name in holding.names
-            },
-            was_parked=any(home),
-            groups=groups,
-            buffers=[
-                slot
-                for slot in registered_slots(held.modules)
-                if slot.is_buffer and slot.tensor.device.type != "meta"
-            ],
-        )
-        with interrupts_deferred():
-            _commit(model, modules, done)
-        _report(model, plans, time.perf_counter() - started)
-    return done
+    action, place, held = (
+        Action("materialize", model),
+        placement(target_device),
+        inventory(model),
+    )
+    modules = list(held.modules.values())
+    groups = diffusers_offload.groups_of(modules)
+    if not held.meta and not groups and not is_dispatched(modules):
+        return
+    plans = plan(action, held, place)
+    check_budget(action, plans)
+    _read(action, plans, progress, checksums)
+    home = [homes.parked_home(holding.tensors[0]) for holding in held.holdings]
+    done = Materialized(
+        plans,
+        homes={
+            name: parked_home or holding.device
+            for holding, parked_home in zip(held.holdings, home, strict=True)
+            for name in holding.names
+        },
+        was_parked=any(home),
+        groups=groups,
+        buffers=[
+            slot
+            for slot in registered_slots(held.modules)
+            if slot.is_buffer and slot.tensor.device.type != "meta"
+        ],
+    )
+    note(done)
+    with interrupts_deferred():
+        _commit(model, modules, done)
+    _report(model, plans, time.perf_counter() - started)
 
 
 def _read(
@@ -170,26 +177,32 @@ def _commit(model: object, modules: Sequence[nn.Module], done: Materialized) -> 
         for planned in done.plans:
             _fill(planned, done.undo)
         kinds.refresh(inventory(model))
+        done.is_done = True
     except BaseException:
-        done.undo.close()
+        all_or_nothing(done.undo.undo)
         raise
 
 
-def _fill(planned: TensorPlan, undo: ExitStack) -> None:
+def _fill(planned: TensorPlan, undo: Undo) -> None:
     """Gives a tensor its data, and puts it into all of its slots."""
     tensor, slots = planned.tensor, planned.slots
     if not planned.is_real:
         twin = stand_in(tensor, planned.opened if planned.data is None else planned.data)
+        undo.note(_empty_again, tensor, twin)
         exchange(tensor, twin)
-        undo.callback(exchange, tensor, twin)
         if planned.parts:
             parts = {name: _part(source, planned.device) for name, source in planned.parts.items()}
             bitsandbytes_offloaded.attach(tensor, slots[0].module, parts, undo)
             planned.part_checksums = part_checksums(tensor, slots[0])
     for slot in slots:
         if slot.tensor is not tensor:
+            undo.note(slot.put, slot.tensor)
             slot.put(tensor)
-            undo.callback(slot.put, slot.tensor)
+
+
+def _empty_again(tensor: torch.Tensor, twin: torch.Tensor) -> None:
+    if tensor.device.type != "meta":
+        exchange(tensor, twin)
 
 
 def _part(source: Source, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from ..errors import ChangesNotKept
 from ..integrations import diffusers_offload
 from ..integrations.tensor_slots import Slot
 from ..integrations.weights_map import keep_instead
+from ..interrupts import all_or_nothing
 from ..memory import budget
 from ..model.holdings import Inventory
 from ..model.inventory import inventory
 from ..moving import moving
 from ..parking import requests
 from ..storages import exchange, stand_in
+from ..tracebacks import keeping_nothing
 from ..transfer.copies import Progress
 from ..transfer.moves import MovePlan, StorageMove
 from ..transfer.transaction import carry_out
@@ -51,40 +54,53 @@ def materialized(
         NotEnoughMemory: then the model stays materialized, with its changes, and without its
             dispatch.
     """
-    done = materialize(model, target_device, progress, checksums=True)
-    try:
-        yield model
+    found: list[Materialized] = []
+
+    try:  # twice: an interrupt may come between the body and the first one
+        try:
+            materialize(model, target_device, progress, checksums=True, note=found.append)
+            yield model
+        finally:
+            _dispatch_again(model, found)
     finally:
-        if done is not None:
-            undo(model, done)
+        _dispatch_again(model, found)
 
 
+@keeping_nothing()
+def _dispatch_again(model: object, found: list[Materialized]) -> None:
+    try:
+        for done in found:
+            all_or_nothing(functools.partial(undo, model, done))
+    finally:
+        found.clear()
+
+
+@moving()
 def undo(model: object, done: Materialized) -> None:
-    """Undoes `materialize`, and keeps changes; see `materialized`."""
+    """Undoes `materialize`, unless that is undone, and keeps changes; see `materialized`."""
+    if not done.is_done:
+        return
     action = Action("dispatch", model, "again")
-    with moving():
-        if requests.is_parked(model) and not done.was_parked:
-            requests.restore(model)
-        held = inventory(model)
-        changes = _changes(action, done, held)
-        # Changed weights on a device need room on the host; those on the host stay where they are.
-        arriving = {id(value): value.nbytes for *_, value in changes if value.device.type != "cpu"}
-        budget.require(action, {devices.CPU: sum(arriving.values())})
-        groups = {id(planned.group): planned.group for planned, _slot, _value in changes}
-        use_new_files = [
-            diffusers_offload.write_again(group) for group in groups.values() if group is not None
-        ]
-        moves = []
-        for holding in held.holdings:
-            known = [done.homes[name] for name in holding.names if name in done.homes]
-            was_parked = homes.parked_home(holding.tensors[0]) is not None  # and still is
-            if known and known[0] != holding.device and not was_parked:
-                # Nothing is remembered of where the bytes come from: the dispatch says where
-                # things belong.
-                moves.append(StorageMove(holding, known[0]))
-        carry_out(
-            MovePlan(action, held, moves, lambda: _commit(action, done, changes, use_new_files))
-        )
+    if requests.is_parked(model) and not done.was_parked:
+        requests.restore(model)
+    held = inventory(model)
+    changes = _changes(action, done, held)
+    # Changed weights on a device need room on the host; those on the host stay where they are.
+    arriving = {id(value): value.nbytes for *_, value in changes if value.device.type != "cpu"}
+    budget.require(action, {devices.CPU: sum(arriving.values())})
+    groups = {id(planned.group): planned.group for planned, _slot, _value in changes}
+    use_new_files = [
+        diffusers_offload.write_again(group) for group in groups.values() if group is not None
+    ]
+    moves = []
+    for holding in held.holdings:
+        known = [done.homes[name] for name in holding.names if name in done.homes]
+        was_parked = homes.parked_home(holding.tensors[0]) is not None  # and still is
+        if known and known[0] != holding.device and not was_parked:
+            # Nothing is remembered of where the bytes come from: the dispatch says where
+            # things belong.
+            moves.append(StorageMove(holding, known[0]))
+    carry_out(MovePlan(action, held, moves, lambda: _commit(action, done, changes, use_new_files)))
     log.info("dispatched %s again: %d weights had changed", type(model).__name__, len(changes))
 
 
@@ -147,6 +163,25 @@ def _commit(
     changes: list[Change],
     use_new_files: list[Callable[[], None]],
 ) -> None:
+    if not done.changes_are_kept:
+        _keep(action, done, changes, use_new_files)
+        done.changes_are_kept = True
+    done.undo.undo()
+    for planned in done.plans:
+        for slot in planned.slots:
+            slot.put(slot.tensor)
+    for slot in done.buffers:
+        _put_buffer_back(slot)
+    done.is_done = False
+
+
+def _keep(
+    action: Action,
+    done: Materialized,
+    changes: list[Change],
+    use_new_files: list[Callable[[], None]],
+) -> None:
+    """Writes what was changed to where the dispatch keeps its weights."""
     kept: dict[int, torch.Tensor] = {}
     refused = []
     for planned, slot, value in changes:
@@ -165,12 +200,6 @@ def _commit(
     for use in use_new_files:
         use()
     diffusers_offload.update_pinned_copies(done.groups)
-    done.undo.close()
-    for planned in done.plans:
-        for slot in planned.slots:
-            slot.put(slot.tensor)
-    for slot in done.buffers:
-        _put_buffer_back(slot)
 
 
 def _put_buffer_back(slot: Slot) -> None:

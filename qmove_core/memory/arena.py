@@ -122,7 +122,7 @@ def prepare(nbytes: int) -> int:
             try:
                 thread.start()
             except RuntimeError as error:  # a limit on threads, or the interpreter ends
-                log.info("nothing is prepared for the next park: %s", error)
+                log.info("nothing is prepared for the next park: %s", str(error))
                 _end_preparing(block, thread)
                 return 0
         return block.nbytes

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 import numpy
 import torch
 
-from ..interrupts import interrupts_deferred
+from ..interrupts import all_or_nothing, interrupts_deferred
 from . import pinning
 from .pages import advise, map_memory, round_to_pages, touch_in_background
 
@@ -75,10 +75,13 @@ class HostBlock(ABC):
         piece = memory[start : start + nbytes] if nbytes else numpy.empty(0, numpy.uint8)
         with torch.inference_mode(False):
             storage = torch.from_numpy(piece).untyped_storage()
-        _places[storage._cdata] = (self, start, start + nbytes)
         # The storage keeps `piece` alive, and nothing else does: when it dies the storage is gone.
-        keeps = () if nbytes else (memory,)
-        weakref.finalize(piece, _forget, storage._cdata, released, *keeps).atexit = False
+        weakref.finalize(piece, released, storage._cdata).atexit = False
+        # No line of Python, so that another thread's exception cannot end it. What it would return
+        # keeps the block in use.
+        kept = None if nbytes else memory
+        weakref.finalize(piece, _places.pop, storage._cdata, kept).atexit = False
+        _places[storage._cdata] = (self, start, start + nbytes)
         return storage
 
     def pin(self, start: int, end: int) -> bool:
@@ -146,11 +149,6 @@ def gaps_in(block: HostBlock) -> list[tuple[int, int]]:
             gaps.append((free_from, start))
         free_from = max(free_from, -(-end // ALIGNMENT) * ALIGNMENT)
     return gaps
-
-
-def _forget(storage_cdata: int, released: Released, *_kept: object) -> None:
-    _places.pop(storage_cdata, None)
-    released(storage_cdata)
 
 
 class Block(HostBlock):
@@ -277,11 +275,14 @@ class Block(HostBlock):
         """Unlocks it and gives it back to the system. Only for a block that is not in use."""
         self.stop_pinning()
         with interrupts_deferred():
-            given_back = [self._unpin_piece(index) for index in range(len(self._locks))]
-            if all(given_back):
-                self._map = None  # a thread that still touches pages keeps it for that long
-            else:
-                never_unmapped.append(self)
+            all_or_nothing(self._release)
+
+    def _release(self) -> None:
+        given_back = [self._unpin_piece(index) for index in range(len(self._locks))]
+        if all(given_back):
+            self._map = None  # a thread that still touches pages keeps it for that long
+        else:
+            never_unmapped.append(self)
 
     def forget_pins(self) -> None:
         """In a forked child: the registrations are the parent's, and so are the threads that held
@@ -312,18 +313,20 @@ class Block(HostBlock):
         for future in self._touches[index]:
             future.result()
         with self._locks[index], interrupts_deferred():
-            if not self._pinned[index] and not self._refused:
-                self._pinned[index] = pinning.register(*self._piece(index))
-                if not self._pinned[index]:
-                    self._refused = True
-            return self._pinned[index]
+            return all_or_nothing(lambda: self._lock_piece(index))
+
+    def _lock_piece(self, index: int) -> bool:
+        if not self._pinned[index] and not self._refused:
+            self._pinned[index] = pinning.register(*self._piece(index))
+            if not self._pinned[index]:
+                self._refused = True
+        return self._pinned[index]
 
     def _unpin_piece(self, index: int) -> bool:
         with self._locks[index]:
-            if not self._pinned[index]:
-                return True
+            is_unlocked = not self._pinned[index] or pinning.unregister(self._piece(index)[0])
             self._pinned[index] = False
-            return pinning.unregister(self._piece(index)[0])
+            return is_unlocked
 
 
 never_unmapped: list[Block] = []  # the driver would not let go of them

@@ -32,6 +32,7 @@ ENOUGH = 2 << 30  # bytes to keep free, however small that share is
 SMALL_SHARE = 1 / 8  # unless they would be more than this share: of 4 GiB 512 MiB are kept free
 
 
+@moving()
 def trim(nbytes: int | None = None) -> int:
     """Gives host memory back to the system that no parked model lies in; the next parks are slower
     for it.
@@ -45,18 +46,17 @@ def trim(nbytes: int | None = None) -> int:
     Returns:
         Bytes given back; less than asked if there are no more.
     """
-    with moving():
-        for end in under_way:
-            end()
-        before = arena.bytes_held()
-        wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
-        arena.trim(max(0, arena.spare_bytes() - wanted))
+    for end in under_way:
+        end()
+    before = arena.bytes_held()
+    wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
+    arena.trim(max(0, arena.spare_bytes() - wanted))
+    missing = wanted - (before - arena.bytes_held())
+    if missing > 0:
+        mirrors.release(missing)  # memory that was never pinned goes back by itself
         missing = wanted - (before - arena.bytes_held())
-        if missing > 0:
-            mirrors.release(missing)  # memory that was never pinned goes back by itself
-            missing = wanted - (before - arena.bytes_held())
-            arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
-        return before - arena.bytes_held()
+        arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
+    return before - arena.bytes_held()
 
 
 def reserve(total: int) -> int:

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import devices, homes
 from ..digests.digest import Digest, digest_storages
 from ..errors import readable_bytes
+from ..interrupts import interrupts_deferred
 from ..storages import EMPTY
 from . import arena
 from .blocks import HostBlock, place_of, shared_parts
@@ -158,6 +159,7 @@ def _parked_parts() -> list[tuple[int, int, int]]:
     return list(parts.values())
 
 
+@interrupts_deferred()  # one that ends a finalizer would keep what that gives back
 def release(wanted: int) -> int:
     """Drops mirrors until the arena can give at least `wanted` bytes back, the least recently used
     first.

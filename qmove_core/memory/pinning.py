@@ -35,6 +35,7 @@ WSL_BYTES = (
 )  # drivers refuse from 0.75 to 1 GiB on (microsoft/WSL#8447, NVIDIA/nvidia-docker#1725)
 SYSTEM_SHARE = 0.9  # of RAM: locked pages cannot be swapped out, and the system needs some that can
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not only for the current one
+_IS_REGISTERED, _IS_NOT_REGISTERED = 712, 713  # cudaErrorHostMemoryAlreadyRegistered, ...Not...
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def register(address: int, nbytes: int) -> bool:
     is refused.
 
     Call it where no SIGINT can come between it and the note of its result (`interrupts_deferred`).
+    After an exception of another thread it may be called again, and so may `unregister`.
     """
     limit = pin_limit()
     if not _reserve(nbytes, limit.nbytes):
@@ -162,13 +164,16 @@ def register(address: int, nbytes: int) -> bool:
         index = _device_in_use()
         with torch.cuda.device(index):
             runtime = torch.cuda.cudart()
+            again = _begin(address)
             code = runtime.cudaHostRegister(address, nbytes, PORTABLE)
-            accepted = int(code) == 0
+            accepted = int(code) == 0 or (again and int(code) == _IS_REGISTERED)
             if accepted:
                 _registered[address] = (nbytes, index)
             else:
-                _clear_error(index)
                 _say_refused(nbytes, runtime.cudaGetErrorString(code))
+            if int(code) != 0:
+                _clear_error(index)
+            _begun.discard(address)
     finally:
         if not accepted:
             _reserve(-nbytes, limit.nbytes)
@@ -181,19 +186,36 @@ def unregister(address: int) -> bool:
 
     No copy to or from it may be under way.
     """
+    if address not in _registered:
+        return True
     nbytes, index = _registered[address]
     with torch.cuda.device(index):
         runtime = torch.cuda.cudart()
+        again = _begin(address)
         code = runtime.cudaHostUnregister(address)
+        is_unlocked = int(code) == 0 or (again and int(code) == _IS_NOT_REGISTERED)
         del _registered[address]
         _reserve(-nbytes, 0)
         if int(code) != 0:
             _clear_error(index)
+        if not is_unlocked:
             log.warning(
                 "Page-locked memory could not be unlocked: %s. It stays taken.",
                 runtime.cudaGetErrorString(code),
             )
-    return int(code) == 0
+        _begun.discard(address)
+    return is_unlocked
+
+
+_begun: set[int] = set()  # what the driver was asked to lock or unlock, and may have
+
+
+def _begin(address: int) -> bool:
+    """Notes that the driver is asked; says whether it was, and an exception came before the note of
+    its answer."""
+    again = address in _begun
+    _begun.add(address)
+    return again
 
 
 def forget_in_child() -> None:
@@ -202,6 +224,7 @@ def forget_in_child() -> None:
     global _lock, _total
     _lock, _total = threading.Lock(), 0
     _registered.clear()
+    _begun.clear()
 
 
 def _reserve(nbytes: int, limit: int) -> bool:
@@ -235,7 +258,7 @@ def _clear_error(index: int) -> None:
     try:
         empty(1, dtype=torch.float32, device=torch.device("cuda", index)).zero_()
     except RuntimeError as error:
-        log.debug("cleared the error of a refused call: %s", error)
+        log.debug("cleared the error of a refused call: %s", str(error))
 
 
 _COST = (

@@ -77,7 +77,9 @@ def find_equal(storages: Sequence[torch.UntypedStorage]) -> list[Shared | None]:
             # It only saves RAM, so no park fails for it, but for what a device reports.
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
-            log.info("models with the same weights do not share host memory this time: %s", error)
+            log.info(
+                "models with the same weights do not share host memory this time: %s", str(error)
+            )
     return found
 
 

@@ -28,6 +28,7 @@ class CannotMirror(QMoveError):
     """These files cannot be used as mirrors. Nothing was changed."""
 
 
+@moving()
 def mirror_files(
     model: object,
     files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
@@ -71,22 +72,19 @@ def mirror_files(
         [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
     )
     saved = [_Saved(path) for path in paths]
-    with moving():
-        held = inventory(model)
-        streaming.wait_for(holding.storage for holding in held.holdings)
-        left = [
-            holding for holding in held.holdings if holding.device.type != "cpu" and holding.nbytes
-        ]
-        wanted, mirrored = sum(holding.nbytes for holding in left), 0
-        in_ram = _blocks_of_mirrors(left)
-        no_longer = set()
-        for file in saved:
-            done = file.mirror(left, prefix)
-            left = [holding for holding in left if id(holding) not in done]
-            mirrored += sum(done.values())
-            no_longer |= {in_ram[key] for key in done if key in in_ram}
-        # A block is given back only as a whole: what little else lies in it is copied once more.
-        mirrors.take([holding.storage for holding in left if in_ram.get(id(holding)) in no_longer])
+    held = inventory(model)
+    streaming.wait_for(holding.storage for holding in held.holdings)
+    left = [holding for holding in held.holdings if holding.device.type != "cpu" and holding.nbytes]
+    wanted, mirrored = sum(holding.nbytes for holding in left), 0
+    in_ram = _blocks_of_mirrors(left)
+    no_longer = set()
+    for file in saved:
+        done = file.mirror(left, prefix)
+        left = [holding for holding in left if id(holding) not in done]
+        mirrored += sum(done.values())
+        no_longer |= {in_ram[key] for key in done if key in in_ram}
+    # A block is given back only as a whole: what little else lies in it is copied once more.
+    mirrors.take([holding.storage for holding in left if in_ram.get(id(holding)) in no_longer])
     log.info(
         "%s of the %s that %s has on accelerators are mirrored by %s%s",
         readable_bytes(mirrored),

@@ -31,6 +31,7 @@ class Pin:
         thread: who keeps it home for a while; None for one that stays until it is unpinned.
         device: the one it is kept on; None for wherever it is home.
         parks_after: whether somebody has to park it when the thread lets it go.
+        extra: what is parked with it then.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Pin:
         self.name = type(model).__name__
         self.thread, self.device = thread, device
         self.parks_after = False
+        self.extra: list[object] = []
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
@@ -66,24 +68,24 @@ _pins: list[Pin] = []  # changed by who holds the lock of moves
 # For a while, by a thread ----------------------------------------------------------------------
 
 
-def hold(model: object) -> Pin:
-    """Pins a model for this thread."""
-    pin = Pin(model, thread=threading.current_thread())
+def hold(pin: Pin) -> None:
+    """Pins a model for a thread."""
     _pins.append(pin)
-    return pin
 
 
-def let_go(pin: Pin) -> bool:
-    """Ends a thread's pin. Returns whether it is to be parked now: another pin may do that."""
+def let_go(pin: Pin) -> None:
+    """Ends a thread's pin, unless that was done. `parks_after` is then whether it is to be parked
+    now: another pin may do that."""
     with homes.lock:
-        _pins.remove(pin)
         model = pin.model
-        if not pin.parks_after or model is None:
-            return False
-        other = _held_by_thread(inventory(model), of_others=False)
-        if other is not None:
-            other.parks_after = True
-        return other is None
+        if model is None:
+            pin.parks_after = False
+        elif pin.parks_after:
+            other = _held_by_thread(inventory(model), of_others=False, but=pin)
+            if other is not None:
+                other.parks_after, pin.parks_after = True, False
+        if pin in _pins:
+            _pins.remove(pin)
 
 
 def held_by_another_thread(held: Inventory) -> Pin | None:
@@ -91,10 +93,12 @@ def held_by_another_thread(held: Inventory) -> Pin | None:
     return _held_by_thread(held, of_others=True)
 
 
-def _held_by_thread(held: Inventory, *, of_others: bool) -> Pin | None:
+def _held_by_thread(held: Inventory, *, of_others: bool, but: Pin | None = None) -> Pin | None:
     mine: set[int] = set()
     for pin in _pins:
-        if pin.thread is None or (of_others and pin.thread is threading.current_thread()):
+        if pin.thread is None or pin is but:
+            continue
+        if of_others and pin.thread is threading.current_thread():
             continue
         mine = mine or {id(tensor) for holding in held.holdings for tensor in holding.tensors}
         theirs = inventory(pin.model).holdings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class Parked(Moved):
         return restore(self._model, device)
 
 
+@moving()
 def park(
     model: object,
     *,
@@ -107,13 +109,13 @@ def park(
             is a straggler; so does a pinned part of a pipeline.
     """
     started = time.perf_counter()
-    with moving():
-        plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph, strict=strict)
-        with in_use.kept_still(plan):
-            done = carry_out(plan, progress)
+    plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph, strict=strict)
+    with in_use.kept_still(plan):
+        done = carry_out(plan, progress)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 
+@moving()
 def restore(
     model: object,
     device: Device | DeviceMap | None = None,
@@ -141,15 +143,15 @@ def restore(
         UnknownDevice: there is no such device.
     """
     started = time.perf_counter()
-    with moving():
-        plan = _with_room(lambda: plans.to_restore(model, device))
-        if stream and progress is None and plan.moves and streaming.can_stream(plan):
-            done = _restore_streaming(plan)
-        else:
-            done = carry_out(plan, progress)
+    plan = _with_room(lambda: plans.to_restore(model, device))
+    if stream and progress is None and plan.moves and streaming.can_stream(plan):
+        done = _restore_streaming(plan)
+    else:
+        done = carry_out(plan, progress)
     return restored_result(model, plan, done, time.perf_counter() - started)
 
 
+@moving()
 def prefetch(model: object) -> Restored | None:
     """Begins to bring a parked model home, if there is room for it, and returns at once.
 
@@ -161,19 +163,19 @@ def prefetch(model: object) -> Restored | None:
         memory, or if the model cannot be used while it arrives (see `restore(stream=True)`).
     """
     started = time.perf_counter()
-    with moving():
-        plan = plans.to_restore(model)
-        if not budget.has_room(plan.arriving):
-            return None
-        if not plan.moves:
-            done = carry_out(plan)
-        elif streaming.can_stream(plan):
-            done = _restore_streaming(plan)
-        else:
-            return None
+    plan = plans.to_restore(model)
+    if not budget.has_room(plan.arriving):
+        return None
+    if not plan.moves:
+        done = carry_out(plan)
+    elif streaming.can_stream(plan):
+        done = _restore_streaming(plan)
+    else:
+        return None
     return restored_result(model, plan, done, time.perf_counter() - started)
 
 
+@moving()
 def prepare(model: object) -> int:
     """Page-locks host memory for the first park of `model` in the background, while it computes.
 
@@ -183,16 +185,16 @@ def prepare(model: object) -> int:
     Returns:
         Bytes that are being prepared, or are ready.
     """
-    with moving():
-        if pins.is_pinned(model):
-            return 0
-        plan = plans.to_park(model, wake, allow_live_graph=True)
-        needed = arena.bytes_for(
-            [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
-        )
-        return budget.prepare(needed)
+    if pins.is_pinned(model):
+        return 0
+    plan = plans.to_park(model, wake, allow_live_graph=True)
+    needed = arena.bytes_for(
+        [move.nbytes for move in plan.moves if mirrors.of(move.source) is None]
+    )
+    return budget.prepare(needed)
 
 
+@moving()
 def move(
     model: object,
     device: Device,
@@ -215,17 +217,16 @@ def move(
         reasons; Pinned also where only a part of it is pinned to another place.
     """
     started = time.perf_counter()
-    with moving():
-        plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
-        with in_use.kept_still(plan, wakes=False):
-            done = carry_out(plan, progress)
-        seconds = time.perf_counter() - started
-        moved = Moved(
-            *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers),
-            done.verified,
-            plans.emptied(plan),
-        )
-        _report(f"moved to {devices.resolve(device)}:", model, moved)
+    plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
+    with in_use.kept_still(plan, wakes=False):
+        done = carry_out(plan, progress)
+    seconds = time.perf_counter() - started
+    moved = Moved(
+        *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers),
+        done.verified,
+        plans.emptied(plan),
+    )
+    _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
 
 
@@ -248,15 +249,26 @@ def resident(model: object) -> Iterator[Restored]:
     Raises:
         As `restore`. Another thread that parks or moves it gets InUse.
     """
-    with moving():
-        pin = pins.hold(model)
-        pin.parks_after, record = is_parked(model), records.record_of(model)
-        extra = record.extra if record else []
-    try:
-        yield restore(model)
+    pin = pins.Pin(model, thread=threading.current_thread())
+
+    def end() -> None:
+        pins.let_go(pin)
+        if pin.parks_after:
+            pin.parks_after = False
+            if not is_pinned(model):
+                park(model, extra=pin.extra)
+
+    try:  # twice: an interrupt may come between the body and the first one
+        try:
+            with moving():
+                pin.parks_after, record = is_parked(model), records.record_of(model)
+                pin.extra = record.extra if record else []
+                pins.hold(pin)
+            yield restore(model)
+        finally:
+            end()
     finally:
-        if pins.let_go(pin) and not is_pinned(model):
-            park(model, extra=extra)
+        end()
 
 
 def pin(model: object, device: Device | None = None) -> Moved:
@@ -312,25 +324,25 @@ def is_pinned(model: object) -> bool:
         return pins.is_pinned(model)
 
 
+@moving()
 def is_parked(model: object) -> bool:
     """Whether anything of `model` is parked."""
-    with moving():
-        held = inventory(model)
-        origins = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
-        away = [origin for origin in origins if origin is not None and origin.is_parked]
-        # What was made of it (a cast, a deep copy) counts only where it has taken its place.
-        return any(not origin.is_result for origin in away) or (
-            bool(away) and any(map(sleeping.is_parked, held.modules.values()))
-        )
+    held = inventory(model)
+    origins = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
+    away = [origin for origin in origins if origin is not None and origin.is_parked]
+    # What was made of it (a cast, a deep copy) counts only where it has taken its place.
+    return any(not origin.is_result for origin in away) or (
+        bool(away) and any(map(sleeping.is_parked, held.modules.values()))
+    )
 
 
+@moving()
 def parked_models() -> list[Any]:
     """The models that are parked now, the longest parked first.
 
     A dict or list appears as a new dict of what is left of its contents.
     """
-    with moving():
-        return records.parked_models()
+    return records.parked_models()
 
 
 def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Parked:

@@ -28,13 +28,13 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes, hosting
 from ..homes import Origin
-from ..interrupts import interrupts_deferred
+from ..interrupts import all_or_nothing, interrupts_deferred
 from ..memory import giving_back
 from ..model import kinds
 from ..model.holdings import Holding, Inventory
 from ..moving import moving, ordinary_state
 from ..settings import settings
-from ..storages import rebind, use_count
+from ..storages import EMPTY, rebind, use_count
 from ..transfer.copies import CopyJob, Transfer
 from ..transfer.moves import MovePlan, StorageMove
 from ..transfer.transaction import MoveTransaction, keep_as_mirrors, unshared
@@ -109,18 +109,18 @@ def restore_streaming(plan: MovePlan, sleep_again: Callable[[], None]) -> None:
     hosting.tell_moved()
 
 
+@moving()
 def wait_for(storages: Iterable[torch.UntypedStorage] | None = None) -> None:
     """Waits for the restores that bring one of these storages, or for all of them.
 
     Also ends those whose model is gone.
     """
-    with moving():
-        if not _under_way:
-            return
-        wanted = None if storages is None else {storage._cdata for storage in storages}
-        for arriving in list(_under_way):
-            if wanted is None or arriving.brings(wanted) or arriving.is_abandoned():
-                arriving.finish()
+    if not _under_way:
+        return
+    wanted = None if storages is None else {storage._cdata for storage in storages}
+    for arriving in list(_under_way):
+        if wanted is None or arriving.brings(wanted) or arriving.is_abandoned():
+            arriving.finish()
 
 
 class _Part(CopyJob):
@@ -154,16 +154,13 @@ class _Part(CopyJob):
         homes.remember(self.source, self.origin)
         put_away(move.tensors)
 
-    def be_there(self) -> list[torch.Tensor]:
-        """Lets the tensors look at their new place, and returns them. Its bytes are there."""
-        if self.came_to is not None or self.target is None:
-            return []
-        self.came_to = self.target._cdata
-        tensors = self.origin.tensors_on(self.source)
-        rebind(tensors, self.target)
-        take_home(tensors)
-        homes.forget(self.source._cdata)
-        return tensors
+    def be_there(self) -> None:
+        """Lets the tensors look at their new place. Its bytes are there."""
+        if self.target is not None:
+            self.came_to = self.target._cdata
+            rebind(self.origin.tensors_on(self.source), self.target)
+            take_home(self.there())
+            homes.forget(self.source._cdata)
 
     def there(self) -> list[torch.Tensor]:
         """The tensors that look at their new place."""
@@ -171,6 +168,8 @@ class _Part(CopyJob):
 
     def go_back(self) -> None:
         """Parks the tensors again, wherever they look."""
+        if self.source is EMPTY:  # it was done, and all is forgotten
+            return
         if self.came_to is not None and self.target is not None:
             rebind(self.there(), self.source)
         if self.was_origin is None:
@@ -190,7 +189,8 @@ class _Part(CopyJob):
             finalizer.detach()
         self.drop_storages()
         self.was_origin = None
-        del self.origin
+        if hasattr(self, "origin"):
+            del self.origin
 
     def _drop(self) -> None:
         """A tensor is gone. After the last one both storages go, when no copy writes to them."""
@@ -205,30 +205,32 @@ class StreamingRestore:
 
     def __init__(self, moves: Sequence[StorageMove], sleep_again: Callable[[], None]) -> None:
         self._parts = [_Part(self, move) for move in moves]
+        self._devices = {move.device for move in moves}
         self._groups: list[_Group] = []
         self._sleep_again = sleep_again
 
     def begin(self, plan: MovePlan, groups: Sequence[LayerGroup]) -> None:
         """Lets everything wait for the copies, which are queued."""
+        all_or_nothing(lambda: self._begin(plan, groups), self._go_back)
+
+    def _begin(self, plan: MovePlan, groups: Sequence[LayerGroup]) -> None:
         part_of = {}
         for part, move in zip(self._parts, plan.moves, strict=True):
             part.take_over(move)
             part_of[id(move.holding)] = part
-        try:
-            plan.on_commit()
-            for part, move in zip(self._parts, plan.moves, strict=True):
-                part.let_wait(move)
-            for group in groups:
-                parts = [part_of[id(h)] for h in group.holdings if id(h) in part_of]
-                if parts and group.modules:
-                    self._groups.append(_Group(self, parts, group.modules))
-                    sleeping.put_to_sleep(group.modules, self._groups[-1])
-        except BaseException:
-            self._go_back()
-            raise
+        plan.on_commit()  # wakes what groups have put to sleep that were begun before
+        self._groups.clear()
+        for part, move in zip(self._parts, plan.moves, strict=True):
+            part.let_wait(move)
+        for group in groups:
+            parts = [part_of[id(h)] for h in group.holdings if id(h) in part_of]
+            if parts and group.modules:
+                self._groups.append(_Group(self, parts, group.modules))
+                sleeping.put_to_sleep(group.modules, self._groups[-1])
         for move in plan.moves:
             move.is_committed = True
-        _under_way.append(self)
+        if self not in _under_way:
+            _under_way.append(self)
 
     def brings(self, storages: set[int]) -> bool:
         """Whether one of these storages (`_cdata`) is a part of it."""
@@ -240,46 +242,50 @@ class StreamingRestore:
         """Whether the model is gone."""
         return all(part.is_abandoned() for part in self._parts)
 
+    @moving()
     def wait_for(self, parts: Sequence[_Part]) -> None:
         """Returns when the tensors of these parts are home."""
-        with moving():
-            if self not in _under_way:
-                return
-            self._synchronize(parts)
-            self._be_there(parts)
-            if parts and self._parts[-1] in parts:
-                self.finish()
+        if self not in _under_way:
+            return
+        self._synchronize(parts)
+        self._be_there(parts)
+        if parts and self._parts[-1] in parts:
+            self.finish()
 
+    @moving()
     def finish(self) -> None:
         """Returns when everything is there."""
-        with moving():
-            if self not in _under_way:
-                return
-            self._synchronize(self._parts)
-            self._be_there(self._parts)
-            with interrupts_deferred():
-                _under_way.remove(self)
-                for group in self._groups:
-                    group.wake()
-                try:
-                    alone = zip(self._parts, unshared(self._parts), strict=True)
-                    there = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
-                    for part in there:
-                        part.digest = part.read_digest()
-                    keep_as_mirrors(there)
-                finally:
-                    device = self._parts[0].device
-                    self.forget()
-                devices.release_cached([device])
+        if self not in _under_way:
+            return
+        self._synchronize(self._parts)
+        self._be_there(self._parts)
+        with interrupts_deferred():
+            all_or_nothing(self._end, self.forget)
+
+    def _end(self) -> None:
+        if self in _under_way:
+            _under_way.remove(self)
+        for group in self._groups:
+            group.wake()
+        alone = zip(self._parts, unshared(self._parts), strict=True)
+        there = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
+        for part in there:
+            part.digest = part.read_digest()
+        keep_as_mirrors(there)
+        self.forget()
+        devices.release_cached(self._devices)
 
     def _be_there(self, parts: Iterable[_Part]) -> None:
-        with interrupts_deferred():
-            there = [(part, tensors) for part in parts if (tensors := part.be_there())]
-            try:
-                _refresh(there, ())
-            except Exception:
-                self._park_again()
-                raise
+        new = [part for part in parts if part.came_to is None]
+
+        def come() -> None:
+            for part in new:
+                part.be_there()
+            _refresh([(part, part.there()) for part in new], ())
+
+        if new:
+            with interrupts_deferred():
+                all_or_nothing(come, self._park_again)
 
     def forget(self) -> None:
         """Drops everything, which finalizers of the model's tensors may still refer to."""
@@ -301,11 +307,15 @@ class StreamingRestore:
     def _park_again(self) -> None:
         """A copy failed: the model is parked again, with the bytes it had when it was."""
         with interrupts_deferred():
-            _under_way.remove(self)
-            self._let_copies_end()
-            self._go_back()
-            self.forget()
+            all_or_nothing(self._undo)
         log.error("a copy failed on its way: the model is parked again")
+
+    def _undo(self) -> None:
+        if self in _under_way:
+            _under_way.remove(self)
+        self._let_copies_end()
+        self._go_back()
+        self.forget()
 
     def _go_back(self) -> None:
         for group in self._groups:
@@ -321,7 +331,7 @@ class StreamingRestore:
                 try:
                     part.arrival.synchronize()
                 except Exception as error:
-                    log.debug("another copy failed as well: %s", error)
+                    log.debug("another copy failed as well: %s", str(error))
                 part.arrival = None
 
 
@@ -344,9 +354,12 @@ class _Group:
     def wake(self) -> None:
         """Wakes those of its modules that wait for this restore, and for no later one."""
         waiting = [m for m in self._living() if sleeping.sleeps_by(m, self)]
-        sleeping.wake_up(waiting)
+        all_or_nothing(lambda: self._wake(waiting))
+
+    def _wake(self, modules: Sequence[nn.Module]) -> None:
+        sleeping.wake_up(modules)
         with ordinary_state():
-            _refresh([(p, p.there()) for p in self._parts], waiting)
+            _refresh([(p, p.there()) for p in self._parts], modules)
 
     def _living(self) -> list[nn.Module]:
         return [module for ref in self._modules if (module := ref()) is not None]

@@ -22,6 +22,7 @@ from .requests import Parked, Restored, park, parked_result, restore, restored_r
 log = logging.getLogger("qmove")
 
 
+@moving()
 def swap(
     leaving: object, coming: object, *, progress: Progress | None = None
 ) -> tuple[Parked, Restored]:
@@ -47,21 +48,20 @@ def swap(
         device, and come home when there is room.
     """
     started = time.perf_counter()
-    with moving():
+    out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
+    if budget.make_room(_lacking(out, into)):  # that may have parked other models
         out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
-        if budget.make_room(_lacking(out, into)):  # that may have parked other models
-            out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
-        if settings.verify or not out.moves or not into.moves or _share(out, into):
-            return park(leaving, progress=progress), restore(coming, progress=progress)
-        done = None
-        try:
-            with ExitStack() as until_done, in_use.kept_still(out):
-                done = exchange(out, into, until_done, progress)
-        except BaseException:
-            if done is None:
-                _go_back(leaving, coming)
-            raise
-        gone, come = done
+    if settings.verify or not out.moves or not into.moves or _share(out, into):
+        return park(leaving, progress=progress), restore(coming, progress=progress)
+    done = None
+    try:
+        with ExitStack() as until_done, in_use.kept_still(out):
+            done = exchange(out, into, until_done, progress)
+    except BaseException:
+        if done is None:
+            _go_back(leaving, coming)
+        raise
+    gone, come = done
     seconds = time.perf_counter() - started
     return parked_result(leaving, out, gone, seconds), restored_result(coming, into, come, seconds)
 
@@ -90,7 +90,7 @@ def _go_back(leaving: object, coming: object) -> None:
             carry_out(out)
             carry_out(into)
     except BaseException as error:
-        log.error("a swap failed, and so did its way back (%s)", error)
+        log.error("a swap failed, and so did its way back (%s)", str(error))
         _park_where_there_is_room(leaving)
         if not isinstance(error, Exception):
             raise
@@ -105,6 +105,8 @@ def _park_where_there_is_room(leaving: object) -> None:
             with ExitStack() as until_done:
                 exchange(out, nothing, until_done)
     except NotEnoughMemory as error:
-        log.error("RAM has no room for all of it either, so a part waits on the device: %s", error)
+        log.error(
+            "RAM has no room for all of it either, so a part waits on the device: %s", str(error)
+        )
     else:
         log.error("%s is parked instead", plans.title(leaving))

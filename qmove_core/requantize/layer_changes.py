@@ -7,14 +7,13 @@ references to it stay valid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from ..attributes import reorder
+from ..attributes import Undo, reorder
 from ..class_variants import own_class
 from ..integrations.accelerate_dispatch import is_forward_of_its_class
 from ..methods import to_method
@@ -37,10 +36,10 @@ class Change:
     order: Sequence[str] = ()
 
 
-def carry_out(change: Change, undo: ExitStack) -> None:
+def carry_out(change: Change, undo: Undo) -> None:
     """Makes a layer what its change says. `undo` gets what makes it the layer that it was."""
     module, attributes = change.module, change.module.__dict__
-    undo.callback(_reset, module, own_class(module), dict(attributes), dict(module._parameters))
+    undo.note(_reset, module, own_class(module), dict(attributes), dict(module._parameters))
     # accelerate keeps the forward that its hook replaces
     forwards = [key for key, value in attributes.items() if is_forward_of_its_class(value, module)]
     _exchange_class(module, change.cls)

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .. import devices
 from ..actions import Action
+from ..attributes import Undo
 from ..class_variants import own_class
 from ..devices import Device
 from ..errors import CannotMove, readable_bytes
-from ..interrupts import interrupts_deferred, not_a_failure
+from ..interrupts import all_or_nothing, interrupts_deferred, not_a_failure
 from ..memory import budget
 from ..model.holdings import Inventory
 from ..model.inventory import inventory
@@ -42,6 +43,7 @@ _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # dequantized layer -> it
 _dtypes_before = WeakTensorKeyDictionary()  # other tensor that was cast along -> its dtype before
 
 
+@moving()
 def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None = None) -> Model:
     """Gives quantized layers plain weights of the same values, and moves the model to `device`.
 
@@ -71,12 +73,12 @@ def dequantize_and_move(model: Model, device: Device, dtype: torch.dtype | None 
 
     After an error the model is as it was, where it was.
     """
-    with moving():
-        involved = _dequantize(model, devices.resolve(device), dtype)
-        _release_cached(involved)  # by now nothing refers to the quantized weights
+    involved = _dequantize(model, devices.resolve(device), dtype)
+    _release_cached(involved)  # by now nothing refers to the quantized weights
     return model
 
 
+@moving()
 def move_and_requantize(model: Model, device: Device) -> Model:
     """Quantizes again, on `device`, what `dequantize_and_move` dequantized, with the same options.
 
@@ -105,8 +107,7 @@ def move_and_requantize(model: Model, device: Device) -> Model:
 
     After an error the model is as it was, where it was.
     """
-    with moving():
-        _release_cached(_requantize(model, devices.resolve(device)))
+    _release_cached(_requantize(model, devices.resolve(device)))
     return model
 
 
@@ -231,7 +232,7 @@ def _keeping_nothing() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        clear_own_frames(error, and_libraries=True)
+        clear_own_frames(error)
         gc.collect()  # weights of bitsandbytes that were not finished refer to themselves
         raise
 
@@ -264,16 +265,20 @@ def _transform(
             raise
         advice = "Park another model first, or choose another device."
         raise budget.out_of_memory(action, target, needed, advice) from error
-    with interrupts_deferred(), ExitStack() as undo:
+    undo = Undo()
+
+    def commit() -> None:
         for change in changes:
             carry_out(change, undo)
         for tensor, values in new_data:
             with torch._C.DisableTorchFunctionSubclass():
-                undo.callback(_assign, tensor, tensor.data)
+                undo.note(_assign, tensor, tensor.data)
             _assign(tensor, values)
         move(model, target)
         on_commit()
-        undo.pop_all()
+
+    with interrupts_deferred():
+        all_or_nothing(commit, undo.undo)
     nbytes, seconds = sum(item.nbytes for item in work), time.perf_counter() - started
     log.info(
         "%s: %d layers, now %s, in %.2f s",

@@ -64,8 +64,7 @@ def exchange(
             for move, digest in zip(uncommitted, mirrors.current_digests(targets), strict=True):
                 move.digest = digest
         later = until_done.enter_context(interrupts_deferred())
-        transaction.commit()
-        stragglers = transaction.finish(later)
+        stragglers = transaction.commit(later)
         return Done(leaving.copied_bytes, stragglers, False), Done(coming.copied_bytes, [], False)
 
 

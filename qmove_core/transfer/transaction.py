@@ -8,8 +8,9 @@ rollback.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from .. import devices, hosting
 from ..collector import collection_deferred
 from ..errors import CorruptedCopy, is_out_of_memory
-from ..interrupts import Later, interrupts_deferred, not_a_failure
+from ..interrupts import Later, all_or_nothing, interrupts_deferred, not_a_failure
 from ..memory import budget, mirrors, sharing
 from ..memory.blocks import place_of
 from ..memory.budget import allocate, bytes_by_device
@@ -57,8 +58,7 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
         transaction.copy(transaction.to_copy(), progress)
         verified = settings.verify and transaction.verify()
         with interrupts_deferred() as later, collection_deferred():
-            transaction.commit()
-            stragglers = transaction.finish(later)
+            stragglers = transaction.commit(later)
         return Done(plan.copied_bytes, stragglers, verified)
 
 
@@ -72,21 +72,30 @@ class MoveTransaction:
     def __init__(self, *plans: MovePlan) -> None:
         self.plans = plans
         self.moves = [move for plan in plans for move in plan.moves]
-        self._watched: list[tuple[StorageMove, StorageWeakRef]] = []
+        self._watched: dict[StorageMove, StorageWeakRef] = {}  # of what was dropped
+        self._steps_done, self._have_moved = 0, False  # of the commit
         self._reader = FileReader()
 
     def __enter__(self) -> MoveTransaction:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        with interrupts_deferred():
+            all_or_nothing(lambda: self._end(error))
+
+    def _end(self, error: BaseException | None) -> None:
         self._reader.end()
         if error is not None:
             clear_own_frames(error)
-        left = [move for move in self.moves if not move.is_committed and move.mirror is not None]
-        mirrors.put_back([move.source for move in left], [move.mirror for move in left])
-        for move in self.moves:
-            move.mirror = None
-            move.drop_storages()
+        try:
+            if error is not None and self._watched:  # those have moved, with all that looks at them
+                self._look_outside()
+        finally:
+            left = [move for move in self.moves if not move.is_committed and move.mirror]
+            mirrors.put_back([move.source for move in left], [move.mirror for move in left])
+            for move in self.moves:
+                move.mirror = None
+                move.drop_storages()
 
     # Before anything moves ------------------------------------------------------------------------
 
@@ -199,25 +208,34 @@ class MoveTransaction:
 
     # The commit, and its rollback -----------------------------------------------------------------
 
-    def commit(self) -> None:
-        """Moves the models to where their bytes are now, or leaves them where they were."""
+    def commit(self, later: Later) -> list[Straggler]:
+        """Moves the models to where their bytes are now, or leaves them where they were.
+
+        Afterwards host copies are kept, the old storages dropped, and those that live on returned.
+        What fails of that is logged: the models have moved. Its interrupts come `later`.
+        """
+        pending = [move for move in self.moves if not move.is_committed]
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-            pending = [move for move in self.moves if not move.is_committed]
-            try:
-                rebind_all(
-                    (move.tensors, move.target) for move in pending if move.target is not None
-                )
-                for plan in self.plans:
-                    kinds.refresh(plan.held)
-                for move in pending:
-                    move.note_origin()
-                for plan in self.plans:
-                    plan.on_commit()
-            except BaseException:
-                self._roll_back(pending)
-                raise
+            return all_or_nothing(
+                lambda: self._commit(pending, later), lambda: self._roll_back(pending)
+            )
+
+    def _commit(self, pending: Sequence[StorageMove], later: Later) -> list[Straggler]:
+        steps: list[Callable[[], object]] = [
+            lambda: rebind_all((m.tensors, m.target) for m in pending if m.target is not None),
+            *(functools.partial(kinds.refresh, plan.held) for plan in self.plans),
+            *(move.note_origin for move in pending),
+            *(plan.on_commit for plan in self.plans),
+        ]
+        for step in steps[self._steps_done :]:
+            step()
+            self._steps_done += 1
+        self._have_moved = True
+        return self._finish(later)
 
     def _roll_back(self, pending: Sequence[StorageMove]) -> None:
+        if self._have_moved:
+            return
         for move in pending:
             move.go_back()
         for plan in self.plans:
@@ -230,33 +248,26 @@ class MoveTransaction:
         """
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             assert move.target is not None
-            try:
-                rebind(move.tensors, move.target)
-                move.note_origin()
-            except BaseException:
-                move.go_back()
-                raise
-            watched = self._drop_source(move)
-        self._watched.append((move, watched))
-        return watched
+            all_or_nothing(lambda: self._commit_one(move), move.go_back)
+            return self._watched[move]
+
+    def _commit_one(self, move: StorageMove) -> None:
+        if move.source is not EMPTY:
+            assert move.target is not None
+            rebind(move.tensors, move.target)
+            move.note_origin()
+            self._drop_source(move)
 
     # After the commit -----------------------------------------------------------------------------
 
-    def finish(self, later: Later) -> list[Straggler]:
-        """Keeps mirrors, drops the old storages, and looks at which of them live on.
-
-        It raises nothing: the models have moved. Interrupts come `later`.
-        """
+    def _finish(self, later: Later) -> list[Straggler]:
         stragglers: list[Straggler] = []
         with not_a_failure(later, "keep host copies"):
             keep_as_mirrors(self.moves)
         for move in self.moves:
-            if move.source is not EMPTY:
-                self._watched.append((move, self._drop_source(move)))
+            self._drop_source(move)
         with not_a_failure(later, "look for what stayed behind"):
-            stragglers = _take_outsiders_along(self._watched)
-            for plan in self.plans:
-                plan.on_outsiders()
+            stragglers = all_or_nothing(self._look_outside)
         with not_a_failure(later, "give unused memory back to the driver"):
             involved = {d for m in self.moves for d in (m.came_from, m.device)}
             devices.release_cached(involved)
@@ -265,11 +276,16 @@ class MoveTransaction:
                 hosting.tell_moved()
         return stragglers
 
-    @staticmethod
-    def _drop_source(move: StorageMove) -> StorageWeakRef:
-        watched = StorageWeakRef(move.source)
-        move.source, move.mirror = EMPTY, None
-        return watched
+    def _look_outside(self) -> list[Straggler]:
+        stragglers = _take_outsiders_along(list(self._watched.items()))
+        for plan in self.plans:
+            plan.on_outsiders()
+        return stragglers
+
+    def _drop_source(self, move: StorageMove) -> None:
+        if move.source is not EMPTY:
+            self._watched[move] = StorageWeakRef(move.source)
+            move.source, move.mirror = EMPTY, None
 
 
 def keep_as_mirrors(jobs: Sequence[CopyJob]) -> None:
@@ -295,11 +311,10 @@ def keep_as_mirrors(jobs: Sequence[CopyJob]) -> None:
 def unshared(jobs: Sequence[CopyJob]) -> list[bool]:
     """For each job whether nobody else holds its source, or could write to it later."""
     with interrupts_deferred():
-        sources = []
-        for job in jobs:
-            sources.append(job.source)
-            job.source = EMPTY  # the list alone holds it now, of all that is ours
+        sources = [job.source for job in jobs]
         try:
+            for job in jobs:
+                job.source = EMPTY  # the list alone holds it now, of all that is ours
             return mirrors.let_go(sources)
         finally:
             for job, source in zip(jobs, sources, strict=True):

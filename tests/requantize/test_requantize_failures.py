@@ -91,17 +91,19 @@ def _fail_at(
 
         monkeypatch.setattr(layer_formats.FourBit, method, fail)
     else:  # the bytes of the plain layers have been copied
-        monkeypatch.setattr("qmove_core.model.kinds.refresh", _once(fail))
+        monkeypatch.setattr("qmove_core.model.kinds.refresh", _in_the_commit(fail))
 
 
-def _once(fail: Callable[..., None]) -> Callable[..., None]:
+def _in_the_commit(fail: Callable[..., None]) -> Callable[..., None]:
     from qmove_core.model import kinds
 
     refresh, calls = kinds.refresh, []
 
     def refresh_or_fail(inventory: Any) -> None:
         calls.append(inventory)
-        if len(calls) == 1:
+        # The commit and the move in it are begun anew after the first failure; every third call
+        # brings the move back.
+        if len(calls) in (1, 2, 4, 5):
             fail()
         refresh(inventory)
 

@@ -8,13 +8,12 @@ its own, so the weight can get its parts back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...attributes import set_aside
+from ...attributes import Undo, set_aside
 from .bitsandbytes_layout import (
     PACKED_STATE,
     QUANT_STATE,
@@ -60,9 +59,7 @@ def current_parts(tensor: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
     return {f"quant_state[{i}]": part for i, part in enumerate(tensors_on(tensor))}
 
 
-def attach(
-    tensor: Any, module: nn.Module, parts: Mapping[str, torch.Tensor], undo: ExitStack
-) -> None:
+def attach(tensor: Any, module: nn.Module, parts: Mapping[str, torch.Tensor], undo: Undo) -> None:
     """Gives a weight its `parts`, as loading a checkpoint does. `undo` gets what takes them off."""
     if is_of(tensor, "Params4bit"):
         from bitsandbytes.functional import QuantState
@@ -75,11 +72,11 @@ def attach(
             packed = next(part for name, part in parts.items() if name in PACKED_STATE.values())
             offset = unpack_tensor_to_dict(packed)["nested_offset"]
             read.offset = torch.tensor(offset, dtype=torch.float32, device=tensor.device)
-        undo.callback(set_aside(quant_state, **vars(read)))
-        undo.callback(set_aside(tensor, bnb_quantized=True))
+        set_aside(undo, quant_state, **vars(read))
+        set_aside(undo, tensor, bnb_quantized=True)
         return
     with torch._C.DisableTorchFunctionSubclass():
         codes = tensor.detach()  # the first forward takes CB and SCB over into the layer's state
-    undo.callback(set_aside(tensor, CB=codes, SCB=parts["SCB"]))
+    set_aside(undo, tensor, CB=codes, SCB=parts["SCB"])
     if "state" in module.__dict__:
-        undo.callback(set_aside(module.state, CB=None, SCB=None))
+        set_aside(undo, module.state, CB=None, SCB=None)
