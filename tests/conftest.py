@@ -85,6 +85,9 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     )
     qmove.trim()
     if SIMULATED:
+        locked = sum(block.pinned_bytes for block in list(arena._blocks.values()))
+        left = simcuda.host_counters().registered - locked
+        assert left == 0, f"{left} bytes are page-locked that qmove no longer has"
         for index in range(2):
             simcuda.set_memory("4GiB", device=index)
         simcuda.reset_counters()
