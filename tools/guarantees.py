@@ -144,7 +144,7 @@ PROMISES = (
         "indexes are checked, whatever they say.",
         (
             *_files("parking", "file_mirrors", "file_mirror_changes", "file_mirror_matching"),
-            *_files("integrations", "weights_map"),
+            *_files("integrations", "weights_map", "hostile_files"),
             *_files("cli", "inspect_saved"),
             *_files("materialize", "reading"),
         ),

@@ -231,6 +231,8 @@ def _in_ram(tensor: Any) -> Source:
 
 def _in_dat(file: Path, name: str, entry: Mapping[str, Any]) -> Source:
     """accelerate may rewrite `.dat` files in place, so a model must not go on looking into one."""
+    if file.name != f"{name}.dat":
+        raise Unusable(f"{name!r} names no file in the offload folder {file.parent}")
     _require_file(file)
     dtype, shape = _dtype(entry["dtype"], file), tuple(entry["shape"])
     source = Source(str(file), (os.path.realpath(file), name), dtype, shape, file=file)
