@@ -146,7 +146,7 @@ PROMISES = (
             *_files("parking", "file_mirrors", "file_mirror_changes", "file_mirror_matching"),
             *_files("integrations", "weights_map", "hostile_files"),
             *_files("cli", "inspect_saved"),
-            *_files("materialize", "reading"),
+            *_files("materialize", "reading", "files_cut_while_read"),
         ),
     ),
     Promise(

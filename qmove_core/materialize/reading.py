@@ -1,7 +1,9 @@
 """Reads offloaded weights into memory: each file once and in its own order, several at a time.
 
 Files are read through memory maps. The system is asked for what comes next, so that it reads far
-ahead in large blocks; touching the pages then finds them in memory.
+ahead in large blocks; touching the pages then finds them in memory. To touch a page of a file that
+has become shorter ends the process (SIGBUS): so its size is looked at before each chunk, and what
+goes to host memory is read by the kernel (`pages.read`), which reports it.
 """
 
 from __future__ import annotations
@@ -11,15 +13,27 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import torch
 
 from ..digests.checksum import checksum_of
+from ..errors import QMoveError
 from ..memory import pages
 from ..transfer.copies import Progress
 from .plan import TensorPlan
 
 _WILLNEED = 3  # MADV_WILLNEED of Linux; Windows has no such name
+
+
+class FileCutShort(QMoveError):
+    """A file became shorter while a model was read from it. Nothing was changed."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            f"The file {file} has become shorter while weights were read from it: nothing was "
+            "changed. Write the whole file again and try again."
+        )
 
 
 def read(
@@ -122,21 +136,40 @@ def _read_one(item: TensorPlan, counter: _Counter, report: Callable[[], None]) -
         parts = _bytes_of(opened).split(counter.chunk)
         places = _bytes_of(data).split(counter.chunk) if data is not None else [None] * len(parts)
         for index, (part, place) in enumerate(zip(parts, places, strict=True)):
-            if item.source.file is not None:
+            file = item.source.file
+            if file is not None:
+                _require_size(item, index * counter.chunk + part.numel())
                 _read_ahead(opened, (index + 1) * counter.chunk, counter.chunk)
-            if place is not None:
+            if place is not None and file is not None and place.device.type == "cpu":
+                if pages.read(part.data_ptr(), place.numpy()) < part.numel():
+                    raise FileCutShort(file)
+            elif place is not None:
                 place.copy_(part)
-            elif item.source.file is not None:
+            elif file is not None:
                 part[:: mmap.PAGESIZE].sum()  # touches every page
             counter.add(part.numel())
             report()
             if counter.stopped:
                 return
     elif data is not None:
+        _require_size(item, item.source.nbytes)
         data.copy_(item.source.cast(opened))
         counter.add(item.source.nbytes)
     if counter.checksums:
         item.checksum = checksum_of(opened if data is None else data)
+
+
+def _require_size(item: TensorPlan, end: int) -> None:
+    """Raises FileCutShort if the file has no longer the first `end` bytes of a tensor."""
+    file = item.source.file
+    if file is None:
+        return
+    try:
+        size = file.stat().st_size
+    except OSError:  # deleted or moved: the map still has all of it
+        return
+    if size < item.source.offset + end:
+        raise FileCutShort(file)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def test_it_mirrors_no_model(gpu: GPU, tmp_path: Path, name: str) -> None:
     model = layers(1)
     before = contents(model)
 
-    with pytest.raises(qmove.QMoveError, match="model.safetensors"):
+    with pytest.raises(qmove.QMoveError, match=r"model\.safetensors"):
         qmove.mirror_files(model, file)
 
     qmove.park(model)
