@@ -156,9 +156,13 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if parked:
             if not at_home and not _meet_an_accelerator(func, tensors, leaves, args, kwargs):
                 try:
-                    return _on_the_host(func, parked, tensors, args, kwargs, makes_parameter)
+                    result = _on_the_host(func, parked, tensors, args, kwargs, makes_parameter)
                 except functions.OnlyAtHome:
                     pass
+                else:
+                    if makes_parameter and caller.f_locals["cls"] is not nn.Parameter:
+                        result.__dict__[_MADE_BY] = caller.f_locals["cls"]
+                    return result
             _bring_home(parked)
     if torch._C._get_tracing_state() is not None:
         func = compilers.as_if_called_by(_caller(), func)
@@ -362,9 +366,13 @@ def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _become_parameter(tensor: torch.Tensor) -> None:
-    """What `Parameter` made of a variant of a plain tensor is a custom tensor with a mark."""
-    if base_of(type(tensor)) is torch.Tensor and tensor.__dict__.pop("_is_param", False):
-        set_class(tensor, _away.of(nn.Parameter))
+    """What `Parameter`, or a class of the kind, made of a variant is a custom tensor with a mark."""
+    if base_of(type(tensor)) in (torch.Tensor, nn.Parameter) and "_is_param" in tensor.__dict__:
+        del tensor.__dict__["_is_param"]
+        set_class(tensor, _away.of(tensor.__dict__.pop(_MADE_BY, nn.Parameter)))
+
+
+_MADE_BY = "_qmove_parameter_class"
 
 
 def _of_own_class(tensor: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -50,7 +50,7 @@ LIKE_IT = frozenset(  # these make a tensor where theirs lives, and read no byte
     [getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full")]
     + [getattr(torch, f"{name}_like") for name in ("rand", "randn", "randint")]
     + [_Tensor.new_empty, _Tensor.new_empty_strided, _Tensor.new_full, _Tensor.new_ones]
-    + [_Tensor.new_zeros, _Tensor.new_tensor, _Tensor.new]
+    + [_Tensor.new_zeros, _Tensor.new_tensor]
 )
 _NOT_FOR_HOST_TENSORS = frozenset(
     [_Tensor.__dlpack__, _Tensor.__dlpack_device__, _Tensor.record_stream]

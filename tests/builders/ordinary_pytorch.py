@@ -179,6 +179,47 @@ def python_attributes(m: Net) -> Any:
     return m.table * rows(), m.table2 * rows(), m.cached, m.adapter.weight.device
 
 
+class _Special(nn.Parameter):
+    pass
+
+
+@_use
+def parameters_of_a_class(m: Net) -> Any:
+    m.fc.weight = _Special(m.fc.weight.data, requires_grad=False)
+    m.fc2.weight = _Special(m.fc2.weight, requires_grad=False)
+    m.buffer = nn.Buffer(m.fc.weight * 2)
+    result = m.fc(rows()), m.fc2(rows()), m.buffer * rows()[0], m.fc.weight.new(2, 2).device
+    return result, type(m.fc.weight).__name__, type(m.fc2.weight).__name__
+
+
+@_use
+def conversions_that_swap(m: Net) -> Any:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        m.fc.double().float().load_state_dict({k: v * 2 for k, v in m.fc2.state_dict().items()})
+        m.fc2.cuda()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return m.fc(rows()), m.fc2(rows())
+
+
+@_use
+def recurrent(m: Net) -> Any:
+    torch.manual_seed(0)
+    m.rnn = nn.LSTM(8, 8, batch_first=True).to(m.fc.weight.device).requires_grad_(False)
+    return m.rnn(rows()[None])[0], m.rnn._flat_weights[0].device
+
+
+@_use
+def merged_and_unmerged(m: Net) -> Any:
+    change = torch.ones(8, 2, device="cuda") @ torch.ones(2, 8, device="cuda")
+    m.fc.weight.data += 0.1 * change
+    result = m.fc(rows())
+    m.fc.weight.data -= 0.1 * change
+    u, s, v = torch.linalg.svd(m.fc.weight)
+    return result, m.fc.weight, (u[:, :2] * s[:2]) @ v[:2] @ rows().mT
+
+
 @_use
 def casts(m: Net) -> Any:
     m.fc.to("cuda", torch.float64)
