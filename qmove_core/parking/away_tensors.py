@@ -366,7 +366,7 @@ def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _become_parameter(tensor: torch.Tensor) -> None:
-    """What `Parameter`, or a class of the kind, made of a variant is a custom tensor with a mark."""
+    """What a class of parameters made of a variant is a custom tensor with a mark."""
     if base_of(type(tensor)) in (torch.Tensor, nn.Parameter) and "_is_param" in tensor.__dict__:
         del tensor.__dict__["_is_param"]
         set_class(tensor, _away.of(tensor.__dict__.pop(_MADE_BY, nn.Parameter)))
