@@ -37,7 +37,8 @@ def test_waiting_requests_take_a_few_threads_of_their_own(server: RoutesServer) 
             for path in server.gets:
                 assert server.ask(path, method="GET").status == 200
             assert not any(request.done() for request in waiting)
-            assert _threads_of_requests() <= routes.MOST_ACTING
+            # Those of the GETs may just be ending.
+            assert _threads_of_requests() <= routes.MOST_ACTING + routes.MOST_LOOKING < 40
         assert [request.result().status for request in waiting] == [200] * 40
 
 
