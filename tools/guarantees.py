@@ -243,6 +243,8 @@ def long_runs() -> str:
 
 def _figures(what: Mapping[str, Any]) -> str:
     numbers = {k: v for k, v in what.items() if type(v) is int and k not in ("seed", "minutes")}
+    if isinstance(what.get("failures"), list):
+        numbers["failures"] = len(what["failures"])
     return ", ".join(f"{value:,} {name}" for name, value in numbers.items())
 
 

@@ -148,6 +148,8 @@ def register(address: int, nbytes: int) -> bool:
     Call it where no SIGINT can come between it and the note of its result (`interrupts_deferred`).
     After an exception of another thread it may be called again, and so may `unregister`.
     """
+    if address in _registered:
+        return True
     limit = pin_limit()
     if not _reserve(nbytes, limit.nbytes):
         if limit.nbytes > 0:
