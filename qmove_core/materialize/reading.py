@@ -2,8 +2,8 @@
 
 Files are read through memory maps. The system is asked for what comes next, so that it reads far
 ahead in large blocks; touching the pages then finds them in memory. To touch a page of a file that
-has become shorter ends the process (SIGBUS): so its size is looked at before each chunk, and what
-goes to host memory is read by the kernel (`pages.read`), which reports it.
+has become shorter ends the process (SIGBUS): so its size is looked at before each chunk, and the
+bytes are read by the kernel (`pages.read`), which reports it.
 """
 
 from __future__ import annotations
@@ -135,14 +135,19 @@ def _read_one(item: TensorPlan, counter: _Counter, report: Callable[[], None]) -
     if as_it_is and opened.is_contiguous() and (data is None or data.is_contiguous()):
         parts = _bytes_of(opened).split(counter.chunk)
         places = _bytes_of(data).split(counter.chunk) if data is not None else [None] * len(parts)
+        on_the_way = torch.empty(0, dtype=torch.uint8, device="cpu")
         for index, (part, place) in enumerate(zip(parts, places, strict=True)):
             file = item.source.file
             if file is not None:
                 _require_size(item, index * counter.chunk + part.numel())
                 _read_ahead(opened, (index + 1) * counter.chunk, counter.chunk)
-            if place is not None and file is not None and place.device.type == "cpu":
-                if pages.read(part.data_ptr(), place.numpy()) < part.numel():
-                    raise FileCutShort(file)
+            if place is not None and file is not None:
+                if place.device.type == "cpu":
+                    _read_mapped(file, part, place)
+                else:
+                    if on_the_way.numel() < part.numel():
+                        on_the_way = torch.empty(part.numel(), dtype=torch.uint8, device="cpu")
+                    place.copy_(_read_mapped(file, part, on_the_way[: part.numel()]))
             elif place is not None:
                 place.copy_(part)
             elif file is not None:
@@ -153,10 +158,21 @@ def _read_one(item: TensorPlan, counter: _Counter, report: Callable[[], None]) -
                 return
     elif data is not None:
         _require_size(item, item.source.nbytes)
+        if item.source.file is not None and opened.is_contiguous():
+            copied = torch.empty_like(opened)
+            _read_mapped(item.source.file, _bytes_of(opened), _bytes_of(copied))
+            opened = copied
         data.copy_(item.source.cast(opened))
         counter.add(item.source.nbytes)
     if counter.checksums:
         item.checksum = checksum_of(opened if data is None else data)
+
+
+def _read_mapped(file: Path, part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Reads bytes of a mapped file into `out`, flat uint8 on the host, and returns that."""
+    if pages.read(part.data_ptr(), out.numpy()) < part.numel():
+        raise FileCutShort(file)
+    return out
 
 
 def _require_size(item: TensorPlan, end: int) -> None:
