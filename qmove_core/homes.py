@@ -33,7 +33,7 @@ class Origin:
         digest: of the bytes that were parked, where it was taken.
         arrival: waits until the bytes are on their device and the tensors look at them; None while
             nothing is under way.
-        part: refers weakly to the outermost module that it was parked with.
+        parts: refer weakly to the outermost modules that it was parked with.
         is_result: it was computed on the host from parked tensors, and belongs to no model yet.
     """
 
@@ -43,7 +43,7 @@ class Origin:
     tensors: list[TensorWeakRef] = field(default_factory=list)
     digest: int | None = None
     arrival: Callable[[], None] | None = None
-    part: Callable[[], object] | None = None
+    parts: tuple[Callable[[], object], ...] = ()
     is_result: bool = False
 
     @property
@@ -116,7 +116,7 @@ def tensors_of(record: object, part: object, but: Set[int]) -> list[list[torch.T
     for cdata, origin in list(_origins.items()):
         if cdata in but or not origin.is_parked or origin.is_result:
             continue
-        if origin.record is not record and (origin.part is None or origin.part() is not part):
+        if origin.record is not record and all(ref() is not part for ref in origin.parts):
             continue
         alive = [tensor for ref in origin.tensors if (tensor := ref()) is not None]
         with torch._C.DisableTorchFunctionSubclass():

@@ -266,6 +266,8 @@ def _on_the_host(
     """
     origin = _origin(parked[0])
     assert origin is not None
+    if not functions.is_copy(func) and len({_place(tensor) for tensor in parked}) > 1:
+        raise functions.OnlyAtHome  # PyTorch's own error, or a result at each of their homes
     if func in functions.LIKE_IT:
         if kwargs.get("device") is None:
             kwargs = kwargs | {"device": origin.home}

@@ -218,14 +218,26 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
             noted.add(id(owner))
             if sleeping.home_of(owner) is None:
                 sleeping.note_home(owner, move.came_from)
-    part_of = {id(module): weakref.ref(top) for top in tops for module in top.modules()}
-    for move in moves:
-        if move.origin is not None:
-            move.origin.part = part_of.get(id(owners.of(move.holding.name)))
+    _note_parts(held, moves, owners, tops)
     ids = {id(module) for module in held.modules.values()}  # not those of a pinned part
     for top in tops:
         own = [module for module in top.modules() if id(module) in ids]
         sleeping.put_to_sleep(own, _WakeModel(record, None if wakes_whole else top))
+
+
+def _note_parts(
+    held: Inventory, moves: Iterable[StorageMove], owners: _Owners, tops: Iterable[nn.Module]
+) -> None:
+    """Notes in which of the modules each parked storage is: it goes home with each of them."""
+    origins = {id(move.holding): move.origin for move in moves}
+    inside = {id(module): top for top in tops for module in top.modules()}
+    for holding in held.holdings:
+        origin = origins.get(id(holding)) or homes.origin_of_tensor(holding.tensors[0])
+        if origin is None:
+            continue
+        found = {id(top): top for name in holding.names if (top := inside.get(id(owners.of(name))))}
+        known = {id(part()) for part in origin.parts}
+        origin.parts += tuple(weakref.ref(top) for key, top in found.items() if key not in known)
 
 
 def _look_after_outsiders(moves: Iterable[StorageMove]) -> None:

@@ -16,69 +16,10 @@ from torch import nn
 import qmove_core as qmove
 from qmove_core.parking import streaming
 from tests.builders.device import GPU
-from tests.builders.models import torchao_layers
+from tests.builders.formats import MODELS, Model, plain, x_of
 from tests.builders.places import places
-from tests.builders.quantized_layers import quantized
 
 pytestmark = pytest.mark.simulated
-
-
-class Model(nn.Module):
-    """A base layer of some format, and plain ones around it."""
-
-    def __init__(self, base: nn.Module, inside: int, outside: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(inside, inside, dtype=dtype)
-        self.base = base
-        self.last = nn.Linear(outside, outside, dtype=dtype)
-        self.spare = nn.Linear(4, 4, dtype=dtype)
-        self.register_buffer("scale", torch.full((outside,), 2.0, dtype=dtype))
-        self.inside, self.dtype = inside, dtype
-        self.requires_grad_(False).cuda()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.base(self.first(x))) * self.scale
-
-
-def plain() -> Model:
-    torch.manual_seed(1)
-    return Model(nn.Linear(16, 16), 16, 16, torch.float32)
-
-
-def tied() -> Model:
-    model = plain()
-    model.last.weight = model.first.weight
-    return model
-
-
-def torchao() -> Model:
-    layer = torchao_layers("int8")[0]
-    return Model(layer, layer.in_features, layer.out_features, next(iter(layer.parameters())).dtype)
-
-
-def dispatched() -> Any:
-    from accelerate import dispatch_model
-
-    return dispatch_model(plain(), {"": 0}, force_hooks=True)
-
-
-def dispatched_to_two() -> Any:
-    from accelerate import dispatch_model
-
-    places = {"first": 0, "base": 1, "last": 0, "spare": 1, "scale": 0}
-    return dispatch_model(plain(), places, force_hooks=True)
-
-
-MODELS: dict[str, Callable[[], Model]] = {
-    "plain": plain,
-    "tied": tied,
-    "int8": lambda: Model(quantized("int8")[0], 128, 64, torch.float16),
-    "nf4": lambda: Model(quantized("nf4 double")[0], 128, 64, torch.float16),
-    "torchao": torchao,
-    "dispatched": dispatched,
-    "dispatched to two": dispatched_to_two,
-}
 
 
 class Adapter(nn.Module):
@@ -188,11 +129,6 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
         model.first.register_forward_hook(lambda m, x, y: y.to("cuda:0", model.dtype))),
     "partly used": lambda model: model.first(x_of(model)),
 }  # fmt: skip
-
-
-def x_of(model: Model) -> torch.Tensor:
-    torch.manual_seed(2)
-    return torch.randn(3, model.inside).to("cuda", model.dtype)
 
 
 def lives(model: nn.Module) -> dict[str, Any]:
