@@ -87,20 +87,22 @@ class Pending:
         pending._values = [None] * count
         return pending
 
-    @interrupts_deferred()
     def values(self) -> list[Digest | None]:
         """Waits until they are computed, and reads them. The order is that of the storages.
 
         As for failures: `queue_digests`.
         """
-        if self._values is None:
-            out, count = self._out, len(self._places)
-            try:
-                return self.read()
-            except Exception as error:
-                self._take_values([None] * count)
-                assert out is not None
-                note_failure(out.device, error)
+        return self._wait() if self._values is None else self._values
+
+    @interrupts_deferred()  # their handlers raise what is no failure of a digest
+    def _wait(self) -> list[Digest | None]:
+        out, count = self._out, len(self._places)
+        try:
+            return self.read()
+        except Exception as error:
+            self._take_values([None] * count)
+            assert out is not None
+            note_failure(out.device, error)
         assert self._values is not None
         return self._values
 

@@ -5,7 +5,7 @@ Bytes are taken as int8, in rows of 1024. Level 0 multiplies each row with a ran
 1024 x 8, exactly, in int32: 32 bytes for 1024. Level 1 does the same with the 32 bytes each of 16
 rows, and level 2 with those of 32 such groups, so that a piece of 512 KiB ends as 32 bytes. Each
 level has its own matrix. A smaller piece counts as filled up with zeros. Their products are zeros:
-beyond the last group they are filled in, not computed.
+beyond the last group, and in a piece of less than one, they are filled in, not computed.
 
 Odds that a change of a piece goes unseen: where a row differs, one column of the product is the
 same for at most one of the 256 values of one entry, so all 8 are with at most 256^-8 = 2^-64; the
@@ -24,6 +24,7 @@ there is no digest this time (`digest.py`), and its workspaces are freed after e
 from __future__ import annotations
 
 import weakref
+from itertools import groupby
 
 import torch
 
@@ -32,7 +33,7 @@ from ..storages import empty
 ROW = 1024  # bytes; the most of which float32 can hold the sum of products
 COLUMNS = 8  # the fewest that `_int_mm` takes
 PRODUCT = COLUMNS * 4  # bytes of a row's product
-GROUP = 16  # rows; small, since a piece is gathered with zeros up to a whole group
+GROUP = 16  # rows; a piece that has more is gathered with zeros up to a whole group
 GROUPS = 32
 PIECE = GROUPS * GROUP * ROW  # bytes that end as one product
 PIECE_ROWS = PIECE // ROW
@@ -44,8 +45,10 @@ _NUMBERS = sum(_LEVELS) * COLUMNS
 
 
 def rows_of(nbytes: int) -> int:
-    """How many rows a piece of this many bytes, 1 to PIECE, takes: whole groups."""
-    return -(-nbytes // (GROUP * ROW)) * GROUP
+    """How many rows of a piece of this many bytes, 1 to PIECE, are multiplied: whole groups, or
+    fewer than one."""
+    rows = -(-nbytes // ROW)
+    return rows if rows < GROUP else -(-rows // GROUP) * GROUP
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -150,6 +153,7 @@ class Tree:
         rows: of level 0 that it holds the products of (`capacity`) before it goes on to the next
             levels; those of a piece at least.
         most_pieces: that it holds, likewise.
+        at_a_time: rows of pieces of less than a group that are added at a time, at most.
         pieces: that will come in all.
     """
 
@@ -158,6 +162,7 @@ class Tree:
         products: Products,
         rows: int,
         most_pieces: int,
+        at_a_time: int,
         pieces: int,
         device: torch.device,
     ) -> None:
@@ -171,22 +176,28 @@ class Tree:
 
         self._level1 = numbers(rows + SPARE * GROUP)
         self._level2 = numbers((most_pieces + SPARE) * GROUPS)
-        self._unfilled = numbers(rows // GROUP + SPARE)
-        self._zeros = numbers(GROUPS).zero_()
+        self._unfilled = numbers(max(rows // GROUP, at_a_time) + SPARE)
         self.out = numbers(pieces + SPARE)
 
     def add(self, rows: torch.Tensor, pieces: list[int]) -> None:
-        """Takes `rows` (int8, n x 1024, n > 16) in, of which so many, whole groups, make up each
+        """Takes `rows` (int8, n x 1024, n > 16) in, of which so many (`rows_of`) make up each
         piece; more rows do not count."""
-        count = sum(pieces)
+        groups = [-(-count // GROUP) for count in pieces]
+        count = sum(groups) * GROUP
         if (
             self._filled + count > self.capacity
             or len(self._groups) + len(pieces) > self.most_pieces
         ):
             self.finish()
-        self._products.multiply(0, rows, self._level1[self._filled : self._filled + len(rows)])
+        place = self._level1[self._filled :]
+        if sum(pieces) == count:
+            self._products.multiply(0, rows, place[: len(rows)])
+        else:
+            products = self._unfilled[: len(rows)]
+            self._products.multiply(0, rows, products)
+            _fill_up(products, pieces, GROUP, place[:count])
         self._filled += count
-        self._groups += [rows_of_piece // GROUP for rows_of_piece in pieces]
+        self._groups += groups
 
     def finish(self) -> torch.Tensor:
         """Brings all rows up to the last level; returns what came out so far, and 32 rows that do
@@ -194,24 +205,15 @@ class Tree:
         pieces = len(self._groups)
         if pieces:
             whole = min(self._groups) == GROUPS
-            groups = self._reduce(
+            products = self._reduce(
                 1, self._level1, sum(self._groups), self._level2 if whole else self._unfilled
             )
             if not whole:
-                torch.cat(self._filled_up(groups), out=self._level2[: pieces * GROUPS])
+                _fill_up(products, self._groups, GROUPS, self._level2[: pieces * GROUPS])
             self._reduce(2, self._level2, pieces, self.out[self._done :])
             self._done += pieces
         self._groups, self._filled = [], 0
         return self.out
-
-    def _filled_up(self, products: torch.Tensor) -> list[torch.Tensor]:
-        """The products of each piece's groups, each followed by zeros for those that it lacks."""
-        parts: list[torch.Tensor] = []
-        for part, groups in zip(products.split(self._groups), self._groups, strict=True):
-            parts.append(part)
-            if groups < GROUPS:
-                parts.append(self._zeros[groups:])
-        return parts
 
     def _reduce(
         self, level: int, products: torch.Tensor, count: int, out: torch.Tensor
@@ -222,3 +224,15 @@ class Tree:
         some = max(count, SPARE)
         self._products.multiply(level, rows[:some], out[:some])
         return out[:count]
+
+
+def _fill_up(products: torch.Tensor, counts: list[int], each: int, out: torch.Tensor) -> None:
+    """Puts the products of each piece, so many of them, into `out`, where every piece has `each`:
+    zeros follow. One copy for pieces side by side that have equally many."""
+    out.zero_()
+    start = place = 0
+    for count, alike in groupby(counts):
+        pieces = len(list(alike))
+        some = products[start : start + pieces * count].view(pieces, count, COLUMNS)
+        out[place : place + pieces * each].view(pieces, each, COLUMNS)[:, :count].copy_(some)
+        start, place = start + pieces * count, place + pieces * each

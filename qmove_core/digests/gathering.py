@@ -81,6 +81,10 @@ class _Piece:
     missing: int  # bytes up to the end of the last row, which are zeros
     words: bool
 
+    def is_like(self, other: _Piece) -> bool:
+        """Whether the two can be gathered together."""
+        return self.words == other.words and (self.rows < GROUP) == (other.rows < GROUP)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -99,16 +103,17 @@ class _Plan:
     def rows_gathered(self) -> int:
         return sum(piece.rows for piece in self.gathered)
 
-    def rows(self) -> int:
-        """Of all pieces."""
-        return sum(map(len, self.in_place)) + self.rows_gathered()
+    def products(self) -> int:
+        """Of all rows, with those that are filled in to whole groups."""
+        gathered = sum(-(-piece.rows // GROUP) * GROUP for piece in self.gathered)
+        return sum(map(len, self.in_place)) + gathered
 
     def batches(self, rows: int, most: int) -> Iterator[list[_Piece]]:
-        """Up to `most` pieces of one dtype that fit into `rows` rows."""
+        """Up to `most` pieces that are alike and fit into `rows` rows."""
         batch: list[_Piece] = []
         free = rows
         for piece in self.gathered:
-            if piece.rows > free or len(batch) == most or (batch and batch[0].words != piece.words):
+            if piece.rows > free or len(batch) == most or (batch and not batch[0].is_like(piece)):
                 yield batch
                 batch, free = [], rows
             batch.append(piece)
@@ -136,8 +141,9 @@ def _plan(contents: list[torch.Tensor]) -> _Plan:
             rows = rows_of(size)
             part = part.view(torch.int64) if words else part
             pieces.append(_Piece(part, owner, index, rows, rows * ROW - size, words))
-    # Each dtype is gathered by itself; where all pieces are whole, no zeros are filled in.
-    pieces.sort(key=lambda piece: (piece.words, piece.rows < PIECE_ROWS))
+    # Each dtype is gathered by itself. Those of one size lie side by side, since their products are
+    # then put in place by one copy; what needs no zeros, whole pieces and groups, comes first.
+    pieces.sort(key=lambda piece: (piece.words, -piece.rows))
     for place, piece in enumerate(pieces, used):
         places[piece.owner][piece.index] = place
     return _Plan(in_place, pieces, places)
@@ -159,12 +165,14 @@ class _Staging:
         )
         zeros = GROUP * ROW if gathered else 0
         self._zeros = empty(zeros, dtype=torch.uint8, device=device).zero_()
-        rows, pieces = plan.rows(), sum(map(len, plan.places))
-        most = min(2 * part // (PIECE_ROWS * PRODUCT), -(-rows // PIECE_ROWS))
+        count, pieces = plan.products(), sum(map(len, plan.places))
+        most = min(2 * part // (PIECE_ROWS * PRODUCT), -(-count // PIECE_ROWS))
+        most_pieces = min(part // (GROUPS * PRODUCT), pieces)
         self.tree = Tree(
-            products(device, min(workspace, max(rows, SPARE))),
+            products(device, min(workspace, max(count, SPARE))),
             most * PIECE_ROWS,
-            min(part // (GROUPS * PRODUCT), pieces),
+            most_pieces,
+            min(self.rows, min(FEW, most_pieces) * GROUP),
             pieces,
             device,
         )
