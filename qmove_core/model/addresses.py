@@ -47,20 +47,21 @@ def pointed_to(
 ) -> dict[int, tuple[Holding, str]]:
     """The holdings on accelerators that one of these (name, number) points into, by their ids, with
     the name."""
+    numbers = [
+        pair for pair in (*numbers, *_in_tables(holdings)) if not _NO_POINTER.search(pair[0])
+    ]
+    if not numbers:  # nearly always: so no address is asked for
+        return {}
     # What is under way to a device has no address there yet, and is not waited for.
     there = [
         (h.storage.data_ptr(), h)
         for h in holdings
         if h.device.type != "cpu" and h.nbytes and place_of(h.tensors[0]).type != "cpu"
     ]
-    if not there:
-        return {}
     there.sort(key=lambda pair: pair[0])
     starts = [start for start, _holding in there]
     found: dict[int, tuple[Holding, str]] = {}
-    for name, number in (*numbers, *_in_tables(holdings)):
-        if _NO_POINTER.search(name):
-            continue
+    for name, number in numbers:
         index = bisect.bisect_right(starts, number) - 1
         if index >= 0 and number < starts[index] + there[index][1].nbytes:
             found.setdefault(id(there[index][1]), (there[index][1], name))
@@ -70,10 +71,13 @@ def pointed_to(
 def _in_tables(holdings: Sequence[Holding]) -> Iterator[tuple[str, int]]:
     """What short tensors of int64 contain."""
     for holding in holdings:
-        if holding.nbytes > _LONGEST_TABLE * 8 or holding.lacks_bytes:
-            continue
         for tensor in holding.tensors:
-            if tensor.dtype in (torch.int64, torch.uint64) and tensor.dim():
+            if (
+                tensor.dtype in (torch.int64, torch.uint64)
+                and tensor.dim()
+                and holding.nbytes <= _LONGEST_TABLE * 8
+                and not holding.lacks_bytes
+            ):
                 name = holding.name
                 with torch._C.DisableTorchFunction():
                     numbers = torch.Tensor.reshape(tensor, -1).tolist()
