@@ -229,7 +229,7 @@ def _gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
     with lock, torch._C.DisableTorchFunctionSubclass():
         gradient, origin = tensor.grad, _origin(tensor)
     if gradient is not None and origin is not None and origin.is_parked:
-        _follow(gradient, origin)  # a backward on the host has made it
+        follow(gradient, origin)  # a backward on the host has made it
     return gradient
 
 
@@ -304,9 +304,9 @@ def _on_the_host(
     decide = tensors[:1] if func in functions.PICKS_BY_THE_FIRST else tensors
     is_all = all(id(tensor) in known or tensor.dim() == 0 for tensor in decide)
     for tensor in made:
-        _follow(tensor, origin if is_all else None)
+        follow(tensor, origin if is_all else None)
     for tensor in tensors:  # one may look into another's storage now, as after `a.set_(b)`
-        _follow(tensor, None)
+        follow(tensor, None)
     _still_parked(parked)
     return result
 
@@ -329,7 +329,7 @@ def _run(
         return func(*args, **kwargs)
 
 
-def _follow(tensor: torch.Tensor, made_of: Origin | None) -> None:
+def follow(tensor: torch.Tensor, made_of: Origin | None) -> None:
     """What looks into a parked storage is parked too. Other tensors are where `made_of` is home."""
     if not _has_bytes_on_the_host(tensor):
         return
@@ -394,7 +394,7 @@ def _of_own_class(tensor: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 def _copy(self: Any) -> Any:
     made = _of_own_class(self, copy.copy)
-    _follow(made, None)
+    follow(made, None)
     return made
 
 
@@ -402,7 +402,7 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     """The copy is a result: it is used as the copy of a tensor that is home, and is not parked."""
     made = _of_own_class(self, copy.deepcopy, memo)
     origin = _origin(self) if _away.made(type(self)) else None
-    _follow(made, origin)
+    follow(made, origin)
     return made
 
 

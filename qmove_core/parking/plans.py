@@ -29,7 +29,7 @@ from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
 from ..model.inventory import inventory
 from ..transfer.moves import MovePlan, StorageMove
-from . import entrances, layer_order, pins, sleeping, streaming
+from . import away_wrappers, entrances, layer_order, pins, sleeping, streaming
 from .away_tensors import is_looked_after, put_away, take_home
 from .records import Record, record_of
 
@@ -159,6 +159,7 @@ def _to_bring(
             take_home(move.outsiders)
         for holding in held.holdings:  # what was on its way out and stayed is not among the moves
             take_home(holding.tensors)
+        away_wrappers.take_home(outer for _name, outer in held.wrappers)
         sleeping.wake_up(held.modules.values())
 
     return MovePlan(action, held, moves, be_home)
@@ -208,7 +209,9 @@ def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) 
     owners = _Owners(held.modules)
     tops = outermost(held.modules.values())
     wakes_whole = isinstance(record.model, nn.Module) or len(tops) == 1
-    put_away(tensor for move in moves for tensor in move.tensors)
+    leaving = [tensor for move in moves for tensor in move.tensors]
+    put_away(leaving)
+    away_wrappers.put_away((outer for _name, outer in held.wrappers), leaving)
     noted: set[int] = set()
     for move in moves:
         owner = owners.of(move.holding.name)

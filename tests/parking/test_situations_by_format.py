@@ -78,14 +78,6 @@ NO_SENSE: dict[str, dict[str, str]] = {
     "all to the host and back": {"dispatched to two": "devices"},
     "all to the device": {"dispatched to two": "devices"},
 }
-# A limit of the README: while it is parked a wrapper itself says that it is on the host.
-SAYS_HOST = (
-    "weights cloned",
-    "weights copied",
-    "a state kept",
-    "asked where the weight is",
-    "asked where the model is",
-)
 CASES = [(use, name) for use in SITUATIONS for name in WHOLES if name not in NO_SENSE.get(use, {})]
 
 
@@ -94,8 +86,6 @@ CASES = [(use, name) for use in SITUATIONS for name in WHOLES if name not in NO_
 def test_a_situation_gives_what_it_gives_on_a_model_that_was_never_parked(
     gpu: GPU, second_gpu: GPU, use: str, name: str, how: str
 ) -> None:
-    if (name, how) == ("torchao", "parked") and use in SAYS_HOST:
-        pytest.skip("a limit of the README: a parked wrapper says itself that it is on the host")
     whole_twin, whole = WHOLES[name](), WHOLES[name]()
     twin, model = model_in(whole_twin), model_in(whole)
     assert seen(model(x_of(model))) == seen(twin(x_of(twin)))
@@ -108,6 +98,8 @@ def test_a_situation_gives_what_it_gives_on_a_model_that_was_never_parked(
     qmove.restore(whole)
     streaming.wait_for()
     assert seen(dict(model.state_dict())) == seen(dict(twin.state_dict()))
+    tensors = [*model.parameters(), *model.buffers()]
+    assert not any("_qmove_variant" in type(tensor).__dict__ for tensor in tensors)
     assert not qmove.park(whole).stragglers
     assert seen(model(x_of(model))) == seen(twin(x_of(twin)))
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from ...actions import Action
+from ...class_variants import own_class
 from ...errors import CannotMove
 from ...homes import parked_home
 from ..holdings import Inventory
@@ -77,7 +78,7 @@ def _inner_device(tensor: Any) -> torch.device:
 
 def _shell(outer: Any, device: torch.device) -> torch.Tensor:
     """A tensor of the same class and geometry for `device`, if possible without inner tensors."""
-    cls, plain = type(outer), cast(Any, torch.Tensor)
+    cls, plain = own_class(outer), cast(Any, torch.Tensor)
     size, stride = plain.size(outer), plain.stride(outer)
     with torch.inference_mode(outer.is_inference()):
         if all(type(length) is int for length in size):
@@ -95,7 +96,9 @@ def _shell(outer: Any, device: torch.device) -> torch.Tensor:
         names, context = outer.__tensor_flatten__()
         inner = {name: getattr(outer, name) for name in names}
         try:
-            rebuilt: torch.Tensor = cls.__tensor_unflatten__(inner, context, size, stride)
+            rebuilt: torch.Tensor = cast(Any, cls).__tensor_unflatten__(
+                inner, context, size, stride
+            )
         except Exception as error:
             reason = f"its __tensor_unflatten__ raises {type(error).__name__}: {error}"
             action = Action("rebuild", outer, f"on {device}")
