@@ -29,6 +29,7 @@ from qmove_core.errors import (
     counted,
     first_of,
 )
+from qmove_core.materialize.reading import FileCutShort
 from qmove_core.memory.mapped_files import MappedFileChanged
 
 VERBS = get_args(Verb)
@@ -129,17 +130,21 @@ def test_numbers_and_lists_of_names_agree_with_their_nouns() -> None:
 OTHER_CLASSES = {
     *("QMoveError", "UnknownDevice", "NoTensors", "DtypeCastRefused"),
     *("MissingDependency", "CannotMirror", "CannotInspect", "NoAccelerator", "NotSafetensors"),
-    "FileCutShort",
 }
 
 
 def test_every_error_class_is_read_here() -> None:
-    known = {cls.__name__ for cls in WITH_AN_ACTION} | {MappedFileChanged.__name__} | OTHER_CLASSES
+    known = {cls.__name__ for cls in (*WITH_AN_ACTION, MappedFileChanged, FileCutShort)}
+    known |= OTHER_CLASSES
     assert {cls.__name__ for cls in all_error_classes()} == known
 
 
 def test_a_changed_file_is_named_with_what_may_be_lost() -> None:
     read(str(MappedFileChanged(Path("model.safetensors"), ["a", "b"], "it is shorter now")))
+
+
+def test_a_file_that_is_cut_short_is_named_with_what_to_do() -> None:
+    read(str(FileCutShort(Path("model.safetensors"))))
 
 
 def messages_at_their_raise() -> Iterator[tuple[str, str]]:
