@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..interrupts import interrupts_deferred
+from ..interrupts import all_or_nothing, interrupts_deferred
 from ..settings import settings
 from . import pinning
 from .blocks import ALIGNMENT, Block, Released
@@ -239,10 +239,14 @@ def _make_way(nbytes: int) -> None:
 
 def _give_back(block: Block) -> int:
     """Bytes given back. With the lock held."""
-    with interrupts_deferred():
-        _blocks.pop(id(block), None)
+
+    def release() -> int:
+        _blocks.pop(id(block), None)  # nobody knows of it now: so it is released, or begun anew
         block.release()
         return block.nbytes
+
+    with interrupts_deferred():
+        return all_or_nothing(release)
 
 
 def _on_emptied(block: Block) -> None:

@@ -151,8 +151,8 @@ def begin(name: str, op: Operation, folder: Path) -> tuple[Memory, Subject]:
 def try_point(case: Case, point: Point, folder: Path) -> list[str]:
     """Everything that does not hold after the fault; empty if all does."""
     op, fault = OPERATIONS[case.operation], FAULTS[point.fault]
-    base, subject = begin(case.subject, op, folder)
     locked = simcuda.host_counters().registered
+    base, subject = begin(case.subject, op, folder)
     problems = _problems(case, op, fault, point.nth, subject, base)
     del subject
     with _unraisable():
