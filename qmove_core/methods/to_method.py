@@ -20,7 +20,8 @@ from .. import homes
 from ..class_variants import Variants, base_of, own_class, reduce_as_own_class
 from ..errors import DtypeCastRefused, QMoveError
 from ..integrations.accelerate_dispatch import METHODS_BEFORE
-from ..materialize.materialize import materialize, materialize_meta_tensors
+from ..interrupts import all_or_nothing
+from ..materialize.materialize import Materialized, materialize, materialize_meta_tensors
 from ..materialize.undo import materialized
 from ..model.inventory import inventory
 from ..model.quantized import is_quantized, quantized_weights
@@ -156,12 +157,13 @@ _METHODS: dict[str, tuple[Callable[..., Any], bool]] = {
 
 
 def _moved(model: Any, device: Any) -> Any:
-    done = materialize(model, "cpu")  # what accelerate dispatched
+    found: list[Materialized] = []
+    materialize(model, "cpu", note=found.append)  # what accelerate dispatched
     try:
         move(model, device)
     except BaseException:
-        if done is not None:
-            done.undo.close()
+        for done in found:
+            all_or_nothing(done.undo.undo)
         raise
     return model
 
