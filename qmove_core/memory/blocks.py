@@ -324,7 +324,7 @@ class Block(HostBlock):
 
     def _unpin_piece(self, index: int) -> bool:
         with self._locks[index]:
-            is_unlocked = not self._pinned[index] or pinning.unregister(self._piece(index)[0])
+            is_unlocked = pinning.unregister(self._piece(index)[0])
             self._pinned[index] = False
             return is_unlocked
 

@@ -132,13 +132,13 @@ def is_possible() -> bool:
 
 _lock = threading.Lock()  # of the two below; never taken by a finalizer
 _registered: dict[int, tuple[int, int]] = {}  # address: (bytes, device whose context knows them)
-_total = 0
+_reserved: dict[int, int] = {}  # address: bytes, from before the driver is asked on
 _said: set[str] = set()
 
 
 def registered_bytes() -> int:
     """Bytes of host memory that qmove has page-locked now."""
-    return _total
+    return sum(list(_reserved.values()))
 
 
 def register(address: int, nbytes: int) -> bool:
@@ -151,13 +151,13 @@ def register(address: int, nbytes: int) -> bool:
     if address in _registered:
         return True
     limit = pin_limit()
-    if not _reserve(nbytes, limit.nbytes):
+    if not _reserve(address, nbytes, limit.nbytes):
         if limit.nbytes > 0:
             _say_once(
                 logging.WARNING,
                 limit.name,
-                f"{readable_bytes(_total)} of host memory are page-locked, and no more may be: the "
-                "limit is "
+                f"{readable_bytes(registered_bytes())} of host memory are page-locked, and no more "
+                "may be: the limit is "
                 f"{readable_bytes(limit.nbytes)} ({limit.name}). {_COST} {limit.advice}",
             )
         return False
@@ -178,7 +178,7 @@ def register(address: int, nbytes: int) -> bool:
             _begun.discard(address)
     finally:
         if not accepted:
-            _reserve(-nbytes, limit.nbytes)
+            _reserved.pop(address, None)
     return accepted
 
 
@@ -189,15 +189,16 @@ def unregister(address: int) -> bool:
     No copy to or from it may be under way.
     """
     if address not in _registered:
+        _reserved.pop(address, None)  # an exception of another thread may have left it
         return True
-    nbytes, index = _registered[address]
+    _nbytes, index = _registered[address]
     with torch.cuda.device(index):
         runtime = torch.cuda.cudart()
         again = _begin(address)
         code = runtime.cudaHostUnregister(address)
         is_unlocked = int(code) == 0 or (again and int(code) == _IS_NOT_REGISTERED)
         del _registered[address]
-        _reserve(-nbytes, 0)
+        _reserved.pop(address, None)
         if int(code) != 0:
             _clear_error(index)
         if not is_unlocked:
@@ -223,19 +224,20 @@ def _begin(address: int) -> bool:
 def forget_in_child() -> None:
     """After a fork: what is registered belongs to the parent, and no lock of the parent's threads
     holds here."""
-    global _lock, _total
-    _lock, _total = threading.Lock(), 0
+    global _lock
+    _lock = threading.Lock()
+    _reserved.clear()
     _registered.clear()
     _begun.clear()
 
 
-def _reserve(nbytes: int, limit: int) -> bool:
-    """Counts `nbytes` as locked, unless that would pass the limit; what is negative always may."""
-    global _total
+def _reserve(address: int, nbytes: int, limit: int) -> bool:
+    """Counts what begins at `address` as locked, unless that would pass the limit."""
     with _lock:
-        if nbytes > 0 and _total + nbytes > limit:
+        others = sum(size for start, size in list(_reserved.items()) if start != address)
+        if others + nbytes > limit:
             return False
-        _total += nbytes
+        _reserved[address] = nbytes
         return True
 
 
@@ -282,8 +284,8 @@ def _say_refused(nbytes: int, reason: str) -> None:
         f"refused: {reason}",
         f"The driver would not page-lock another {readable_bytes(nbytes)} of host memory "
         f"({reason}); "
-        f"{readable_bytes(_total - nbytes)} are locked. {_COST} Close other programs that lock "
-        "memory, or set a limit that "
+        f"{readable_bytes(registered_bytes() - nbytes)} are locked. {_COST} Close other programs "
+        "that lock memory, or set a limit that "
         f"holds: qmove.configure(pin_limit=bytes).{hint}",
     )
 
