@@ -8,9 +8,8 @@ from pathlib import Path
 
 import psutil
 
-HEADROOM = (
-    64 << 20
-)  # bytes that a move leaves free: what Python, PyTorch and a driver take meanwhile
+# Bytes that a move leaves free: what Python, PyTorch and a driver take meanwhile.
+HEADROOM = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -130,15 +130,15 @@ def is_possible() -> bool:
     return True
 
 
-_lock = threading.Lock()  # of the two below; never taken by a finalizer
-_registered: dict[int, tuple[int, int]] = {}  # address: (bytes, device whose context knows them)
-_reserved: dict[int, int] = {}  # address: bytes, from before the driver is asked on
+_lock = threading.Lock()  # of what is counted; never taken by a finalizer
+_counted: dict[int, int] = {}  # address: bytes, from before the driver is asked
+_registered: dict[int, int] = {}  # address: index of the device whose context knows it
 _said: set[str] = set()
 
 
 def registered_bytes() -> int:
     """Bytes of host memory that qmove has page-locked now."""
-    return sum(list(_reserved.values()))
+    return sum(list(_counted.values()))
 
 
 def register(address: int, nbytes: int) -> bool:
@@ -151,7 +151,7 @@ def register(address: int, nbytes: int) -> bool:
     if address in _registered:
         return True
     limit = pin_limit()
-    if not _reserve(address, nbytes, limit.nbytes):
+    if not _count(address, nbytes, limit.nbytes):
         if limit.nbytes > 0:
             _say_once(
                 logging.WARNING,
@@ -170,7 +170,7 @@ def register(address: int, nbytes: int) -> bool:
             code = runtime.cudaHostRegister(address, nbytes, PORTABLE)
             accepted = int(code) == 0 or (again and int(code) == _IS_REGISTERED)
             if accepted:
-                _registered[address] = (nbytes, index)
+                _registered[address] = index
             else:
                 _say_refused(nbytes, runtime.cudaGetErrorString(code))
             if int(code) != 0:
@@ -178,7 +178,7 @@ def register(address: int, nbytes: int) -> bool:
             _begun.discard(address)
     finally:
         if not accepted:
-            _reserved.pop(address, None)
+            _counted.pop(address, None)
     return accepted
 
 
@@ -189,16 +189,16 @@ def unregister(address: int) -> bool:
     No copy to or from it may be under way.
     """
     if address not in _registered:
-        _reserved.pop(address, None)  # an exception of another thread may have left it
+        _counted.pop(address, None)  # an exception of another thread may have left it
         return True
-    _nbytes, index = _registered[address]
+    index = _registered[address]
     with torch.cuda.device(index):
         runtime = torch.cuda.cudart()
         again = _begin(address)
         code = runtime.cudaHostUnregister(address)
         is_unlocked = int(code) == 0 or (again and int(code) == _IS_NOT_REGISTERED)
         del _registered[address]
-        _reserved.pop(address, None)
+        _counted.pop(address, None)
         if int(code) != 0:
             _clear_error(index)
         if not is_unlocked:
@@ -226,18 +226,18 @@ def forget_in_child() -> None:
     holds here."""
     global _lock
     _lock = threading.Lock()
-    _reserved.clear()
+    _counted.clear()
     _registered.clear()
     _begun.clear()
 
 
-def _reserve(address: int, nbytes: int, limit: int) -> bool:
+def _count(address: int, nbytes: int, limit: int) -> bool:
     """Counts what begins at `address` as locked, unless that would pass the limit."""
     with _lock:
-        others = sum(size for start, size in list(_reserved.items()) if start != address)
+        others = sum(size for start, size in list(_counted.items()) if start != address)
         if others + nbytes > limit:
             return False
-        _reserved[address] = nbytes
+        _counted[address] = nbytes
         return True
 
 

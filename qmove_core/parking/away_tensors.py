@@ -364,7 +364,8 @@ def _sent_to_the_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.Tensor._make_subclass(nn.Parameter, tensor)  # type: ignore[attr-defined, no-any-return]
+    make: Callable[..., torch.Tensor] = torch.Tensor._make_subclass  # type: ignore[attr-defined]
+    return make(nn.Parameter, tensor)
 
 
 def _become_parameter(tensor: torch.Tensor) -> None:

@@ -137,8 +137,11 @@ def told_by_place(
     kwargs = dict(kwargs)
     if func is _Tensor.type_as and len(args) > 1:
         return _Tensor.to, (args[0], place(args[1]), args[1].dtype), kwargs
-    first = 1 if func is _Tensor.to else 0 if func is torch._C._nn._parse_to else None  # type: ignore[attr-defined]
-    if first is None:
+    if func is _Tensor.to:
+        first = 1
+    elif func is torch._C._nn._parse_to:  # type: ignore[attr-defined]
+        first = 0
+    else:
         return func, args, kwargs
     name = "other" if first else "tensor"
     other = args[first] if len(args) > first else kwargs.pop(name, None)

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,9 @@ class Moved:
     stragglers: list[Straggler]
     verified: bool = False
     emptied: list[str] = field(default_factory=list)
+
+
+AnyMoved = TypeVar("AnyMoved", bound=Moved)
 
 
 @dataclass(frozen=True)
@@ -221,11 +224,7 @@ def move(
     with in_use.kept_still(plan, wakes=False):
         done = carry_out(plan, progress)
     seconds = time.perf_counter() - started
-    moved = Moved(
-        *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers),
-        done.verified,
-        plans.emptied(plan),
-    )
+    moved = _result(Moved, plan, done, seconds, plan.targets)
     _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
 
@@ -345,25 +344,39 @@ def parked_models() -> list[Any]:
     return records.parked_models()
 
 
+def _result(
+    kind: type[AnyMoved],
+    plan: MovePlan,
+    done: Done,
+    seconds: float,
+    home: dict[str, torch.device],
+    **more: Any,
+) -> AnyMoved:
+    return kind(
+        nbytes=plan.nbytes,
+        copied_bytes=done.copied_bytes,
+        seconds=seconds,
+        home=home,
+        stragglers=done.stragglers,
+        verified=done.verified,
+        emptied=plans.emptied(plan),
+        **more,
+    )
+
+
 def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Parked:
     """Reports a park."""
     verified = done.verified if plan.moves else settings.verify
     stragglers = [*plans.left_alone(plan), *done.stragglers]
-    result = Parked(
-        *(plan.nbytes, done.copied_bytes, seconds, plan.origins, stragglers, verified),
-        plans.emptied(plan),
-        model,
-    )
+    done = replace(done, stragglers=stragglers, verified=verified)
+    result = _result(Parked, plan, done, seconds, plan.origins, _model=model)
     _report("parked", model, result)
     return result
 
 
 def restored_result(model: object, plan: MovePlan, done: Done, seconds: float) -> Restored:
     """Reports a restore."""
-    result = Restored(
-        *(plan.nbytes, done.copied_bytes, seconds, plan.targets, done.stragglers, done.verified),
-        plans.emptied(plan),
-    )
+    result = _result(Restored, plan, done, seconds, plan.targets)
     _report("restored", model, result)
     return result
 

@@ -7,7 +7,7 @@ import linecache
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,25 +33,23 @@ ONLY_LOOK = (
 
 
 @contextmanager
-def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
-    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields
-    the count of lines."""
+def at_line(number: int, act: Callable[[], object]) -> Iterator[Callable[[], int]]:
+    """Calls `act` when qmove is about to execute its `number`-th line; yields the count of lines."""
     lines = 0
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
         nonlocal lines
-        if not frame.f_code.co_filename.startswith(QMOVE) or frame.f_code.co_filename.endswith(
-            ONLY_LOOK
-        ):
+        name = frame.f_code.co_filename
+        if not name.startswith(QMOVE) or name.endswith(ONLY_LOOK):
             return None
         # A trace function can raise between the body of a `with` and its `__exit__`; no signal
         # arrives there.
-        if event == "line" and not linecache.getline(
-            frame.f_code.co_filename, frame.f_lineno
-        ).lstrip().startswith("with "):
+        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(
+            "with "
+        ):
             lines += 1
             if lines == number:
-                signal.raise_signal(signal.SIGINT)
+                act()
         return trace
 
     sys.settrace(trace)
@@ -59,3 +57,9 @@ def ctrl_c_at_line(number: int) -> Iterator[Callable[[], int]]:
         yield lambda: lines
     finally:
         sys.settrace(None)
+
+
+def ctrl_c_at_line(number: int) -> AbstractContextManager[Callable[[], int]]:
+    """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields
+    the count of lines."""
+    return at_line(number, lambda: signal.raise_signal(signal.SIGINT))

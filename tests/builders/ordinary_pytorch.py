@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+
+from tests.builders.threads import in_threads
 
 
 class Net(nn.Module):
@@ -531,13 +532,7 @@ def in_parallel(m: Net) -> Any:
 
 @_use
 def threads(m: Net) -> Any:
-    got: list[Any] = []
-    running = [threading.Thread(target=lambda: got.append(m(image()))) for _ in range(3)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return got
+    return in_threads(lambda: m(image()))
 
 
 @_use

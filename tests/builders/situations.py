@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from tests.builders.formats import Model, dense, x_of
+from tests.builders.threads import in_threads
 
 SITUATIONS: dict[str, Callable[[Model], Any]] = {}
 
@@ -198,14 +198,8 @@ def inference_mode(m: Model) -> Any:
 
 @_use
 def threads(m: Model) -> Any:
-    got: list[Any] = []
     x = x_of(m)
-    running = [threading.Thread(target=lambda: got.append(m(x))) for _ in range(3)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return got
+    return in_threads(lambda: m(x))
 
 
 @_use

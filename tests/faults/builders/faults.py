@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import linecache
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ import safetensors
 import torch
 
 import simcuda
-from tests.builders.interrupts import ONLY_LOOK, QMOVE, Interrupted
+from tests.builders.interrupts import Interrupted, at_line
 
 FROM_THEN_ON = 1 << 20
 
@@ -185,33 +184,6 @@ def _nothing() -> None:
 
 
 # Lines --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def at_line(number: int, act: Callable[[], object]) -> Iterator[Callable[[], int]]:
-    """Calls `act` when qmove is about to execute its `number`-th line; yields the count of lines."""
-    lines = 0
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal lines
-        name = frame.f_code.co_filename
-        if not name.startswith(QMOVE) or name.endswith(ONLY_LOOK):
-            return None
-        # A trace function can raise between the body of a `with` and its `__exit__`; no signal
-        # arrives there.
-        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(
-            "with "
-        ):
-            lines += 1
-            if lines == number:
-                act()
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield lambda: lines
-    finally:
-        sys.settrace(None)
 
 
 def _at_a_line(act: Callable[[], object], interrupts: type[BaseException]) -> FaultKind:
