@@ -63,11 +63,11 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     import qmove_core as qmove
     from qmove_core import hosting
     from qmove_core.digests import choosing
-    from qmove_core.memory import arena
-    from qmove_core.parking import streaming
+    from qmove_core.memory import arena, giving_back
+    from qmove_core.parking import pins, streaming
     from tests.builders import dispatched_models
 
-    arena.LOOK_SECONDS = 3600.0  # nothing is given back behind a test's back
+    giving_back.watch.end()  # nothing is given back behind a test's back
     _set_imports_aside()
     for device, _way in choosing._failed:  # a fault of an earlier test made digests slower
         choosing._chosen.pop(device, None)
@@ -80,6 +80,9 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     dispatched_models.loaded_in_test.clear()
     streaming.wait_for()
     gc.collect()
+    held = [pin.name for pin in pins._pins if pin.model is not None]
+    pins._pins.clear()
+    assert not held, f"still pinned: {held}"
     qmove.configure(
         ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None, share_from=16 << 20
     )

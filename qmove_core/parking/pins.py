@@ -70,6 +70,7 @@ _pins: list[Pin] = []  # changed by who holds the lock of moves
 
 def hold(pin: Pin) -> None:
     """Pins a model for a thread."""
+    _forget_dead()
     _pins.append(pin)
 
 
@@ -118,8 +119,8 @@ def keep(model: object, device: torch.device | None = None) -> None:
 
 
 def lift(model: object) -> list[Pin]:
-    """Takes the pins of exactly this object off, and returns them. Dead ones are forgotten."""
-    _pins[:] = [pin for pin in _pins if pin.thread is not None or pin.model is not None]
+    """Takes the pins of exactly this object off, and returns them."""
+    _forget_dead()
     lifted = [pin for pin in _kept() if pin.is_for(model)]
     _pins[:] = [pin for pin in _pins if pin not in lifted]
     return lifted
@@ -218,6 +219,11 @@ def refuse(action: Action, holdings: Iterable[Holding], target: torch.device) ->
 def _home_of(storage: torch.UntypedStorage, place: torch.device) -> torch.device:
     origin = homes.origin_of(storage)
     return origin.home if origin is not None and origin.is_parked else place
+
+
+def _forget_dead() -> None:
+    """Forgets the pins of models that are gone; a thread's is forgotten when the thread lets go."""
+    _pins[:] = [pin for pin in _pins if pin.thread is not None or pin.model is not None]
 
 
 def _kept() -> list[Pin]:

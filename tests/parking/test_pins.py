@@ -259,8 +259,9 @@ def test_a_pin_keeps_nothing_alive_and_ends_with_its_model(gpu: GPU) -> None:
 
     assert [reference() for reference in dead] == [None, None]
     assert not qmove.is_pinned(kept) and qmove.park(kept).nbytes > 0
-    qmove.pin(other := layers(1))
-    assert [pin.model for pin in pins._pins] == [other]
+    with qmove.resident(kept):
+        assert [pin.model for pin in pins._pins] == [kept]
+    assert pins._pins == []
 
 
 def test_a_model_that_is_pinned_while_a_thread_keeps_it_home_is_not_parked_after(gpu: GPU) -> None:
