@@ -2,16 +2,17 @@
 
 A group is a layer (a child of a `ModuleList`, `ModuleDict` or `Sequential`, with everything below
 it) or a module outside of all layers that has tensors of its own. What the order is can only be
-seen while a model runs: each streaming restore notes it for the next one. Until then it is the
-order in which the modules were registered.
+seen while a model runs: each streaming restore notes it for the next one, also of what is home
+already. Until then it is the order in which the modules were registered.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -76,6 +77,33 @@ def holdings_in_order(held: Inventory) -> list[Holding]:
         for holding in _as_they_lie(group.holdings)
     }
     return list(found.values())
+
+
+def last_used(
+    held: Inventory, away: Sequence[Holding], wanted: Mapping[torch.device | None, int]
+) -> list[Holding]:
+    """Of the holdings that may leave those that free so many bytes, layer by layer, the layer that
+    is used last first. What several layers use leaves with the first of them.
+
+    Args:
+        wanted: bytes to free on each device; None stands for all of them together.
+    """
+    lacking, may_leave = dict(wanted), {id(holding) for holding in away}
+    firsts: list[list[Holding]] = []
+    for group in groups_of(held):
+        firsts.append([h for h in group.holdings if id(h) in may_leave])
+        may_leave -= {id(holding) for holding in firsts[-1]}
+    leaving: set[int] = set()
+    for holdings in reversed(firsts):
+        if all(nbytes <= 0 for nbytes in lacking.values()):
+            break
+        short = {key for key, nbytes in lacking.items() if nbytes > 0}
+        for holding in holdings:
+            key = None if None in lacking else holding.device
+            if key in short:
+                lacking[key] -= holding.nbytes
+                leaving.add(id(holding))
+    return [holding for holding in away if id(holding) in leaving]
 
 
 def _as_they_lie(holdings: list[Holding]) -> list[Holding]:

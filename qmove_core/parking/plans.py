@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -43,14 +44,17 @@ def to_park(
     *,
     allow_live_graph: bool = False,
     strict: bool = False,
+    free: int | Mapping[Device, int] | None = None,
 ) -> MovePlan:
     """What parking `model` takes: no move if it is parked already.
 
     Args:
+        free: only so much of it that so many bytes come free; None: all of it.
         strict: refuse what cannot be moved, which otherwise stays where it is.
         wake: brings home the model, or the list of tensors, that it is given; it may stream if
             `stream` is true. Called when the parked model is used.
     """
+    wanted = None if free is None else _bytes_to_free(free)
     before = record_of(model)
     extra = tuple(extra)
     action = Action("park", model)
@@ -63,12 +67,14 @@ def to_park(
         and not _is_emptied(holding)
         and holding.storage._cdata not in held.addressed
     ]
+    if wanted is not None:
+        away = layer_order.last_used(held, away, wanted)
     if not away and not (strict and held.immovable):
         return MovePlan(action, held, [], lambda: None)
     accelerate_dispatch.refuse_lost(action, everything)
     _refuse_immovable(action, held, devices.CPU, left_alone=not strict)
     if not allow_live_graph:
-        _refuse_live_graph(action, held)
+        _refuse_live_graph(action, held if wanted is None else replace(held, holdings=away))
     if before is not None:  # parked already, and something has come onto a device since
         extra = (*before.extra, *extra)
     record = Record(model, extra, wake)
@@ -176,6 +182,25 @@ def _add_what_left(held: Inventory, record: Record | None, model: object) -> Non
         holding = Holding(0, devices.CPU, streaming.OUTSIDE, dtype, [name], tensors)
         holding.nbytes = holding.storage.nbytes()
         held.holdings.append(holding)
+
+
+def _bytes_to_free(free: int | Mapping[Device, int]) -> dict[torch.device | None, int]:
+    """Bytes by device, None for all devices together.
+
+    Raises:
+        ValueError: a negative number of bytes.
+    """
+    wanted: dict[torch.device | None, int] = (
+        {devices.resolve(device): nbytes for device, nbytes in free.items()}
+        if isinstance(free, Mapping)
+        else {None: free}
+    )
+    for nbytes in wanted.values():
+        if nbytes < 0:
+            raise ValueError(
+                f"free is a number of bytes, not {nbytes}; leave it out to park the whole model."
+            )
+    return wanted
 
 
 def _weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:

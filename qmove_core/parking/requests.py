@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -80,6 +80,7 @@ def park(
     extra: Iterable[object] = (),
     allow_live_graph: bool = False,
     strict: bool = False,
+    free: int | Mapping[Device, int] | None = None,
     progress: Progress | None = None,
 ) -> Parked:
     """Moves every byte that `model` has on accelerators into host memory. The model wakes by itself
@@ -96,6 +97,9 @@ def park(
             then stays on the device.
         strict: refuse a model that holds what cannot be moved (a sparse tensor, one whose raw
             address a kernel has, ...). Otherwise that stays where it is, and is a straggler.
+        free: bytes to free, on each device where it is a mapping from devices: as many layers leave
+            as that takes and no more, the one that the model uses last first. It wakes as a whole.
+            None: all leave.
         progress: called as `progress(bytes_done, bytes_in_all)`; what it raises stops the park with
             nothing moved.
 
@@ -104,6 +108,7 @@ def park(
 
     Raises:
         NoTensors, MetaTensorsPresent, LiveAutogradGraph: see the messages.
+        ValueError: `free` is negative.
         NotEnoughMemory: the host has not enough free memory.
         CannotMove: a storage was cut, a graph has raw addresses; with `strict` whatever cannot be
             moved; with names and reasons.
@@ -112,7 +117,9 @@ def park(
             is a straggler; so does a pinned part of a pipeline.
     """
     started = time.perf_counter()
-    plan = plans.to_park(model, wake, extra, allow_live_graph=allow_live_graph, strict=strict)
+    plan = plans.to_park(
+        model, wake, extra, allow_live_graph=allow_live_graph, strict=strict, free=free
+    )
     with in_use.kept_still(plan):
         done = carry_out(plan, progress)
     return parked_result(model, plan, done, time.perf_counter() - started)

@@ -224,7 +224,8 @@ class StreamingRestore:
             part.let_wait(move)
         for group in groups:
             parts = [part_of[id(h)] for h in group.holdings if id(h) in part_of]
-            if parts and group.modules:
+            is_home = any(h.device.type != "cpu" for h in group.holdings)  # its use is noted
+            if (parts or is_home) and group.modules:
                 self._groups.append(_Group(self, parts, group.modules))
                 sleeping.put_to_sleep(group.modules, self._groups[-1])
         for move in plan.moves:
@@ -265,6 +266,9 @@ class StreamingRestore:
     def _end(self) -> None:
         if self in _under_way:
             _under_way.remove(self)
+        if any(group.is_used for group in self._groups):
+            for group in self._groups:  # what was not used by now will be, in the order known
+                group.note_use()
         for group in self._groups:
             group.wake()
         alone = zip(self._parts, unshared(self._parts), strict=True)
@@ -345,11 +349,19 @@ class _Group:
     ) -> None:
         self._arriving, self._parts = arriving, parts
         self._modules = [weakref.ref(module) for module in modules]
+        self.is_used = False
 
     def __call__(self, module: nn.Module) -> None:
+        self.note_use()
         self._arriving.wait_for(self._parts)
-        layer_order.note_use(self._living()[0])
         self.wake()
+
+    def note_use(self) -> None:
+        """Notes that it is used now, unless that was done. One alone has no order."""
+        living = self._living()
+        if living and not self.is_used and len(self._arriving._groups) > 1:
+            layer_order.note_use(living[0])
+            self.is_used = True
 
     def wake(self) -> None:
         """Wakes those of its modules that wait for this restore, and for no later one."""

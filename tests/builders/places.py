@@ -15,3 +15,9 @@ def place_of(tensor: torch.Tensor) -> str:
 def places(model: nn.Module) -> set[str]:
     """The types of the devices that have the bytes of a model's parameters."""
     return {place_of(parameter) for parameter in model.parameters()}
+
+
+def parked_names(model: nn.Module) -> set[str]:
+    """The names of the parameters whose bytes are on the host."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if place_of(parameter) == "cpu"}

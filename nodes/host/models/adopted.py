@@ -6,6 +6,7 @@ hides it. All references to it are weak: adopting a model keeps nothing alive.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -122,8 +123,10 @@ class Adopted:
         """Bytes parked now, by the accelerator that is their home."""
         return self._bytes()[1]
 
-    def park(self) -> None:
-        self._move("park", qmove.park, sum(self.resident.values()))
+    def park(self, free: dict[Any, int] | None = None) -> None:
+        """Parks it, or as much of it as it takes to free so many bytes on each of these devices."""
+        nbytes = sum(self.resident.values() if free is None else free.values())
+        self._move("park", functools.partial(qmove.park, free=free), nbytes)
 
     def come_home(self) -> None:
         self._move("restore", qmove.restore, sum(self.parked.values()))

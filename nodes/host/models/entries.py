@@ -1,13 +1,15 @@
 """Entries: an adopted model on one device, as ComfyUI's model management sees it.
 
-ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Models
-are parked whole: `partially_unload` frees nothing, upon which ComfyUI detaches the entry, drops it
-and empties the allocator's cache.
+ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Asked for
+less than a model's bytes it is parked in part (`partially_unload`): the entry stays in the list with
+what is left on the device. Otherwise ComfyUI detaches the entry, which parks the whole model, drops
+it and empties the allocator's cache.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 import weakref
 from collections.abc import Iterable
@@ -107,10 +109,22 @@ class Entry:
             log.warning("%s stays parked: %s", adopted.name, str(error))
         return self.loaded_size() - before
 
+    @never_fails("park a part of a model for ComfyUI, which needs its memory", 0)
     def partially_unload(
         self, offload_device: torch.device, memory_to_free: float, **options: Any
     ) -> int:
-        return 0
+        """Parks as many layers as it takes to free so many bytes of VRAM, the last used first.
+
+        Returns:
+            The bytes that it freed. Where they are too few, and where nothing is left (0 then),
+            ComfyUI detaches the entry next.
+        """
+        adopted, before = self._adopted(), self.loaded_size()
+        if adopted is None or not 0 < memory_to_free < before:
+            return 0
+        self._park(adopted, {self.load_device: math.ceil(memory_to_free)})
+        left = self.loaded_size()
+        return before - left if left else 0
 
     @never_fails("park a model for ComfyUI, which needs its memory", None)
     def detach(self, unpatch_all: bool = True) -> None:
@@ -120,16 +134,19 @@ class Entry:
         """
         self.is_listed = False  # where it is listed anew, it is loaded once more
         adopted = self._adopted()
+        if adopted is not None and unpatch_all:
+            self._park(adopted)
+
+    def _park(self, adopted: Adopted, free: dict[Any, int] | None = None) -> None:
         may_leave = _only_from is None or self.load_device in _only_from
-        if adopted is None or adopted.moved_by or pins.stays(adopted):
+        if adopted.moved_by or pins.stays(adopted) or not may_leave:
             return
-        if unpatch_all and may_leave:
-            try:
-                adopted.park()
-            except qmove.Pinned as error:  # with what it is a part of
-                log.debug("%s", error)
-            except (qmove.NotEnoughMemory, qmove.InUse) as error:  # the model stays
-                log.warning("%s", error)
+        try:
+            adopted.park(free)
+        except qmove.Pinned as error:  # with what it is a part of
+            log.debug("%s", error)
+        except (qmove.NotEnoughMemory, qmove.InUse) as error:  # the model stays
+            log.warning("%s", error)
 
     # What it asks of its own models, and an entry does not have ----------------------------------
 

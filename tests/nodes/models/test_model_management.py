@@ -87,18 +87,6 @@ def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(
     assert gpu.allocated() == 0 and qmove.is_parked(model)
 
 
-def test_a_request_for_a_little_parks_it_whole(any_host: Any, gpu: GPU) -> None:
-    model = big()
-    residency.take_in([model])
-
-    any_host.management.free_memory(
-        any_host.management.get_free_memory(gpu.device) + MIB, gpu.device
-    )
-
-    assert gpu.allocated() == 0
-    assert entries_of(any_host, model) == []
-
-
 def test_a_request_that_is_met_already_parks_nothing(any_host: Any, gpu: GPU) -> None:
     model = big()
     residency.take_in([model])
