@@ -13,7 +13,7 @@ where it is defined.
 from .devices import free_memory, has_context, memory_without_context, total_memory
 from .devices import known as known_devices
 from .errors import first_of, is_out_of_memory, readable_bytes
-from .homes import lock, parked_home
+from .homes import lock, nothing_away, parked_home
 from .hosting import on_move, on_shortage
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
@@ -42,6 +42,7 @@ __all__ = [
     "known_digest",
     "lock",
     "memory_without_context",
+    "nothing_away",
     "on_move",
     "on_shortage",
     "other_processes",

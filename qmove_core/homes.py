@@ -97,6 +97,15 @@ def origin_at(storage_cdata: int) -> Origin | None:
     return _origins.get(storage_cdata)
 
 
+def nothing_away() -> bool:
+    """Whether nothing is parked and no other thread moves anything. It is cheap, and may say False
+    in doubt."""
+    if _origins or not lock.acquire(blocking=False):
+        return False
+    lock.release()
+    return not _origins
+
+
 def parked_storages() -> list[tuple[int, Origin]]:
     """The `_cdata` of each parked storage, and its origin."""
     return [(cdata, origin) for cdata, origin in list(_origins.items()) if origin.is_parked]

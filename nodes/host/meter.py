@@ -11,6 +11,8 @@ from qmove_core import for_hosts
 
 from . import comfy
 
+Stats = dict[torch.device, dict[str, Any]]  # the allocator's counters, as PyTorch nests them
+
 
 class Reading(NamedTuple):
     """Bytes on a device.
@@ -62,6 +64,16 @@ def stats_of(device: torch.device) -> dict[str, Any]:
     """The allocator's counters; empty before the first use of the device."""
     # `memory_allocated` and the like flatten and sort all counters on each call: ten times slower.
     return torch.get_device_module(device).memory_stats_as_nested_dict(device.index)
+
+
+def all_stats() -> Stats:
+    """The allocator's counters on each device that is in use here: one without a context has none,
+    and asking would take some of it."""
+    return {
+        device: stats_of(device)
+        for device in devices()
+        if has_counters(device) and for_hosts.has_context(device)
+    }
 
 
 def bytes_of(stats: dict[str, Any], kind: str, which: str) -> int:

@@ -88,13 +88,16 @@ _NOTHING: list[Adopted] = []
 
 
 @never_fails("look for models that no wire carries", _NOTHING)
-def look(nodes: ExecutionList | None = None, node_id: str | None = None) -> list[Adopted]:
+def look(
+    nodes: ExecutionList | None = None, node_id: str | None = None, stats: meter.Stats | None = None
+) -> list[Adopted]:
     """Adopts and registers the models that hold VRAM which no known model explains.
 
     After a node (which is then named) it costs a reading of the allocator unless more is allocated
-    than at the last look. Without a node, where room is lacking, it always takes stock.
+    than at the last look, and not even that where `stats` has one. Without a node, where room is
+    lacking, it always takes stock.
     """
-    allocated = _allocated()
+    allocated = _allocated(stats)
     found: list[Adopted] = []
     if nodes is not None and node_id is not None:
         if not _grown(allocated, _books.allocated):
@@ -154,12 +157,11 @@ def forget_all() -> None:
 # The books ----------------------------------------------------------------------------------------
 
 
-def _allocated() -> Counter[torch.device]:
-    allocated: Counter[torch.device] = Counter()
-    for device in meter.devices():
-        if meter.has_counters(device) and for_hosts.has_context(device):
-            allocated[device] = meter.bytes_of(meter.stats_of(device), "allocated", "current")
-    return allocated
+def _allocated(stats: meter.Stats | None = None) -> Counter[torch.device]:
+    stats = meter.all_stats() if stats is None else stats
+    return Counter(
+        {d: meter.bytes_of(of_one, "allocated", "current") for d, of_one in stats.items()}
+    )
 
 
 def _grown(now: Counter[torch.device], before: Counter[torch.device]) -> bool:

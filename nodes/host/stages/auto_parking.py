@@ -58,7 +58,7 @@ in_use = NodeInputs()  # of the node that runs now
 
 def has_nothing_to_do() -> bool:
     """Whether qmove can leave this node alone without a look at it."""
-    return not settings.auto_park() and not adopted_models() and not qmove.parked_models()
+    return not settings.auto_park() and not adopted_models() and for_hosts.nothing_away()
 
 
 def prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
@@ -138,13 +138,16 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
     moved = residency.register_woken()
     outputs = graph.outputs_of(nodes, node_id)
     given: list[Adopted] = []
+    stats: meter.Stats = {}
+    if settings.auto_park() or measurement is not None:
+        stats = meter.all_stats()  # read once: it is most of what qmove costs a node
     if settings.auto_park():
         known = {adopted.number for adopted in adopted_models()}
         taken = residency.take_in(filter(_is_ours, wires.find_models(outputs).modules))
-        finding.look(nodes, node_id)  # what a node keeps it does not take again
+        finding.look(nodes, node_id, stats)  # what a node keeps it does not take again
         given = [adopted for adopted in taken if adopted.number not in known]
     if measurement is not None and measurement.allocated and not moved:
-        peak, left = needs.taken(measurement)
+        peak, left = needs.taken(measurement, stats)
         kept = Counter(left)
         for adopted in given:
             kept.subtract(adopted.resident)
@@ -266,6 +269,8 @@ def _is_ours(module: nn.Module) -> bool:
 def _parked_objects() -> list[Any]:
     """What is parked, by us or by another pack; of a dict or list, the models in it."""
     objects: list[Any] = []
+    if for_hosts.nothing_away():
+        return objects
     for model in qmove.parked_models():
         is_container = isinstance(model, (dict, list, tuple))
         objects += wires.find_models([model]).modules if is_container else [model]

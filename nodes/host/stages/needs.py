@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from qmove_core import for_hosts
-
 from .. import comfy, meter
 from ..guard import never_fails
 
@@ -231,21 +229,25 @@ def save() -> None:
 def begin(signature: Signature) -> Measurement:
     """Starts to measure. Each device has one peak counter, so measurements cannot overlap."""
     measurement = Measurement(signature)
-    for device in meter.devices():
-        # Without counters (mps) needs stay unknown; without a context nothing is there, and asking
-        # would take some of the card.
-        if meter.has_counters(device) and for_hosts.has_context(device):
-            torch.get_device_module(device).reset_peak_memory_stats(device)
-            stats = meter.stats_of(device)
-            measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
+    # Without counters (mps) needs stay unknown.
+    for device, stats in meter.all_stats().items():
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
     return measurement
 
 
-def taken(measurement: Measurement) -> tuple[dict[torch.device, int], dict[torch.device, int]]:
-    """Bytes beyond those of the beginning by device: at most, and still."""
+def taken(
+    measurement: Measurement, stats: meter.Stats | None = None
+) -> tuple[dict[torch.device, int], dict[torch.device, int]]:
+    """Bytes beyond those of the beginning by device: at most, and still.
+
+    Args:
+        measurement: of the node.
+        stats: the allocator's counters now, of whoever has read them.
+    """
+    stats = meter.all_stats() if stats is None else stats
     peak, left = {}, {}
     for device, before in measurement.allocated.items():
-        stats = meter.stats_of(device)
-        peak[device] = max(0, meter.bytes_of(stats, "allocated", "peak") - before)
-        left[device] = max(0, meter.bytes_of(stats, "allocated", "current") - before)
+        peak[device] = max(0, meter.bytes_of(stats[device], "allocated", "peak") - before)
+        left[device] = max(0, meter.bytes_of(stats[device], "allocated", "current") - before)
     return peak, left
