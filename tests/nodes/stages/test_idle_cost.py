@@ -30,8 +30,8 @@ class AddOne:
         return (number + 1,)
 
 
-def prompt() -> dict[str, Any]:
-    links: list[Any] = [0, *([str(index), 0] for index in range(NODES - 1))]
+def prompt(number: int = 0) -> dict[str, Any]:
+    links: list[Any] = [number, *([str(index), 0] for index in range(NODES - 1))]
     return {
         str(index): {"class_type": "AddOne", "inputs": {"number": link}}
         for index, link in enumerate(links)
@@ -67,7 +67,7 @@ def test_nobody_asks_what_is_parked_where_nothing_is(
 
     model = layers(1)
     qmove.park(model)
-    host.run(prompt())
+    host.run(prompt(1))
     assert asked
 
 
