@@ -4,8 +4,10 @@
 from . import requirements as _requirements  # noqa: F401
 from .errors import (
     CannotMove,
+    CapturingGraph,
     ChangesNotKept,
     CorruptedCopy,
+    DeviceLost,
     DtypeCastRefused,
     InUse,
     LiveAutogradGraph,
@@ -53,8 +55,10 @@ from .settings import configure
 __all__ = [
     "CannotMirror",
     "CannotMove",
+    "CapturingGraph",
     "ChangesNotKept",
     "CorruptedCopy",
+    "DeviceLost",
     "DtypeCastRefused",
     "Holding",
     "InUse",

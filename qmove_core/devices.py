@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from . import nvml
-from .errors import UnknownDevice
+from .errors import UnknownDevice, may_spoil_the_device
 
 log = logging.getLogger("qmove")
 
@@ -122,6 +123,29 @@ def total_memory(device: torch.device) -> int | None:
     return int(module.get_device_properties(device).total_memory)
 
 
+def shares_memory_with_host(device: torch.device) -> bool:
+    """Whether its VRAM is the machine's RAM (GB10, Strix Halo, Jetson, Apple's chips).
+
+    Parking gains nothing there: for a while the bytes are there twice, and afterwards as before.
+    """
+    if device.type != "cuda":
+        return device.type == "mps"
+    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", 0))
+
+
+def is_capturing() -> bool:
+    """Whether what this thread queues on an accelerator now becomes a part of a graph."""
+    current = accelerator()
+    if current is None:
+        return False
+    module = torch.get_device_module(current)
+    if not hasattr(module, "is_current_stream_capturing"):
+        return False
+    # Who has no context on the current device captures nothing there, and asking would make one.
+    here = torch.device(current.type, torch.accelerator.current_device_index())
+    return has_context(here) and bool(module.is_current_stream_capturing())
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device` now; what PyTorch's allocator holds unused counts.
 
@@ -138,6 +162,32 @@ def free_memory(device: torch.device) -> int | None:
         log.debug("%s does not say what is free: %s", device, str(error))
         return None
     return free + unused
+
+
+def unreturned(devices: Iterable[torch.device]) -> int:
+    """Bytes that PyTorch's allocator holds unused on these devices: beside what is in use they
+    share segments with it, and no other program can have them. 0 where it does not say."""
+    nbytes = 0
+    for device in devices:
+        module = torch.get_device_module(device)
+        if device.type != "cpu" and hasattr(module, "memory_reserved"):
+            try:
+                nbytes += module.memory_reserved(device) - module.memory_allocated(device)
+            except RuntimeError as error:  # pluggable allocators
+                log.debug("%s does not say what it holds: %s", device, str(error))
+    return nbytes
+
+
+def lost(error: BaseException, devices: Iterable[torch.device]) -> torch.device | None:
+    """The device that can be used no more after this error; None where it was only this call."""
+    if may_spoil_the_device(error):
+        for device in devices:
+            try:
+                synchronize([device])
+            except RuntimeError as again:
+                log.debug("%s is lost: %s", device, str(again))
+                return device
+    return None
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:
@@ -189,17 +239,56 @@ def wait_for_work(stream: Any, device: torch.device) -> None:
     """
     if isinstance(stream, _Unstreamed):
         return
+    wait_for_own_work(stream, device)
     module = torch.get_device_module(device)
-    stream.wait_stream(module.current_stream(device))
     if hasattr(module, "default_stream"):
         stream.wait_stream(module.default_stream(device))
 
 
-def release_cached(devices: Iterable[torch.device]) -> None:
+def wait_for_own_work(stream: Any, device: torch.device) -> None:
+    """The same for what this thread has queued: what it is given by the allocator, it may use in
+    the order of its own stream only."""
+    if not isinstance(stream, _Unstreamed):
+        stream.wait_stream(torch.get_device_module(device).current_stream(device))
+
+
+_batch = threading.local()
+
+
+@contextmanager
+def released_once() -> Iterator[None]:
+    """For several moves in a row: inside, `release_cached` puts off what it does to the end.
+
+    Emptying the allocator's cache waits for all that the devices compute, and what comes next takes
+    its memory from the driver again.
+    """
+    if getattr(_batch, "devices", None) is not None:
+        yield
+        return
+    _batch.devices = set()
+    try:
+        yield
+    finally:
+        put_off, _batch.devices = _batch.devices, None
+        try:
+            release_cached(put_off)
+        except RuntimeError as error:  # what the body raises says more
+            log.warning("could not give unused memory back to the driver: %s", str(error))
+
+
+def release_cached(devices: Iterable[torch.device]) -> bool:
     """Returns to the driver what is held unused, to be seen free by other programs: the allocator's
     blocks, and the workspaces that cuBLAS keeps for each thread and stream (8 to 32 MiB; those of
-    others are made anew when they are needed)."""
+    others are made anew when they are needed).
+
+    Returns:
+        Whether it has done so; not, if `released_once` does it later.
+    """
+    if getattr(_batch, "devices", None) is not None:
+        _batch.devices.update(devices)
+        return False
     for device_type in {device.type for device in devices} - {"cpu"}:
         if device_type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
             torch._C._cuda_clearCublasWorkspaces()
         torch.get_device_module(device_type).empty_cache()
+    return True

@@ -77,6 +77,58 @@ def is_out_of_memory(error: BaseException) -> bool:
 _MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and HIP's of the same meaning
 
 
+# What spoils a CUDA or HIP context for good, by number and by words (driver_types.h).
+_SPOILING = {214, 700, 702, 709, 710, *range(714, 720)}
+_SPOILING_WORDS = (
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "device-side assert",
+    "unspecified launch failure",
+    "uncorrectable ecc",
+    "hardware exception",
+    "context is destroyed",
+)
+
+
+def may_spoil_the_device(error: BaseException) -> bool:
+    """Whether after such an error every further call may fail, until the process is restarted."""
+    if not isinstance(error, RuntimeError) or isinstance(error, QMoveError):
+        return False
+    if getattr(error, "error_code", None) in _SPOILING:
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _SPOILING_WORDS)
+
+
+class DeviceLost(QMoveError):
+    """The driver's context on `device` is spoilt: a kernel of anybody in this process has read or
+    written where it must not, or the hardware failed. What is parked is whole."""
+
+    def __init__(self, action: Action, device: str, error: BaseException) -> None:
+        self.device = device
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        super().__init__(
+            f"Cannot {action.infinitive}: this process can use {device} no more ({reason}). "
+            f"{action.nothing_done.capitalize()}. What is parked is whole in RAM, where it can be "
+            "saved; what is on the device is lost. Restart the program. The cause came earlier; "
+            "with CUDA_LAUNCH_BLOCKING=1 in the environment the error comes where it is."
+        )
+
+
+class CapturingGraph(QMoveError):
+    """The calling thread captures a graph (`torch.cuda.graph`), in which nothing can move."""
+
+    def __init__(self, action: Action) -> None:
+        super().__init__(
+            f"Cannot {action.infinitive}: this thread captures a graph of the device's work, which "
+            f"would replay the copies with the addresses of now. {action.nothing_done.capitalize()}"
+            ". Restore the model before the capture begins, and keep it home while the graph is "
+            "used (qmove.resident, qmove.pin)."
+        )
+
+
 class CorruptedCopy(QMoveError):
     """Copies of the tensors in `names` differ from their sources. The model stays where it was."""
 

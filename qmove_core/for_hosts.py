@@ -10,7 +10,14 @@ where it is defined.
         homes = [for_hosts.parked_home(tensor) for tensor in model.parameters()]
 """
 
-from .devices import free_memory, has_context, memory_without_context, total_memory
+from .devices import (
+    free_memory,
+    has_context,
+    memory_without_context,
+    released_once,
+    shares_memory_with_host,
+    total_memory,
+)
 from .devices import known as known_devices
 from .errors import first_of, is_out_of_memory, readable_bytes
 from .homes import lock, nothing_away, parked_home
@@ -51,6 +58,8 @@ __all__ = [
     "pin_of",
     "places",
     "readable_bytes",
+    "released_once",
+    "shares_memory_with_host",
     "slots_of",
     "total_memory",
 ]

@@ -7,9 +7,9 @@
 
 or, for a program that knows nothing of it: ``python -m simcuda --devices 2 -m module arguments...``
 
-Sizes are counted to the byte and there is no caching allocator: ``torch.cuda.memory_reserved``
-equals ``memory_allocated``, and ``empty_cache`` has nothing to return. See README.md for what is
-modelled and what is not.
+Unless ``set_allocator`` says otherwise sizes are counted to the byte and nothing is cached:
+``torch.cuda.memory_reserved`` equals ``memory_allocated``, and ``empty_cache`` has nothing to
+return. See README.md for what is modelled and what is not.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from simcuda import clock, link
 from simcuda.activation import activate, is_active
 from simcuda.build import SimulationError
 from simcuda.counters import (
+    AllocatorCounters,
     Counters,
     HostCounters,
+    allocator_counters,
+    capturing,
     contexts,
     counters,
     host_counters,
     last_error,
+    lost_context,
     parse_size,
     queued,
     reset_contexts,
     reset_counters,
+    set_allocator,
+    set_integrated,
     set_memory,
     set_pinned_limit,
     set_workspaces,
@@ -36,12 +42,15 @@ from simcuda.counters import (
 from simcuda.faults import CopyNotice, Fault, fail, flip_bit, on_copy
 
 __all__ = [
+    "AllocatorCounters",
     "CopyNotice",
     "Counters",
     "Fault",
     "HostCounters",
     "SimulationError",
     "activate",
+    "allocator_counters",
+    "capturing",
     "clock",
     "contexts",
     "counters",
@@ -51,11 +60,14 @@ __all__ = [
     "is_active",
     "last_error",
     "link",
+    "lost_context",
     "on_copy",
     "parse_size",
     "queued",
     "reset_contexts",
     "reset_counters",
+    "set_allocator",
+    "set_integrated",
     "set_memory",
     "set_pinned_limit",
     "set_workspaces",

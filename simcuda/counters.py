@@ -14,6 +14,7 @@ from simcuda.library import sim
 if TYPE_CHECKING:
     import torch
 
+ALLOCATORS = ("exact", "native", "expandable", "async")  # AllocatorKind of csrc/sim.h
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -23,7 +24,7 @@ class Counters:
     """One device. Copies are those over the link only; a copy between two devices counts on both."""
 
     allocated: int
-    """Bytes now, exact (not rounded)."""
+    """Bytes of tensors now, whatever the allocator rounds them to."""
     peak: int
     """Bytes at most since the last reset."""
     allocations: int
@@ -34,6 +35,26 @@ class Counters:
     d2h_bytes: int
     d2d_copies: int
     d2d_bytes: int
+
+
+@dataclass(frozen=True)
+class AllocatorCounters:
+    """What the allocator of one device does between tensors and the driver (``set_allocator``)."""
+
+    allocated: int
+    """Bytes in use now, rounded as the allocator rounds: ``torch.cuda.memory_allocated``."""
+    reserved: int
+    """Bytes it has from the driver now: ``torch.cuda.memory_reserved``."""
+    reserved_peak: int
+    """The most of them since the last reset."""
+    segments: int
+    """How many segments they are in."""
+    retries: int
+    """Times since the last reset that it emptied its cache for lack of memory."""
+    emptied: int
+    """Times since the last reset that its cache was emptied, and there was one."""
+    segments_freed: int
+    """Segments, or pages of expandable ones, given back since the last reset."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,61 @@ def counters(device: int | str | torch.device = 0) -> Counters:
     values = (ctypes.c_uint64 * 9)()
     sim().sim_counters(_index(device), values)
     return Counters(*values)
+
+
+def allocator_counters(device: int | str | torch.device = 0) -> AllocatorCounters:
+    """What one device's allocator counted since the last ``reset_counters()``."""
+    values = (ctypes.c_uint64 * 7)()
+    sim().sim_allocator_counters(_index(device), values)
+    return AllocatorCounters(*values)
+
+
+def set_allocator(kind: str) -> str:
+    """What stands between tensors and the driver from now on, on every device.
+
+    "exact" (as it starts): nothing. Reserved equals allocated, to the byte.
+    "native": PyTorch's caching allocator: sizes rounded to 512 bytes, segments of 2 MiB, 20 MiB or
+        their own that belong to one stream, and are the driver's again when all of one is free.
+    "expandable": the same with ``expandable_segments:True``: pages instead of segments.
+    "async": ``cudaMallocAsync``: the driver's pool. An error that a failed call left behind in the
+        thread ends the process at the next free, as there.
+
+    Returns:
+        The kind until now.
+    """
+    if kind not in ALLOCATORS:
+        raise ValueError(f"no allocator {kind!r}: use one of {', '.join(ALLOCATORS)}")
+    return ALLOCATORS[sim().sim_set_allocator(ALLOCATORS.index(kind))]
+
+
+@contextmanager
+def lost_context(device: int | str | torch.device = 0) -> Iterator[None]:
+    """Inside, every call that uses the device fails, as after a kernel's illegal access; what was
+    queued there never runs. (A real one does not come back.)"""
+    before = sim().sim_set_lost(_index(device), 1)
+    try:
+        yield
+    finally:
+        sim().sim_set_lost(_index(device), before)
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, this thread captures a graph: nothing that waits is allowed, nor locking memory. (What
+    is queued runs all the same, and there is no graph.)"""
+    before = sim().sim_set_capturing(1)
+    try:
+        yield
+    finally:
+        sim().sim_set_capturing(before)
+
+
+integrated: set[int] = set()
+
+
+def set_integrated(device: int | str | torch.device, is_integrated: bool = True) -> None:
+    """Whether a device's memory is the machine's own RAM. It is only said, and changes nothing."""
+    (integrated.add if is_integrated else integrated.discard)(_index(device))
 
 
 def host_counters() -> HostCounters:

@@ -43,6 +43,9 @@ class Link:
     """A memcpy in host memory (``simcuda.clock.host_copy``)."""
     launch: float
     """Host time to queue any operation on a stream."""
+    segment_free: float
+    """Giving one segment of the allocator back to the driver (cudaFree), beside the wait for the
+    device that comes before it."""
 
 
 PCIE5 = Link(
@@ -56,6 +59,7 @@ PCIE5 = Link(
     pin_touched=16 * GIB / 1.6,  # 16 GiB touched by threads, then cudaHostRegister: 1.6 s
     host_copy=10e9,  # assumed: one thread
     launch=5e-6,  # assumed
+    segment_free=0.3e-3,  # "0.1 to 1 ms each": between the two
 )
 
 PCIE4 = Link(
@@ -69,6 +73,7 @@ PCIE4 = Link(
     pin_touched=16 * GIB / 1.6,  # as above
     host_copy=10e9,  # assumed: one thread
     launch=5e-6,  # assumed
+    segment_free=0.3e-3,  # "0.1 to 1 ms each": between the two
 )
 
 PRESETS: dict[str, Link] = {"pcie4": PCIE4, "pcie5": PCIE5}

@@ -18,9 +18,11 @@ import torch
 from torch._utils import _dummy_type
 
 from simcuda import storages
+from simcuda.counters import integrated
 from simcuda.library import sim
 
 CAPABILITY = (8, 9)
+ASYNC = 3  # kAsync of csrc/sim.h
 CUDA_TYPE = 1  # c10::DeviceType::CUDA
 CUDA_VERSION = "12.8"  # what programs that tell CUDA from ROCm look for in torch.version.cuda
 
@@ -43,10 +45,13 @@ class DeviceProperties:
     shared_memory_per_block_optin: int = 101376
     shared_memory_per_multiprocessor: int = 102400
     L2_cache_size: int = 72 << 20
-    is_integrated: int = 0
     is_multi_gpu_board: int = 0
     pci_bus_id: int = 0
     pci_domain_id: int = 0
+
+    @property
+    def is_integrated(self) -> int:
+        return int(self.index in integrated)
 
     @property
     def pci_device_id(self) -> int:
@@ -74,6 +79,7 @@ class cudaError(IntEnum):
     memoryAllocation = 2
     hostMemoryAlreadyRegistered = 712
     hostMemoryNotRegistered = 713
+    streamCaptureUnsupported = 900
     unknown = 999
 
 
@@ -92,6 +98,14 @@ def _host_unregister(ptr: int) -> cudaError:
 
 def _clear_workspaces() -> None:
     sim().sim_clear_workspaces()  # as it is, TorchDynamo could not hash it
+
+
+def _is_capturing() -> bool:
+    return bool(sim().sim_is_capturing())
+
+
+def _allocator_backend() -> str:
+    return "cudaMallocAsync" if sim().sim_allocator() == ASYNC else "native"
 
 
 def _mem_get_info(device: int) -> tuple[int, int]:
@@ -226,7 +240,7 @@ def install_bindings() -> None:
         "_CudaEventBase": _CudaEventBase,
         "_CUDAGraph": _dummy_type("_CUDAGraph"),
         "_graph_pool_handle": _dummy_type("_graph_pool_handle"),
-        "_cuda_isCurrentStreamCapturing": lambda: False,
+        "_cuda_isCurrentStreamCapturing": _is_capturing,
         "_cuda_init": _init,
         "_cuda_isInBadFork": _is_in_bad_fork,
         "_cuda_getDeviceCount": lambda: int(
@@ -255,7 +269,7 @@ def install_bindings() -> None:
         "_cuda_emptyCache": c._accelerator_emptyCache,
         "_cuda_clearCublasWorkspaces": _clear_workspaces,
         "_cuda_memorySnapshot": lambda *_: {"segments": [], "device_traces": []},
-        "_cuda_getAllocatorBackend": lambda: "native",
+        "_cuda_getAllocatorBackend": _allocator_backend,
         "_cuda_set_sync_debug_mode": lambda mode: None,
         "_cuda_get_sync_debug_mode": lambda: 0,
         "_cuda_lock_mutex": lambda: None,

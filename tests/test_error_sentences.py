@@ -16,8 +16,10 @@ import qmove_core
 from qmove_core.actions import FORMS, Action, Verb
 from qmove_core.errors import (
     CannotMove,
+    CapturingGraph,
     ChangesNotKept,
     CorruptedCopy,
+    DeviceLost,
     InUse,
     LiveAutogradGraph,
     MetaTensorsPresent,
@@ -51,6 +53,8 @@ WITH_AN_ACTION: dict[type[QMoveError], Callable[[Action], QMoveError]] = {
     ),
     CorruptedCopy: lambda action: CorruptedCopy(action, ["lm_head.weight"]),
     CannotMove: lambda action: CannotMove(action, REASONS),
+    CapturingGraph: CapturingGraph,
+    DeviceLost: lambda action: DeviceLost(action, "cuda:0", RuntimeError("CUDA error: x.\ny")),
     MetaTensorsPresent: lambda action: MetaTensorsPresent(
         action, "a dispatch keeps the data of 1 tensor elsewhere, the first is 'x'", ADVICE
     ),
@@ -81,7 +85,7 @@ def test_every_error_reads_well_with_every_action(cls: type[QMoveError], verb: V
     gerund, _done = FORMS[verb]
     opening = message.splitlines()[0]
     assert re.match(
-        rf"Cannot {verb} LlamaForCausalLM on cuda:0(: a|, so (nothing was|the model stays))"
+        rf"Cannot {verb} LlamaForCausalLM on cuda:0(: (a|this )|, so (nothing was|the model stays))"
         rf"|{gerund} LlamaForCausalLM on cuda:0 (needs 3\.00 GiB|failed: the digest)",
         opening,
     ), message

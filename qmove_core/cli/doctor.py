@@ -137,6 +137,7 @@ def _findings(
     missing = [name for name in OPTIONAL if versions[name] is None]
     return [
         *_about_devices(host, build, found),
+        *_about_shared_memory(found),
         *_about_memory(host, found),
         *_about_other_programs(found),
         *(f"{name} is not installed: {OPTIONAL[name]}." for name in missing),
@@ -158,6 +159,16 @@ def _about_devices(host: Host, build: str, found: list[Device]) -> Iterator[str]
             "(`nvidia-smi` or `rocminfo` may say why)."
         )
         yield f"No accelerator: there is no VRAM to park models out of. {why}"
+
+
+def _about_shared_memory(found: list[Device]) -> Iterator[str]:
+    for device in found:
+        if devices.shares_memory_with_host(torch.device(device.name)):
+            yield (
+                f"{device.name} shares its memory with the CPU: parking frees nothing there, and "
+                "takes the bytes twice while it copies. ComfyUI's nodes park nothing there by "
+                "themselves; qmove.park() does when it is asked."
+            )
 
 
 def _about_other_programs(found: list[Device]) -> Iterator[str]:

@@ -20,11 +20,15 @@ from .holdings import Holding
 LEAST = 1 << 24  # no allocator gives an address below it, and counts and sizes rarely exceed it
 _LONGEST_TABLE = 4096  # numbers; a longer tensor or array is data
 
-# Layers whose kernels keep addresses in C++, where nobody can look, and the attribute that says so.
+# Layers whose kernels keep addresses in C++, where nobody can look: by the name of their class or
+# module (`auto_gptq.nn_modules.qlinear.qlinear_exllama.QuantLinear`), and the attribute that says
+# so.
 _KNOWN = re.compile("exllama|bitblas", re.IGNORECASE)
 # accelerate's hooks tell tied weights by their addresses; nothing is read there.
 _NO_POINTER = re.compile(r"\.tied_(params_map|pointers_to_remove)\b")
-_HANDLES = ("q4", "q_handle", "q_tensors", "bitblas_matmul")
+_HANDLES = ("q4", "q_handle", "q_params", "q_tensors", "bitblas_matmul")
+# In any class: an object in C++ under one of these names has the addresses of the layer's weights.
+_HANDLES_ANYWHERE = ("q4", "q_handle", "q_params")
 
 
 def numbers_in(obj: Any) -> Iterator[int]:
@@ -86,6 +90,17 @@ def _in_tables(holdings: Sequence[Holding]) -> Iterator[tuple[str, int]]:
 
 def keeps_addresses(module: Any) -> bool:
     """Whether a layer is one of those known to keep addresses in C++, and does by now."""
-    return _KNOWN.search(type(module).__name__) is not None and any(
-        module.__dict__.get(name) is not None for name in _HANDLES
-    )
+    values = module.__dict__
+    cls = type(module)
+    if _KNOWN.search(f"{cls.__module__}.{cls.__qualname__}") is not None:
+        return any(values.get(name) is not None for name in _HANDLES)
+    return any(_is_handle(values[name]) for name in _HANDLES_ANYWHERE if name in values)
+
+
+def _is_handle(value: Any) -> bool:
+    """Whether a value is an address, or a list of them; small numbers are settings."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_handle, value))
+    if isinstance(value, (int, ctypes._SimpleCData)):
+        return any(True for _ in numbers_in(value))
+    return isinstance(value, ctypes._Pointer) and bool(value)

@@ -320,12 +320,20 @@ _SKIPPED = (
 )
 
 
+# CUDA's, and those of `torch.accelerator.Graph` (from 2.13) and XPU, where PyTorch has them.
+_GRAPHS = (torch.cuda.CUDAGraph,) + tuple(
+    getattr(torch._C, name)
+    for name in ("_acceleratorGraph", "_XPUGraph")
+    if hasattr(torch._C, name)
+)
+
+
 def _visitor_of(cls: type) -> Callable[..., None]:
     if issubclass(cls, torch.Tensor):
         return _Walker._tensor
     if issubclass(cls, nn.Module):
         return _Walker._module
-    if issubclass(cls, torch.cuda.CUDAGraph):
+    if issubclass(cls, _GRAPHS):
         return _Walker._fixed
     if issubclass(cls, (ctypes._SimpleCData, ctypes.Array, ctypes._Pointer)) or any(
         base.__module__ == "numpy" and base.__name__ in ("ndarray", "integer")

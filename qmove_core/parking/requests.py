@@ -64,8 +64,15 @@ class Restored(Moved):
 
 @dataclass(frozen=True)
 class Parked(Moved):
-    """What a park did, and the way back: `parked.restore()`."""
+    """What a park did, and the way back: `parked.restore()`.
 
+    Attributes:
+        reserved_after: bytes that PyTorch's allocator still held unused on the devices involved,
+            after its cache was emptied: pieces beside tensors of others, which no other program can
+            have. None where it is emptied later, after several moves in a row.
+    """
+
+    reserved_after: int | None = None
     _model: Any = field(repr=False, default=None)
 
     def restore(self, device: Device | DeviceMap | None = None) -> Restored:
@@ -115,6 +122,8 @@ def park(
         InUse: another thread pins it (`resident`), or does not come to the end of a forward.
         Pinned: it is pinned. Of a model that shares a part with a pinned one that part stays, and
             is a straggler; so does a pinned part of a pipeline.
+        CapturingGraph: this thread captures a graph (so also for all other moves).
+        DeviceLost: the driver's context is spoilt, for good (so also for all other moves).
     """
     started = time.perf_counter()
     plan = plans.to_park(
@@ -376,7 +385,15 @@ def parked_result(model: object, plan: MovePlan, done: Done, seconds: float) -> 
     verified = done.verified if plan.moves else settings.verify
     stragglers = [*plans.left_alone(plan), *done.stragglers]
     done = replace(done, stragglers=stragglers, verified=verified)
-    result = _result(Parked, plan, done, seconds, plan.origins, _model=model)
+    result = _result(
+        Parked,
+        plan,
+        done,
+        seconds,
+        plan.origins,
+        reserved_after=done.reserved_after,
+        _model=model,
+    )
     _report("parked", model, result)
     return result
 

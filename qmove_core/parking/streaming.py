@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from .. import devices, homes, hosting
+from ..errors import CapturingGraph, DeviceLost
 from ..homes import Origin
 from ..interrupts import all_or_nothing, interrupts_deferred
 from ..memory import giving_back
@@ -93,7 +94,7 @@ def restore_streaming(plan: MovePlan, sleep_again: Callable[[], None]) -> None:
     Args:
         sleep_again: puts the model to sleep, should a copy fail on its way.
     """
-    arriving = StreamingRestore(plan.moves, sleep_again)
+    arriving = StreamingRestore(plan, sleep_again)
     groups = layer_order.groups_of(plan.held)
     try:
         with MoveTransaction(plan) as transaction:
@@ -203,9 +204,10 @@ class _Part(CopyJob):
 class StreamingRestore:
     """One restore whose bytes are arriving. It holds the model weakly, and its storages."""
 
-    def __init__(self, moves: Sequence[StorageMove], sleep_again: Callable[[], None]) -> None:
-        self._parts = [_Part(self, move) for move in moves]
-        self._devices = {move.device for move in moves}
+    def __init__(self, plan: MovePlan, sleep_again: Callable[[], None]) -> None:
+        self._action = plan.action
+        self._parts = [_Part(self, move) for move in plan.moves]
+        self._devices = {move.device for move in plan.moves}
         self._groups: list[_Group] = []
         self._sleep_again = sleep_again
 
@@ -299,13 +301,18 @@ class StreamingRestore:
         self._groups.clear()
 
     def _synchronize(self, parts: Sequence[_Part]) -> None:
+        waiting = [part for part in parts if part.arrival is not None]
+        if waiting and devices.is_capturing():  # it arrives none the less
+            raise CapturingGraph(self._action)
         try:
-            for part in parts:
-                if part.arrival is not None:
-                    part.arrival.synchronize()
-                    part.arrival = None
-        except Exception:
+            for part in waiting:
+                part.arrival.synchronize()
+                part.arrival = None
+        except Exception as error:
+            lost = devices.lost(error, self._devices)
             self._park_again()
+            if lost is not None:
+                raise DeviceLost(self._action, str(lost), error) from error
             raise
 
     def _park_again(self) -> None:

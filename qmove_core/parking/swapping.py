@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import torch
 
+from .. import devices
 from ..errors import NotEnoughMemory
 from ..memory import budget
 from ..moving import moving
@@ -52,7 +53,8 @@ def swap(
     if budget.make_room(_lacking(out, into)):  # that may have parked other models
         out, into = plans.to_park(leaving, wake), plans.to_restore(coming)
     if settings.verify or not out.moves or not into.moves or _share(out, into):
-        return park(leaving, progress=progress), restore(coming, progress=progress)
+        with devices.released_once():
+            return park(leaving, progress=progress), restore(coming, progress=progress)
     done = None
     try:
         with ExitStack() as until_done, in_use.kept_still(out):

@@ -261,10 +261,18 @@ class Transfer:
         return job.target
 
     def _stream(self, device: torch.device, direction: str) -> Any:
-        """The copy stream, behind everything that was queued for these bytes until now."""
+        """The copy stream, behind everything that was queued for these bytes until now.
+
+        What leaves nobody writes to any more: it waits once, and not for what another model
+        computes meanwhile. What arrives lies in memory that this thread's stream may just have
+        given up.
+        """
         stream = devices.own_stream(device, direction)
-        self._streams[id(stream)] = stream
-        devices.wait_for_work(stream, device)
+        if id(stream) not in self._streams:
+            self._streams[id(stream)] = stream
+            devices.wait_for_work(stream, device)
+        elif direction == "in":
+            devices.wait_for_own_work(stream, device)
         return stream
 
     def _staging_for(self, batch: Sequence[CopyJob], device: torch.device) -> torch.Tensor | None:

@@ -65,7 +65,11 @@ def exchange(
                 move.digest = digest
         later = until_done.enter_context(interrupts_deferred())
         stragglers = transaction.commit(later)
-        return Done(leaving.copied_bytes, stragglers, False), Done(coming.copied_bytes, [], False)
+        reserved = transaction.reserved_after
+        return (
+            Done(leaving.copied_bytes, stragglers, False, reserved),
+            Done(coming.copied_bytes, [], False, reserved),
+        )
 
 
 class _Swap:

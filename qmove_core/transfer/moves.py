@@ -143,8 +143,11 @@ class Done:
         copied_bytes: without those that a mirror held already.
         stragglers: what did not leave its old device.
         verified: whether digests proved every byte.
+        reserved_after: bytes that the allocator still holds unused on the devices that were left;
+            None where its cache is emptied later.
     """
 
     copied_bytes: int
     stragglers: list[Straggler]
     verified: bool
+    reserved_after: int | None = None

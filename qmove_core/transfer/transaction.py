@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, hosting
 from ..collector import collection_deferred
-from ..errors import CorruptedCopy, is_out_of_memory
+from ..errors import CapturingGraph, CorruptedCopy, DeviceLost, is_out_of_memory
 from ..interrupts import Later, all_or_nothing, interrupts_deferred, not_a_failure
 from ..memory import budget, mirrors, sharing
 from ..memory.blocks import place_of
@@ -59,7 +59,7 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
         verified = settings.verify and transaction.verify()
         with interrupts_deferred() as later, collection_deferred():
             stragglers = transaction.commit(later)
-        return Done(plan.copied_bytes, stragglers, verified)
+        return Done(plan.copied_bytes, stragglers, verified, transaction.reserved_after)
 
 
 class MoveTransaction:
@@ -67,6 +67,14 @@ class MoveTransaction:
 
     Leaving its `with` drops every storage that no model needs, and after an error puts back what
     the transaction had taken. Whoever keeps the traceback keeps no memory.
+
+    Attributes:
+        reserved_after: once committed, bytes that the allocator could not give back of the devices
+            involved; None where that is put off (`devices.released_once`).
+
+    Raises:
+        CapturingGraph: on entering it. Nothing has happened yet.
+        DeviceLost: on leaving it, in place of the driver's error.
     """
 
     def __init__(self, *plans: MovePlan) -> None:
@@ -75,13 +83,25 @@ class MoveTransaction:
         self._watched: dict[StorageMove, StorageWeakRef] = {}  # of what was dropped
         self._steps_done, self._have_moved = 0, False  # of the commit
         self._reader = FileReader()
+        self._idle: set[torch.device] = set()  # devices whose work was waited for
+        self.reserved_after: int | None = None
 
     def __enter__(self) -> MoveTransaction:
+        if self._accelerators() and devices.is_capturing():
+            raise CapturingGraph(self.plans[0].action)
         return self
 
+    def _accelerators(self) -> set[torch.device]:
+        involved = {device for move in self.moves for device in (move.came_from, move.device)}
+        return involved - {devices.CPU}
+
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        involved = self._accelerators()
         with interrupts_deferred():
             all_or_nothing(lambda: self._end(error))
+        lost = None if error is None else devices.lost(error, involved)
+        if error is not None and lost is not None:
+            raise DeviceLost(self.plans[0].action, str(lost), error) from error
 
     def _end(self, error: BaseException | None) -> None:
         self._reader.end()
@@ -215,10 +235,18 @@ class MoveTransaction:
         What fails of that is logged: the models have moved. Its interrupts come `later`.
         """
         pending = [move for move in self.moves if not move.is_committed]
+        self._let_work_end(pending)
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             return all_or_nothing(
                 lambda: self._commit(pending, later), lambda: self._roll_back(pending)
             )
+
+    def _let_work_end(self, leaving: Sequence[StorageMove]) -> None:
+        """Waits, once for each device, until no stream of any thread uses what is freed there next:
+        the allocator knows only the stream that it was allocated on."""
+        left = {move.came_from for move in leaving if move.source is not EMPTY} - {devices.CPU}
+        devices.synchronize(left - self._idle)
+        self._idle |= left
 
     def _commit(self, pending: Sequence[StorageMove], later: Later) -> list[Straggler]:
         steps: list[Callable[[], object]] = [
@@ -246,6 +274,7 @@ class MoveTransaction:
 
         Only for models that are asleep: `commit` does the rest for all of them.
         """
+        self._let_work_end([move])
         with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
             assert move.target is not None
             all_or_nothing(lambda: self._commit_one(move), move.go_back)
@@ -269,8 +298,9 @@ class MoveTransaction:
         with not_a_failure(later, "look for what stayed behind"):
             stragglers = all_or_nothing(self._look_outside)
         with not_a_failure(later, "give unused memory back to the driver"):
-            involved = {d for m in self.moves for d in (m.came_from, m.device)}
-            devices.release_cached(involved)
+            involved = self._accelerators()
+            if devices.release_cached(involved):
+                self.reserved_after = devices.unreturned(involved)
         if self.moves:
             with not_a_failure(later, "tell the host program of a move"):
                 hosting.tell_moved()

@@ -20,7 +20,8 @@ void sim_set_link(const double* constants) {
   Lock lock(machine().mutex);
   Link& link = machine().link;
   double* fields[] = {&link.h2d_pinned, &link.d2h_pinned, &link.h2d_pageable, &link.d2h_pageable, &link.d2d,
-                      &link.copy_latency, &link.pin_untouched, &link.pin_touched, &link.host_copy, &link.launch};
+                      &link.copy_latency, &link.pin_untouched, &link.pin_touched, &link.host_copy, &link.launch,
+                      &link.segment_free};
   for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = constants[i];
 }
 void sim_set_capacity(int device, uint64_t nbytes) {
@@ -52,10 +53,30 @@ void sim_clear_workspaces() { clear_workspaces(); }
 void sim_counters(int index, uint64_t* out) {
   Lock lock(machine().mutex);
   const Device& device = machine().devices[index];
-  uint64_t values[] = {device.allocated, device.peak, device.allocations, device.copies[0], device.bytes[0],
+  uint64_t values[] = {device.requested, device.requested_peak, device.allocations, device.copies[0], device.bytes[0],
                        device.copies[1], device.bytes[1], device.copies[2], device.bytes[2]};
   std::copy(std::begin(values), std::end(values), out);
 }
+void sim_allocator_counters(int index, uint64_t* out) {
+  Lock lock(machine().mutex);
+  const Device& device = machine().devices[index];
+  uint64_t values[] = {device.allocated, device.reserved, device.reserved_peak, device.segments.size(),
+                       device.retries, device.emptied, device.segments_freed};
+  std::copy(std::begin(values), std::end(values), out);
+}
+int sim_set_allocator(int kind) {
+  Lock lock(machine().mutex);
+  for (int index = 0; index < machine().device_count; ++index) empty_cache(index);
+  return std::exchange(machine().allocator, kind);
+}
+int sim_allocator() { return machine().allocator; }
+int sim_set_lost(int device, int lost) {
+  Lock lock(machine().mutex);
+  if (lost) drop_queued(device);
+  return std::exchange(machine().devices[device].lost, lost != 0);
+}
+int sim_set_capturing(int capturing) { return set_capturing(capturing != 0); }
+int sim_is_capturing() { return is_capturing(); }
 void sim_host_counters(uint64_t* out) {
   Lock lock(machine().mutex);
   const Machine& m = machine();
@@ -67,6 +88,9 @@ void sim_reset_counters() {
   Machine& m = machine();
   for (Device& device : m.devices) {
     device.peak = device.allocated;
+    device.requested_peak = device.requested;
+    device.reserved_peak = device.reserved;
+    device.retries = device.emptied = device.segments_freed = 0;
     device.allocations = 0;
     for (int i = 0; i < 3; ++i) device.copies[i] = device.bytes[i] = 0;
   }

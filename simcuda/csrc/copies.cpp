@@ -94,9 +94,11 @@ void transfer(const at::Tensor& dst, const at::Tensor& src, bool non_blocking) {
     notice.stream = current_stream(plan.device).id;
     notice.pinned = host && find_pinned(host);
   }
+  if (!notice.pinned && plan.direction != Direction::D2D) check_no_capture();
   announce_copy(notice);  // without the lock: this may run Python
 
   Lock lock(m.mutex);
+  check_alive(plan.device);
   if (host) copy.pinned = pinned_range(host, copy.nbytes);
   copy.src_block = find_block(copy.src);
   copy.dst_block = find_block(copy.dst);

@@ -15,6 +15,7 @@ constexpr Named kErrors[] = {
      "part or all of the requested memory range is already mapped"},
     {kNotRegistered, "cudaErrorHostMemoryNotRegistered",
      "pointer does not correspond to a registered memory region"},
+    {kCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
     {kUnknown, "cudaErrorUnknown", "unknown error"},
 };
 const Named& find(int code) {

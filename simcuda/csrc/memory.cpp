@@ -1,6 +1,6 @@
 // Device memory: an allocator with a capacity, stream-ordered frees, and poison in what was freed.
 //
-// There is no caching: reserved equals allocated, and sizes are counted to the byte (the real allocator rounds to 512).
+// How much of the device a block takes, and when that is free again for others: segments.cpp.
 // A free follows the rules of PyTorch's caching allocator: it is ordered behind the stream the memory was allocated on,
 // and put off for streams named with record_stream. Anything else that still uses the memory afterwards is caught.
 #include "sim.h"
@@ -35,14 +35,28 @@ std::string mib(size_t nbytes) {
   TORCH_CHECK_WITH(
       OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", mib(nbytes), ". GPU ", index,
       " has a total capacity of ", mib(device.capacity), " of which ", mib(free), " is free. Of the allocated memory ",
-      mib(device.allocated), " is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. ",
+      mib(device.allocated), " is allocated by PyTorch, and ", mib(device.reserved - device.allocated),
+      " is reserved by PyTorch but unallocated. ",
       "(simulated device)");
   std::abort();  // TORCH_CHECK_WITH(false) has thrown
+}
+
+void count_out(const BlockPtr& block) {
+  Device& device = machine().devices[block->device];
+  device.allocated -= block->place.nbytes;
+  device.requested -= block->nbytes;
+  give_up(block->device, block->place);
 }
 
 void delete_block(void* context) {
   auto* holder = static_cast<BlockPtr*>(context);
   if (holder == nullptr) return;
+  if (machine().allocator == kAsync && peek_last_error() != kSuccess) {
+    // cudaFreeAsync checks it, and raises in a destructor.
+    fprintf(stderr, "simcuda: terminate: memory was freed while this thread had an error left behind: %s\n",
+            error_string(peek_last_error()));
+    std::terminate();
+  }
   Lock lock(machine().mutex);
   BlockPtr block = *holder;
   delete holder;
@@ -59,31 +73,38 @@ void delete_block(void* context) {
     m.deferred.emplace_back(block, std::move(markers));
     return;
   }
-  device.allocated -= block->nbytes;
+  count_out(block);
   retire(block);
 }
 
 // Counts the bytes in, or raises; the caller provides the memory.
-void take(int index, size_t nbytes) {
+Place take(int index, size_t nbytes) {
   use_device(index);
   Machine& m = machine();
   Device& device = m.devices[index];
+  if (m.allocator == kAsync) check_last_error();
   if (auto fault = next_fault(kFailAlloc)) {
     if (fault->error_value) raise_fault(*fault, kMemoryAllocation, "injected");
     throw_out_of_memory(index, nbytes);
   }
   release_deferred();
-  if (nbytes > device.free() && !m.deferred.empty()) {
+  int64_t stream = current_stream(index).id;
+  std::optional<Place> found = place(index, nbytes, stream);
+  if (!found && !m.deferred.empty()) {
     // As the caching allocator does before it gives up: wait for the streams that hold back frees.
-    for (auto& [id, stream] : device.streams) run_all(stream);
+    for (auto& [id, other] : device.streams) run_all(other);
     release_deferred();
+    found = place(index, nbytes, stream);
   }
-  if (nbytes > device.free()) throw_out_of_memory(index, nbytes);
-  device.allocated += nbytes;
-  device.allocated_ever += nbytes;
+  if (!found) throw_out_of_memory(index, nbytes);
+  device.allocated += found->nbytes;
+  device.requested += nbytes;
+  device.allocated_ever += found->nbytes;
   device.allocations++;
   device.live++;
   device.peak = std::max(device.peak, device.allocated);
+  device.requested_peak = std::max(device.requested_peak, device.requested);
+  return *found;
 }
 
 c10::DataPtr hand_out(BlockPtr block) {
@@ -109,11 +130,12 @@ char* host_memory(size_t nbytes) {
   return static_cast<char*>(ptr);
 }
 
-BlockPtr new_block(int device, size_t nbytes) {
+BlockPtr new_block(int device, size_t nbytes, Place place) {
   auto block = std::make_shared<Block>();
   block->nbytes = nbytes;
   block->device = device;
   block->stream = current_stream(device).id;
+  block->place = place;
   return block;
 }
 
@@ -122,7 +144,10 @@ struct DeviceAllocator final : c10::DeviceAllocator {
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
   bool initialized() override { return true; }
-  void emptyCache(c10::MempoolId_t) override { Lock lock(machine().mutex); release_deferred(); }
+  void emptyCache(c10::MempoolId_t) override {
+    Lock lock(machine().mutex);
+    for (int index = 0; index < machine().device_count; ++index) sim::empty_cache(index);
+  }
   void recordStream(const c10::DataPtr& ptr, c10::Stream stream) override {
     Lock lock(machine().mutex);
     if (BlockPtr block = find_block(ptr.get())) block->recorded.insert(stream.id());
@@ -132,7 +157,12 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     Lock lock(machine().mutex);
     const Device& device = machine().devices[index];
     c10::CachingDeviceAllocator::DeviceStats stats;
-    c10::CachingAllocator::Stat bytes, blocks;
+    c10::CachingAllocator::Stat bytes, blocks, reserved, requested, segments;
+    reserved.current = device.reserved;
+    reserved.peak = device.reserved_peak;
+    requested.current = device.requested;
+    requested.peak = device.requested_peak;
+    segments.current = device.segments.size();
     bytes.current = device.allocated;
     bytes.peak = device.peak;
     bytes.allocated = device.allocated_ever;
@@ -140,9 +170,13 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     blocks.current = device.live;
     blocks.peak = blocks.allocated = device.allocations;
     blocks.freed = device.allocations > device.live ? device.allocations - device.live : 0;
-    stats.allocated_bytes[0] = stats.reserved_bytes[0] = stats.active_bytes[0] = stats.requested_bytes[0] = bytes;
-    stats.allocation[0] = stats.segment[0] = stats.active[0] = blocks;
+    stats.allocated_bytes[0] = stats.active_bytes[0] = bytes;
+    stats.reserved_bytes[0] = reserved;
+    stats.requested_bytes[0] = requested;
+    stats.allocation[0] = stats.active[0] = blocks;
+    stats.segment[0] = segments;
     stats.num_ooms = device.ooms;
+    stats.num_alloc_retries = device.retries;
     return stats;
   }
   void resetAccumulatedStats(c10::DeviceIndex index) override {
@@ -156,7 +190,10 @@ struct DeviceAllocator final : c10::DeviceAllocator {
   void resetPeakStats(c10::DeviceIndex index) override {
     Lock lock(machine().mutex);
     use_device(index);
-    machine().devices[index].peak = machine().devices[index].allocated;
+    Device& device = machine().devices[index];
+    device.peak = device.allocated;
+    device.requested_peak = device.requested;
+    device.reserved_peak = device.reserved;
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
     Lock lock(machine().mutex);
@@ -188,8 +225,7 @@ c10::DataPtr allocate_on(int device, size_t nbytes) {
   Lock lock(machine().mutex);
   check_device(device);
   if (nbytes == 0) return {nullptr, nullptr, &delete_block, c10::Device(c10::kCUDA, device)};
-  take(device, nbytes);
-  BlockPtr block = new_block(device, nbytes);
+  BlockPtr block = new_block(device, nbytes, take(device, nbytes));
   block->ptr = host_memory(nbytes);
   std::memset(block->ptr, kPoison, nbytes);  // a fresh page would read as zeros, which hides a copy that never came
   return hand_out(std::move(block));
@@ -198,8 +234,7 @@ c10::DataPtr allocate_on(int device, size_t nbytes) {
 c10::DataPtr adopt_on(int device, c10::DataPtr memory, size_t nbytes) {
   Lock lock(machine().mutex);
   if (nbytes == 0 || memory.get() == nullptr) return allocate_on(device, 0);
-  take(device, nbytes);
-  BlockPtr block = new_block(device, nbytes);
+  BlockPtr block = new_block(device, nbytes, take(device, nbytes));
   block->ptr = static_cast<char*>(memory.get());
   block->adopted = std::move(memory);
   return hand_out(std::move(block));
@@ -244,7 +279,7 @@ void release_deferred() {
     }
     BlockPtr block = it->first;
     it = m.deferred.erase(it);
-    m.devices[block->device].allocated -= block->nbytes;
+    count_out(block);
     retire(block);
   }
 }

@@ -174,6 +174,7 @@ class Call {
     if (fault) raise_fault(*fault, kUnknown, name + ", injected");
     if (kBlas.count(schema_.name())) take_workspace();
     Lock lock(m.mutex);
+    check_alive(device_);
     check_last_error();
     StreamState& stream = current_stream(device_);
     std::vector<BlockPtr> blocks;

@@ -125,6 +125,7 @@ PinnedPtr find_pinned(const void* ptr) {
 
 static int try_register(char* ptr, size_t nbytes) {
   Machine& m = machine();
+  if (is_capturing()) return kCaptureUnsupported;
   if (ptr == nullptr || nbytes == 0) return kInvalidValue;
   if (auto fault = next_fault(kFailPin)) {
     if (fault->error_value) raise_fault(*fault, kMemoryAllocation, "injected");

@@ -37,6 +37,7 @@ enum CudaError : int {
   kIllegalAddress = 700,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
+  kCaptureUnsupported = 900,
   kUnknown = 999,
 };
 const char* error_name(int code);
@@ -55,6 +56,7 @@ void check_last_error();
 struct Link {
   double h2d_pinned, d2h_pinned, h2d_pageable, d2h_pageable, d2d;
   double copy_latency, pin_untouched, pin_touched, host_copy, launch;
+  double segment_free;
 };
 
 // Something that does one thing at a time (a copy engine, the compute units): its busy spans of virtual time.
@@ -72,6 +74,31 @@ class Engine {
 
 // ---- memory (memory.cpp, pinned.cpp) --------------------------------------------------------------------------------
 
+// What stands between tensors and the driver: nothing, PyTorch's caching allocator with fixed or expandable segments, or
+// the driver's own pool.
+enum AllocatorKind : int { kExact = 0, kNative = 1, kExpandable = 2, kAsync = 3 };
+
+// Device memory that an allocator has from the driver. An expandable one is endless, and has pages.
+struct Segment {
+  int64_t stream = 0;
+  bool small = false, expandable = false;
+  size_t size = 0;
+  std::map<size_t, size_t> used;  // offset -> bytes
+  std::set<size_t> pages;         // those that the driver gave
+};
+
+// Which bytes of an allocator's a block has.
+struct Place {
+  size_t nbytes = 0;  // rounded
+  Segment* segment = nullptr;
+  size_t offset = 0;
+  bool pooled = false;
+};
+// Finds room for a block, or nothing. Without room the caching allocators empty their cache, once.
+std::optional<Place> place(int device, size_t nbytes, int64_t stream);
+void give_up(int device, const Place& place);
+void empty_cache(int device);
+
 // One allocation on a device. The memory itself outlives the free as long as a queued copy knows it.
 struct Block {
   char* ptr = nullptr;
@@ -80,6 +107,7 @@ struct Block {
   int64_t stream = 0;            // the stream it was allocated on, whose order its reuse follows
   std::set<int64_t> recorded;    // tensor.record_stream
   bool poisoned = false;
+  Place place;
   c10::DataPtr adopted;          // memory that a CPU kernel allocated for its output, taken over
   ~Block();
 };
@@ -188,10 +216,17 @@ void announce_copy(const CopyNotice& notice);
 // ---- the machine ----------------------------------------------------------------------------------------------------
 
 struct Device {
-  size_t capacity = SIZE_MAX, allocated = 0, peak = 0, allocations = 0, live = 0, ooms = 0, allocated_ever = 0;
+  size_t capacity = SIZE_MAX, allocations = 0, live = 0, ooms = 0, allocated_ever = 0;
+  size_t allocated = 0, peak = 0;            // as the allocator counts: rounded
+  size_t requested = 0, requested_peak = 0;  // to the byte
+  size_t reserved = 0, reserved_peak = 0;    // what the driver gave
+  size_t pool = 0, pooled = 0;               // of the driver's own pool: its size, and what is in use
+  size_t retries = 0, emptied = 0, segments_freed = 0;
+  std::vector<std::unique_ptr<Segment>> segments;
+  bool lost = false;  // an illegal access has spoilt the context: every call fails
   size_t context = 0;  // bytes that this process's context takes, beside what is allocated
   bool has_context = false;
-  size_t free() const { return capacity - std::min(capacity, allocated + context); }
+  size_t free() const { return capacity - std::min(capacity, reserved + context); }
   size_t copies[3] = {0, 0, 0}, bytes[3] = {0, 0, 0};
   std::map<int64_t, StreamState> streams;
   Engine h2d, d2h, compute;
@@ -205,6 +240,7 @@ struct Machine {
   double now = 0;  // the host's virtual clock
   std::map<const char*, BlockPtr> blocks;
   std::map<const char*, PinnedPtr> pinned;
+  int allocator = kExact;
   size_t context_bytes = 0;  // what each new context takes
   size_t pinned_bytes = 0, pinned_peak = 0, pinned_limit = SIZE_MAX, pins = 0, registered_bytes = 0;
   bool strict_host_frees = false;
@@ -222,6 +258,13 @@ struct Machine {
 Machine& machine();
 // A call that makes the driver's context on a device, as the first use of one does.
 void use_device(int device);
+// Raises if the device's context is spoilt.
+void check_alive(int device);
+void drop_queued(int device);
+// Raises if this thread captures a graph, in which nobody can wait, nor lock memory.
+void check_no_capture();
+bool set_capturing(bool capturing);
+bool is_capturing();
 using Lock = std::lock_guard<std::recursive_mutex>;
 
 void launch(StreamState& stream);

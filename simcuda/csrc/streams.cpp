@@ -13,6 +13,7 @@ namespace sim {
 namespace {
 thread_local int this_device = 0;
 thread_local std::array<int64_t, kMaxDevices> this_stream{};
+thread_local bool capturing = false;
 
 struct Event {
   MarkerPtr marker;
@@ -70,8 +71,31 @@ void check_device(int device) {
                                          std::to_string(machine().device_count) + " device(s)");
 }
 
+void check_alive(int device) {
+  if (machine().devices[device].lost)
+    throw_cuda_error(kIllegalAddress, "the context of cuda:" + std::to_string(device) + " is spoilt");
+}
+
+// What was queued on a spoilt device never runs.
+void drop_queued(int device) {
+  for (auto& [id, stream] : machine().devices[device].streams)
+    for (; !stream.queue.empty(); stream.queue.pop_front()) {
+      Job& job = stream.queue.front();
+      if (job.kind == Job::kMark) job.marker->reached = true;
+      if (job.kind == Job::kRetire) retire_now(job.block);
+    }
+}
+
+bool set_capturing(bool wanted) { return std::exchange(capturing, wanted); }
+bool is_capturing() { return capturing; }
+
+void check_no_capture() {
+  if (capturing) throw_cuda_error(kCaptureUnsupported, "a call that waits, or locks memory");
+}
+
 void use_device(int device) {
   check_device(device);
+  check_alive(device);
   Device& used = machine().devices[device];
   if (!std::exchange(used.has_context, true)) used.context = machine().context_bytes;
 }
@@ -175,12 +199,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeStream(const c10::Stream& s) const override {
     Lock lock(machine().mutex);
+    check_no_capture();
+    check_alive(index_of(s.device()));
     StreamState& stream = stream_state(index_of(s.device()), s.id());
     wait_until(stream.ready);
     run_all(stream);
   }
   void synchronizeDevice(const c10::DeviceIndex index) const override {
     Lock lock(machine().mutex);
+    check_no_capture();
     use_device(index);
     for (auto& [id, stream] : machine().devices[index].streams) {
       wait_until(stream.ready);
@@ -211,7 +238,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void* handle) const override {
     Lock lock(machine().mutex);
     if (handle == nullptr) return;
+    check_no_capture();
     const MarkerPtr& marker = static_cast<Event*>(handle)->marker;
+    check_alive(marker->device);
     wait_until(marker->time);
     run_until(marker);
     release_deferred();

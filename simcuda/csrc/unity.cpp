@@ -2,6 +2,7 @@
 #include "errors.cpp"
 #include "link.cpp"
 #include "memory.cpp"
+#include "segments.cpp"
 #include "pinned.cpp"
 #include "streams.cpp"
 #include "faults.cpp"

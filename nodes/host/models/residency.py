@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import qmove_core as qmove
+from qmove_core import for_hosts
 
 from .. import comfy, hooks, meter, progress
 from ..contract import HostEntry, ListedModel
@@ -183,8 +184,9 @@ def park(models: Collection[Model]) -> None:
     """Parks adopted models, and has ComfyUI unload its own ones."""
     ours = [model for model in models if isinstance(model, Adopted)]
     try:
-        for adopted in ours:
-            adopted.park()
+        with for_hosts.released_once():
+            for adopted in ours:
+                adopted.park()
     finally:
         entries = [entry for adopted in ours for entry in entries_of(adopted)]
         _drop([entry for entry in entries if not entry.loaded_size()])
@@ -197,15 +199,16 @@ def park(models: Collection[Model]) -> None:
 def park_until_free(order: Sequence[Model], device: torch.device, nbytes: float) -> list[Model]:
     """Parks models in this order until `nbytes` are free on `device`; returns those it parked."""
     done: list[Model] = []
-    for model in order:
-        if (meter.free_bytes(device) or 0) >= nbytes:
-            break
-        try:
-            park([model])
-        except qmove.Pinned as error:  # with what it is a part of
-            log.debug("%s", error)
-            continue
-        done.append(model)
+    with for_hosts.released_once():
+        for model in order:
+            if (meter.free_bytes(device) or 0) >= nbytes:
+                break
+            try:
+                park([model])
+            except qmove.Pinned as error:  # with what it is a part of
+                log.debug("%s", error)
+                continue
+            done.append(model)
     return done
 
 

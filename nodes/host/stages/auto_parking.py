@@ -8,6 +8,7 @@ farthest ahead. Where everything fits, nothing moves.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections import Counter
@@ -126,9 +127,24 @@ def _file_bytes(signature: Signature) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+@functools.cache  # so it is said once
+def parks_on(device: torch.device) -> bool:
+    """Whether parking gains room on a device: not where its memory is the machine's RAM."""
+    if not for_hosts.shares_memory_with_host(device):
+        return True
+    log.warning(
+        "%s shares its memory with the CPU: a parked model takes as much of it, and twice as much "
+        "while it is copied. So nothing is parked there by itself; the nodes and buttons still do.",
+        device,
+    )
+    return False
+
+
 @never_fails("ask ComfyUI for room", None)
 def give_room(device: torch.device, nbytes: int) -> None:
     """For a model that wakes while a node runs: parks others, but none that the node was given."""
+    if not parks_on(device):
+        return
     wanted = nbytes + settings.vram_to_keep_free()
     residency.make_room(device, wanted, [*in_use.models, *in_use.patchers])
 
@@ -205,17 +221,19 @@ def say_who_holds(full: Sequence[torch.device]) -> None:
 
 def make_room_again(full: Sequence[torch.device]) -> None:
     """Parks all that is idle on the devices that were full: how much would do, nobody knows."""
-    for model in idle_on(full):
-        try:
-            residency.park([model])
-        except qmove.QMoveError as error:  # RAM is short, or it cannot be moved
-            log.warning("%s", error)
+    with for_hosts.released_once():
+        for model in idle_on(full):
+            try:
+                residency.park([model])
+            except qmove.QMoveError as error:  # RAM is short, or it cannot be moved
+                log.warning("%s", error)
 
 
 def idle_on(devices: Sequence[torch.device]) -> list[Model]:
     """Idle models on any of these devices, the least useful first, also those of no wire."""
     finding.look()
-    return [m for m in order_to_park(None, None, in_use) if any(is_on(m, d) for d in devices)]
+    gaining = list(filter(parks_on, devices))
+    return [m for m in order_to_park(None, None, in_use) if any(is_on(m, d) for d in gaining)]
 
 
 def order_to_park(
@@ -283,7 +301,7 @@ def _make_room(nodes: ExecutionList, node_id: str, inputs: NodeInputs, needed: N
     for adopted in inputs.models:
         coming.update(adopted.parked)
     order: list[Model] | None = None
-    for device in meter.devices():
+    for device in filter(parks_on, meter.devices()):
         wanted: float = _room_for(device, coming[device], needed)
         if settings.parks_each_stage() and _computes_on(device, inputs, needed):
             wanted = residency.EVERYTHING
