@@ -32,13 +32,21 @@ class QMoveFreeVRAM:
         return {
             "required": {"gib": ("FLOAT", gib)},
             "optional": {
+                "wait": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Where parking is not enough, waits until other programs have "
+                        "freed the rest.",
+                    },
+                ),
                 "after": (
                     ANY,
                     {"tooltip": "The node runs after this input, which is passed through."},
-                )
+                ),
             },
         }
 
-    def free(self, gib: float, after: Any = None) -> dict[str, Any]:
-        report = requests.free_vram(int(gib * 2**30))
+    def free(self, gib: float, wait: bool = False, after: Any = None) -> dict[str, Any]:
+        report = requests.free_vram(int(gib * 2**30), wait=wait)
         return shown(report, (after, report))

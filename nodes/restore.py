@@ -31,9 +31,22 @@ class QMoveRestore:
                     places,
                     {"default": requests.HOME, "tooltip": "home: where it came from."},
                 ),
-            }
+            },
+            "optional": {
+                "wait_for_gib": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1024.0,
+                        "step": 0.1,
+                        "tooltip": "First waits until so many GiB of the GPU are free, as other "
+                        "programs let go of them. 0: does not wait.",
+                    },
+                )
+            },
         }
 
-    def restore(self, model: Any, device: str) -> dict[str, Any]:
-        report = requests.restore_value(model, device)
+    def restore(self, model: Any, device: str, wait_for_gib: float = 0.0) -> dict[str, Any]:
+        report = requests.restore_value(model, device, int(wait_for_gib * 2**30))
         return shown(report, (model, report))

@@ -14,6 +14,7 @@ from .devices import (
     free_memory,
     has_context,
     memory_without_context,
+    release_cached,
     released_once,
     shares_memory_with_host,
     total_memory,
@@ -27,7 +28,8 @@ from .memory.budget import has_room_on_host
 from .memory.mirrors import known_digest
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
-from .nvml import other_processes
+from .nvml import Memory, other_processes
+from .nvml import memory as memory_of_card
 from .parking.pins import Pin, any_pinned, pin_of
 from .parking.records import parked_bytes
 from .slots import slots_of
@@ -36,6 +38,7 @@ __all__ = [
     "AT_ONCE",
     "Description",
     "Heap",
+    "Memory",
     "Pin",
     "Place",
     "any_pinned",
@@ -48,6 +51,7 @@ __all__ = [
     "known_devices",
     "known_digest",
     "lock",
+    "memory_of_card",
     "memory_without_context",
     "nothing_away",
     "on_move",
@@ -60,6 +64,7 @@ __all__ = [
     "readable_bytes",
     "released_once",
     "shares_memory_with_host",
+    "release_cached",
     "slots_of",
     "total_memory",
 ]

@@ -8,7 +8,7 @@ from . import comfy, routes, settings
 from .guard import never_fails
 from .models import residency
 from .panel import events
-from .stages import auto_parking, executor, needs
+from .stages import auto_parking, executor, idle, needs
 
 
 def start() -> None:
@@ -19,6 +19,7 @@ def start() -> None:
     needs.use_file_of_host()
     listen_to_core()
     never_fails("follow the stages of a prompt", False)(executor.install)()
+    never_fails("free VRAM after idle minutes", None)(idle.watch.follow_setting)()
     never_fails("serve its state and settings", False)(routes.install)()
 
 
@@ -28,5 +29,6 @@ def listen_to_core() -> None:
     it twice changes nothing."""
     for_hosts.on_move(residency.note_move)
     for_hosts.on_move(events.model_moved)
+    for_hosts.on_move(idle.watch.note_use)
     for_hosts.on_shortage(auto_parking.give_room)
     residency.keep_listed()

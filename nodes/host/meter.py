@@ -55,6 +55,13 @@ def read(device: torch.device) -> Reading | None:
     return Reading(total, total - free - unused, allocated)
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes of a device that PyTorch's allocator has, for tensors and unused."""
+    if not has_counters(device) or not for_hosts.has_context(device):
+        return 0
+    return bytes_of(stats_of(device), "reserved", "current")
+
+
 def has_counters(device: torch.device) -> bool:
     """Whether the allocator counts what it gives out there (it does not on mps)."""
     return hasattr(torch.get_device_module(device), "memory_stats_as_nested_dict")

@@ -21,7 +21,11 @@ from .guard import is_interrupt, never_fails
 
 SECONDS_BETWEEN_UPDATES = 0.1
 
-_WORDS = {"park": ("Parking", "Parked"), "restore": ("Restoring", "Restored")}
+_WORDS = {
+    "park": ("Parking", "Parked"),
+    "restore": ("Restoring", "Restored"),
+    "wait": ("Waiting for other programs to free VRAM of", "Other programs have freed VRAM of"),
+}
 
 _staged_node: ContextVar[str | None] = ContextVar("qmove_staged_node", default=None)
 _asked_for: ContextVar[bool] = ContextVar("qmove_asked_for", default=False)
@@ -67,9 +71,9 @@ def shown(verb: str, name: str, model: int, nbytes: int) -> Iterator[Move]:
     """Shows one move of `nbytes` while it runs; its `report` is the callback for the core.
 
     Args:
-        verb: "park" or "restore".
-        name: of the model.
-        model: its number.
+        verb: "park" or "restore"; or "wait", for what no move of ours frees.
+        name: of the model; or of the device that is waited for.
+        model: its number; or 0.
     """
     move = Move(verb, name, model, nbytes)
     with _lock:
@@ -195,7 +199,8 @@ class Move:
 
     def to_dict(self) -> dict[str, Any]:
         seconds, running = self.seconds, self.state == "running"
-        speed = self.done / seconds if self.done and seconds > 0 else None
+        moves = self.done and seconds > 0 and self.verb != "wait"
+        speed = self.done / seconds if moves else None
         left = round((self.total - self.done) / speed, 3) if speed and running else None
         return {
             "id": self.number,

@@ -5,8 +5,10 @@ Every body is checked; no GET changes anything. `web_requests.py` is the way int
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Set
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from . import browser, comfy, progress, settings
 from .models import node_models, pins
 from .models.adopted import Adopted, adopted_models
 from .panel import events, history, state
-from .stages import job_queue, pinning, requests
+from .stages import idle, job_queue, lending, pinning, requests
 from .web_requests import BadRequest, Workers, check_origin, echo, names, read_json
 
 log = logging.getLogger("qmove")
@@ -58,13 +60,18 @@ def install() -> bool:
         async def get(request: web.Request) -> web.Response:
             return await answer(give)
 
-    def add_post(path: str, act: Callable[[Any], Answer], *, at_once: bool = False) -> None:
+    def add_post(
+        path: str, act: Callable[[Any], Answer | Future[Answer]], *, at_once: bool = False
+    ) -> None:
         @server.routes.post(path)
         async def post(request: web.Request) -> web.Response:
             async def give() -> Answer:
                 check_origin(request.headers)
                 body = await read_json(request)
-                return act(body) if at_once else await acting.run(lambda: act(body))
+                given = act(body) if at_once else await acting.run(lambda: act(body))
+                if isinstance(given, Future):  # it waits for a node, and holds no thread meanwhile
+                    given = await asyncio.shield(asyncio.wrap_future(given))
+                return given
 
             return await answer(give)
 
@@ -77,6 +84,8 @@ def install() -> bool:
     add_post("/qmove/restore", lambda body: _run(read_restore(body)))
     add_post("/qmove/pin", lambda body: _run(read_pin(body)))
     add_post("/qmove/free", lambda body: _run(read_free(body)))
+    add_post("/qmove/release", _release)
+    add_post("/qmove/take_back", _take_back)
     return True
 
 
@@ -129,6 +138,12 @@ def read_free(body: Any) -> Callable[[], str]:
     return lambda: requests.free_vram(int(gib * 2**30), device)
 
 
+def read_nothing(body: Any) -> None:
+    """`{}`: there is nothing to choose."""
+    if _object(body):
+        raise BadRequest(f"unknown: {names(body)}; send {{}}")
+
+
 def read_cancel(body: Any) -> int:
     """`{"move": 7}`: the id of a move from the state or its event."""
     number = _object(body, {"move"})["move"]
@@ -151,12 +166,42 @@ def _change_settings(body: Any) -> Answer:
     except settings.InvalidSettings as error:
         raise BadRequest(str(error)) from error
     browser.send(browser.SETTINGS, changed)
+    idle.watch.follow_setting()
     return 200, changed
 
 
+def _release(body: Any) -> Future[Answer]:
+    """Answers when the VRAM is free, also where a node has to end first."""
+    read_nothing(body)
+
+    def release() -> Answer:
+        released = lending.release()
+        return 409 if "error" in released else 200, released
+
+    return job_queue.run_when_free(lambda: _answer_of(release))
+
+
+def _take_back(body: Any) -> Answer:
+    """Answers at once; what moves then is in the state and in its events."""
+    read_nothing(body)
+    answer = lending.take_back()
+    return 202 if answer["began"] else 200, answer
+
+
 def _run(job: Callable[[], str]) -> Answer:
-    try:
+    def run() -> Answer:
         has_run, report = job_queue.run_or_queue(job)
+        if has_run:
+            return 200, {"report": report}
+        return 202, {"report": "A node is running; this is done as soon as it has ended."}
+
+    return _answer_of(run)
+
+
+def _answer_of(act: Callable[[], Answer]) -> Answer:
+    """What `act` answers, or why it cannot."""
+    try:
+        return act()
     except progress.Cancelled as cancelled:
         return 409, {"error": str(cancelled), "cancelled": True}
     except (QMoveError, torch.OutOfMemoryError) as error:
@@ -165,9 +210,6 @@ def _run(job: Callable[[], str]) -> Answer:
         return _failed(error)
     finally:
         events.send_if_changed()
-    if has_run:
-        return 200, {"report": report}
-    return 202, {"report": "A node is running; this is done as soon as it has ended."}
 
 
 def _failed(error: Exception) -> Answer:

@@ -26,6 +26,7 @@ AUTO_PARK_WHEN = "qmove.autoParkWhen"
 KEEP_MIRRORS = "qmove.keepMirrors"
 RAM_LIMIT = "qmove.ramLimit"
 VRAM_TO_KEEP_FREE = "qmove.vramToKeepFree"
+IDLE_MINUTES = "qmove.idleMinutes"
 RUN_AGAIN = "qmove.runAgain"
 VERIFY = "qmove.verify"
 NOTIFICATIONS = "qmove.notifications"  # only the browser uses it; kept here so that all tabs agree
@@ -38,11 +39,17 @@ DEFAULTS: dict[str, Any] = {
     KEEP_MIRRORS: True,
     RAM_LIMIT: 0,
     VRAM_TO_KEEP_FREE: 0,
+    IDLE_MINUTES: 0,
     RUN_AGAIN: True,
     VERIFY: False,
     NOTIFICATIONS: True,
 }
-MOST_GIB: dict[str, int] = {RAM_LIMIT: 65536, VRAM_TO_KEEP_FREE: 1024}
+# Of the settings that are numbers: the most, and what is counted.
+NUMBERS: dict[str, tuple[int, str]] = {
+    RAM_LIMIT: (65536, "GiB"),
+    VRAM_TO_KEEP_FREE: (1024, "GiB"),
+    IDLE_MINUTES: (10080, "minutes"),
+}
 _CHOICES: dict[str, tuple[Any, ...]] = {AUTO_PARK_WHEN: (NEEDED, STAGE)}
 
 _values: dict[str, Any] = dict(DEFAULTS)
@@ -73,6 +80,11 @@ def vram_to_keep_free() -> int:
     return int(_values[VRAM_TO_KEEP_FREE] * GIB)
 
 
+def idle_minutes() -> float:
+    """After how many minutes without a use all VRAM is given back; 0 for never."""
+    return float(_values[IDLE_MINUTES])
+
+
 def keep_mirrors() -> bool:
     """Whether host copies of models that came home are kept, so that the next park copies less."""
     return bool(_values[KEEP_MIRRORS])
@@ -101,11 +113,12 @@ def _check(name: str, value: Any) -> None:
         raise InvalidSettings(
             f"{echo(name)} is not a setting of qmove. It has: {', '.join(DEFAULTS)}."
         )
-    if name in MOST_GIB:
+    if name in NUMBERS:
+        most, unit = NUMBERS[name]
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and 0 <= value <= MOST_GIB[name]:
+        if is_number and 0 <= value <= most:
             return
-        allowed = f"a number of GiB from 0 to {MOST_GIB[name]}"
+        allowed = f"a number of {unit} from 0 to {most}"
     else:
         choices = _CHOICES.get(name, (True, False))
         if type(value) is type(DEFAULTS[name]) and value in choices:

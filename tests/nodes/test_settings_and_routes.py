@@ -38,6 +38,7 @@ def test_it_is_on_and_parks_when_needed_unless_told_otherwise() -> None:
         "qmove.keepMirrors": True,
         "qmove.ramLimit": 0,
         "qmove.vramToKeepFree": 0,
+        "qmove.idleMinutes": 0,
         "qmove.runAgain": True,
         "qmove.verify": False,
         "qmove.notifications": True,
@@ -121,6 +122,8 @@ def test_a_stored_file_that_does_not_fit_is_told_and_the_defaults_stay(
         ({"qmove.ramLimit": True}, "GiB from 0 to"),
         ({"qmove.ramLimit": float("nan")}, "GiB from 0 to"),
         ({"qmove.vramToKeepFree": 1025}, "GiB from 0 to 1024"),
+        ({"qmove.idleMinutes": -0.5}, "minutes from 0 to 10080"),
+        ({"qmove.idleMinutes": True}, "minutes from 0 to 10080"),
         ({"qmove.verify": 1}, "true or false"),
     ],
 )
@@ -161,6 +164,8 @@ def test_a_wrong_setting_is_refused_with_the_reason_and_changes_nothing(
         (routes.read_pin, {"node": "5", "class": "Load", "pin": "pin"}, "Run the workflow first"),
         (routes.read_cancel, {"move": "1"}, "the id of a move"),
         (routes.read_cancel, {}, "missing: move"),
+        (routes.read_nothing, {"models": "all"}, "unknown: models"),
+        (routes.read_nothing, [], "an object"),
     ],
 )
 def test_a_wrong_body_is_refused_with_the_reason(

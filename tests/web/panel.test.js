@@ -230,6 +230,39 @@ describe("moves", () => {
   });
 });
 
+describe("a node that waits for other programs", () => {
+  const wait = (/** @type {object} */ parts = {}) =>
+    move({ verb: "wait", name: "cuda:0", model: 0, bytes_per_second: null, seconds_left: null, node: "8", cancel: "prompt", ...parts });
+
+  beforeEach(async () => {
+    await show(snapshot());
+    api.send("qmove.move", wait());
+    panel.update();
+  });
+
+  test("shows how much is free of what it waits for, without a speed, and no model is busy", () => {
+    expect(document.querySelector(".qmove-move-title")?.textContent).toBe("Waiting for other programs to free VRAM of cuda:0");
+    expect(part("progress-text").textContent).toBe("2.0 GiB of 6.0 GiB");
+    expect(rows()[0].dataset.state).toBe("resident");
+  });
+
+  test("can be cancelled", async () => {
+    api.answers["/qmove/cancel"] = { cancelled: "prompt" };
+    part("cancel").click();
+    await vi.waitFor(() => expect(api.posted("/qmove/cancel")).toEqual([{ move: 7 }]));
+  });
+
+  test.each([
+    ["done", "other programs have freed VRAM of cuda:0 after 3.0 s"],
+    ["cancelled", "no longer waiting for VRAM of cuda:0"],
+    ["failed", "no longer waiting for VRAM of cuda:0"],
+  ])("says how it ended: %s", (state, text) => {
+    api.send("qmove.move", wait({ state, seconds: 3 }));
+    panel.update();
+    expect(part("status").textContent).toBe(text);
+  });
+});
+
 describe("controls", () => {
   beforeEach(() => show(snapshot()));
 

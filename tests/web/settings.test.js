@@ -130,6 +130,7 @@ test("each setting has its place, a tooltip and a default", () => {
     "qmove.autoPark",
     "qmove.autoParkWhen",
     "qmove.vramToKeepFree",
+    "qmove.idleMinutes",
     "qmove.runAgain",
     "qmove.keepMirrors",
     "qmove.ramLimit",

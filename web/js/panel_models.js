@@ -116,7 +116,7 @@ function updatePin(select, { name, pin, pins }) {
 /** @param {ModelEntry} model */
 function whereabouts(model) {
   const words = texts();
-  const state = model.busy === "park" ? words.parking : model.busy === "restore" ? words.restoring : words.states[model.state];
+  const state = model.busy ? words.moving[model.busy] : words.states[model.state];
   const parts = [state];
   if (model.on_disk && model.state !== "on disk") parts.push(words.onDisk(bytes(model.on_disk)));
   if (model.home.length) parts.push(words.home(model.home.join(", ")));

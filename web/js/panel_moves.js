@@ -53,7 +53,7 @@ function createMove(move) {
 function updateMove(element, move) {
   const words = texts();
   const [title, bar, foot] = /** @type {HTMLElement[]} */ ([...element.children]);
-  const what = `${move.verb === "park" ? words.parking : words.restoring} ${move.name}`;
+  const what = `${words.moving[move.verb]} ${move.name}`;
   setText(title, what);
   const figures = [words.doneOf(bytes(move.done), bytes(move.total))];
   if (move.bytes_per_second) figures.push(speed(move.bytes_per_second));
@@ -95,6 +95,9 @@ export function updatePastMoves(list, moves) {
 /** @param {Move} move one that has ended */
 export function whatHappened(move) {
   const words = texts();
+  if (move.verb === "wait") {
+    return move.state === "done" ? words.hasWaited(move.name, duration(move.seconds)) : words.hasNotWaited(move.name);
+  }
   if (move.state === "cancelled") return words.wasCancelled(move.name);
   if (move.state === "failed") return words.hasFailed(move.name);
   const say = move.verb === "park" ? words.hasParked : words.hasRestored;

@@ -17,6 +17,9 @@ import { texts } from "./texts.js";
 /** A GiB field of the dialog: 0 is "none". @param {number} max */
 const gib = (max) => ({ min: 0, max, step: 0.5, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
 
+/** A field for minutes: 0 is "never". @param {number} max */
+const minutes = (max) => ({ min: 0, max, step: 1, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
+
 /** What the dialog shows, in this order. The locales have the translations of names, tooltips and options. */
 const DEFINITIONS = [
   {
@@ -53,6 +56,17 @@ const DEFINITIONS = [
     tooltip:
       "So much VRAM of each GPU is left to other programs: auto-parking parks idle models until it is free. 0: none. " +
       "Costs more copies the higher it is. Holds from the next node on.",
+  },
+  {
+    id: "qmove.idleMinutes",
+    name: "Free VRAM after idle minutes",
+    type: "number",
+    defaultValue: 0,
+    attrs: minutes(10080),
+    group: "Auto-parking",
+    tooltip:
+      "When nothing was used for so many minutes, all VRAM goes back to the system, for other programs and to save power. " +
+      "0: never. Costs a copy out, and one home when the models are used again.",
   },
   {
     id: "qmove.runAgain",

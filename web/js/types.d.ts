@@ -10,7 +10,7 @@ export interface ModelEntry {
   kind: string;
   nbytes: number;
   state: ModelState;
-  busy: null | "park" | "restore";
+  busy: null | Move["verb"];
   resident: Record<string, number>;
   parked: Record<string, number>;
   on_disk: number;
@@ -24,7 +24,8 @@ export interface ModelEntry {
 
 export interface Move {
   id: number;
-  verb: "park" | "restore";
+  /** "wait": a node waits for other programs; `name` is the device, `model` 0, `done` what is free. */
+  verb: "park" | "restore" | "wait";
   name: string;
   model: number;
   done: number;

@@ -22,7 +22,7 @@ from ..guard import is_interrupt, never_fails
 from ..models import entries, node_models, residency
 from ..models.adopted import adopted_models
 from ..panel import events, history
-from . import auto_parking, job_queue, needs, second_try
+from . import auto_parking, idle, job_queue, last_run, needs, second_try
 from .needs import Measurement
 
 log = logging.getLogger("qmove")
@@ -123,6 +123,7 @@ def _stage(nodes: ExecutionList, node_id: str) -> None:
         job_queue.node_ended()  # the last one, where it did not complete
         _begin(nodes, node_id)
         job_queue.node_begins()
+    idle.watch.note_use()
     events.send_if_due()
 
 
@@ -143,6 +144,7 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     is_lazy = hasattr(graph.class_of(nodes, node_id), "check_lazy_status")
     if is_lazy or node_id not in run.unfinished:
         run.measurement = _prepare(nodes, node_id)
+        last_run.note(nodes, auto_parking.in_use)
     # A loop takes nodes away that were put back: `inhibit_nodes`.
     run.unfinished.intersection_update(nodes.pendingNodes)
     run.unfinished.add(node_id)
@@ -246,4 +248,5 @@ def _end(nodes: Any) -> None:
         history.run_ends(nodes)
     auto_parking.in_use = auto_parking.NodeInputs()
     job_queue.node_ended()
+    idle.watch.note_use()
     events.send_if_changed()

@@ -16,7 +16,7 @@ from ..models import holders, pins, residency, wires
 from ..models.adopted import Adopted, adopted_models
 from ..models.loose_tensors import group_of
 from ..models.residency import Model
-from . import auto_parking, executor
+from . import auto_parking, executor, waiting
 
 HOME = "home"
 
@@ -82,12 +82,20 @@ def restore_all(device: str = HOME) -> str:
     return restore_models(models, device) or "No model is parked: nothing to restore."
 
 
-def restore_value(value: object, device: str = HOME) -> str:
-    """Brings all models in a value home, or to `device`; returns a line for each."""
+def restore_value(value: object, device: str = HOME, wait_for: int = 0) -> str:
+    """Brings all models in a value home, or to `device`; returns a line for each.
+
+    With `wait_for` it first makes room of so many bytes where they come to, and waits until other
+    programs have freed what is lacking.
+    """
     models, patchers = models_in(value)
     if not models and not patchers:
         return f"{what(value)} holds no model: nothing to restore."
-    lines = [restore_models(models, device)] if models else []
+    lines = [
+        free_vram(wait_for, str(target), wait=True)
+        for target in (_targets(models, patchers, device) if wait_for else ())
+    ]
+    lines += [restore_models(models, device)] if models else []
     host = comfy.model_management()
     if patchers and host is not None:
         host.load_models_gpu(patchers)
@@ -96,6 +104,19 @@ def restore_value(value: object, device: str = HOME) -> str:
             for patcher in patchers
         ]
     return "\n".join(lines)
+
+
+def _targets(
+    models: Collection[Adopted], patchers: Collection[HostEntry], device: str
+) -> list[torch.device]:
+    """The accelerators that something of these is to come to."""
+    if device == HOME:
+        targets = [home for adopted in models for home in adopted.parked]
+    else:
+        target = torch.device(device)
+        targets = [target for m in models if m.parked or any(d != target for d in m.resident)]
+    targets += [p.load_device for p in patchers if p.loaded_size() < p.model_size()]
+    return [target for target in dict.fromkeys(targets) if target.type != "cpu"]
 
 
 def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
@@ -160,8 +181,10 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
     return "\n".join(lines)
 
 
-def free_vram(nbytes: int, device: str | None = None) -> str:
+def free_vram(nbytes: int, device: str | None = None, *, wait: bool = False) -> str:
     """Parks models, the least useful first, until `nbytes` are free on `device`, or on each one.
+
+    Where that is not enough, and with `wait`, it waits until other programs have freed the rest.
 
     Returns:
         A line for each device.
@@ -174,6 +197,8 @@ def free_vram(nbytes: int, device: str | None = None) -> str:
         there = [model for model in order if auto_parking.is_on(model, target)]
         residency.have_dynamic_yield(target, nbytes)
         parked = residency.park_until_free(there, target, nbytes)
+        if wait and (meter.free_bytes(target) or 0) < nbytes:
+            lines += waiting.wait_for_others(target, nbytes)
         free = meter.free_bytes(target) or 0
         names = ", ".join(m.name if isinstance(m, Adopted) else name_of(m) for m in parked)
         line = f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}."

@@ -113,7 +113,7 @@ def unchanged(gpu: GPU, server: RoutesServer) -> Any:
 
 
 def test_all_routes_are_tried(server: RoutesServer) -> None:
-    named = {"settings", "cancel", "park", "restore", "pin", "free"}
+    named = {"settings", "cancel", "park", "restore", "pin", "free", "release", "take_back"}
     assert {f"/qmove/{name}" for name in named} <= set(server.posts)
     assert {"/qmove/state", "/qmove/settings", "/qmove/history"} <= set(server.gets)
 

@@ -51,8 +51,7 @@ export const en = {
     "in RAM": "in RAM",
     busy: "moving",
   },
-  parking: "Parking",
-  restoring: "Restoring",
+  moving: { park: "Parking", restore: "Restoring", wait: "Waiting for other programs to free VRAM of" },
   /** @param {string} homes */
   home: (homes) => `home ${homes}`,
   neverUsed: "not used yet",
@@ -95,6 +94,10 @@ export const en = {
   wasCancelled: (name) => `${name} stayed: the move was cancelled`,
   /** @param {string} name */
   hasFailed: (name) => `${name} stayed: the move failed`,
+  /** @param {string} device @param {string} time */
+  hasWaited: (device, time) => `other programs have freed VRAM of ${device} after ${time}`,
+  /** @param {string} device */
+  hasNotWaited: (device) => `no longer waiting for VRAM of ${device}`,
   /** @param {string} node */
   because: (node) => `for “${node}”`,
   becauseHost: "asked for by ComfyUI or by you",
