@@ -162,6 +162,7 @@ DEFAULTS = {
     "qmove.keepMirrors": True,
     "qmove.ramLimit": 0,
     "qmove.vramToKeepFree": 0,
+    "qmove.idleMinutes": 0,
     "qmove.runAgain": True,
     "qmove.verify": False,
     "qmove.notifications": True,
