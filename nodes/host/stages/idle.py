@@ -83,7 +83,7 @@ class IdleWatch:
         self._releases_in = threading.get_ident()
         self._is_released = True  # unless another thread uses a model meanwhile
         try:
-            released = lending.release()
+            released = lending.release(by_itself=True)
             log.info("Idle for %.4g minutes. %s", seconds / 60, released["report"])
             if "error" in released:
                 log.warning("%s", released["error"])

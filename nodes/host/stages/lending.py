@@ -25,11 +25,15 @@ from . import job_queue, last_run
 log = logging.getLogger("qmove")
 
 
-def release() -> dict[str, Any]:
+def release(*, by_itself: bool = False) -> dict[str, Any]:
     """Gives all VRAM back to the system, cached blocks too; the models wait in RAM.
 
     ComfyUI unloads its own. What the user has pinned stays. A model that cannot leave stops no
     other.
+
+    Args:
+        by_itself: nobody has asked for it just now: what lies in memory that the CPU shares stays,
+            as parking it would free nothing.
 
     Returns:
         Plain data for an answer. "report": a line for each device. "devices": for each its name,
@@ -41,14 +45,17 @@ def release() -> dict[str, Any]:
     finding.look()
     before = {device: for_hosts.memory_without_context(device) for device in meter.devices()}
     reasons: dict[int, str] = {}
-    for model in _in_vram():
-        if pins.stays(model):
-            reasons[_identity(model)] = f"it is {pins.in_words(model)}"
-            continue
-        try:
-            residency.park([model])
-        except (qmove.QMoveError, torch.OutOfMemoryError) as error:
-            reasons[_identity(model)] = str(error)
+    with for_hosts.released_once():
+        for model in _in_vram():
+            if pins.stays(model):
+                reasons[_identity(model)] = f"it is {pins.in_words(model)}"
+            elif by_itself and all(map(for_hosts.shares_memory_with_host, _resident(model))):
+                reasons[_identity(model)] = "its device shares its memory with the CPU"
+            else:
+                try:
+                    residency.park([model])
+                except (qmove.QMoveError, torch.OutOfMemoryError) as error:
+                    reasons[_identity(model)] = str(error)
     _empty_caches()
     devices = [_figures(device, memory, reasons) for device, memory in before.items()]
     lines = [_line(device) for device in devices]

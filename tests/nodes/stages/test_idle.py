@@ -12,12 +12,15 @@ from qmove_pack.nodes.host.models.adopted import adopted_of
 from qmove_pack.nodes.host.stages import idle, job_queue, lending, pinning
 
 import qmove_core as qmove
+import simcuda
 from qmove_core import for_hosts
 from tests.builders.device import GPU
 from tests.nodes.builders import careless_nodes
 from tests.nodes.builders.careless_nodes import model_in, model_of, node
 from tests.nodes.builders.fake_host import FakeHost
 from tests.nodes.builders.guarded import Guarded
+
+pytestmark = pytest.mark.simulated
 
 MINUTES = 10
 
@@ -165,11 +168,28 @@ def test_it_releases_once_until_the_next_use(
 ) -> None:
     releases: list[int] = []
     release = lending.release
-    monkeypatch.setattr(lending, "release", lambda: releases.append(1) or release())
+    monkeypatch.setattr(
+        lending, "release", lambda **options: releases.append(1) or release(**options)
+    )
     for _ in range(5):
         clock.minutes_pass(MINUTES)
         watch.look()
     assert releases == [1]
+
+
+def test_memory_that_the_cpu_shares_is_not_parked(
+    watch: idle.IdleWatch, clock: Clock, model: Any
+) -> None:
+    simcuda.set_integrated(0)
+    try:
+        clock.minutes_pass(MINUTES)
+        watch.look()
+    finally:
+        simcuda.set_integrated(0, False)
+
+    assert not qmove.is_parked(model)
+    lending.release()  # somebody has asked for it
+    assert qmove.is_parked(model)
 
 
 def test_what_is_pinned_stays(watch: idle.IdleWatch, clock: Clock, model: Any) -> None:
@@ -207,7 +227,7 @@ def test_a_failure_is_logged_and_the_watch_goes_on(
 ) -> None:
     guarded.expect("free VRAM after idle minutes")
     with monkeypatch.context() as patched:
-        patched.setattr(lending, "release", lambda: 1 / 0)
+        patched.setattr(lending, "release", lambda **options: 1 / 0)
         clock.minutes_pass(MINUTES)
         watch.look()
     watch.note_use()

@@ -3,6 +3,7 @@ comes home again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,10 +62,22 @@ def use(mib: int = 16, seed: int = 1, shape: str = "plain") -> dict[str, Any]:
 def emptied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that were allocated when the allocator's cache was emptied, in turn."""
     found: list[int] = []
-    monkeypatch.setattr(
-        torch.cuda, "empty_cache", lambda: found.append(torch.cuda.memory_allocated(0))
-    )
+    empty = torch.cuda.empty_cache
+
+    def empty_cache() -> None:
+        found.append(torch.cuda.memory_allocated(0))
+        empty()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     return found
+
+
+@pytest.fixture
+def caching() -> Iterator[None]:
+    """PyTorch's caching allocator, which keeps what is freed."""
+    before = simcuda.set_allocator("native")
+    yield
+    simcuda.set_allocator(before)
 
 
 def in_background(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -75,11 +88,14 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_release_leaves_no_byte_and_no_cached_block(
-    host: FakeHost, gpu: GPU, emptied: list[int]
+    host: FakeHost, gpu: GPU, emptied: list[int], caching: None
 ) -> None:
     host.run(use())
     model = model_in(host, "load")
     before = snapshot(model)
+    cached = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda:0")
+    del cached
+    assert torch.cuda.memory_reserved(0) > gpu.allocated() > 0
     driver = torch.cuda.mem_get_info(0)[0]
     reserved = torch.cuda.memory_reserved(0)
 
