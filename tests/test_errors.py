@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import qmove_core as qmove
+from qmove_core.model.walk import _visitor_of
 from tests.builders.device import GPU, SIMULATED
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
@@ -154,6 +155,13 @@ def test_a_cuda_graph_over_the_weights_stops_a_park(gpu: GPU) -> None:
         qmove.CannotMove, match=r"graph: a CapturedGraph replays kernels with the raw addresses"
     ):
         qmove.park(model)
+
+
+@pytest.mark.skipif(not hasattr(torch.accelerator, "Graph"), reason="torch before 2.13")
+def test_an_accelerators_graph_is_one_as_well() -> None:
+    """`torch.accelerator.Graph` is no CUDAGraph; without a capture none can be made here."""
+    assert not issubclass(torch.accelerator.Graph, torch.cuda.CUDAGraph)
+    assert _visitor_of(torch.accelerator.Graph) is _visitor_of(torch.cuda.CUDAGraph)
 
 
 def test_all_errors_are_qmove_errors() -> None:

@@ -16,6 +16,8 @@ from ..storages import empty
 from . import arena, giving_back
 from .limits import room
 
+IN_PIECES = "free VRAM, in pieces"  # the limit where an allocation fails that the figures allow
+
 
 def require(
     action: Action,
@@ -101,7 +103,7 @@ def out_of_memory(
     """The error for an allocation that failed although the figures said that it fits: what is free
     lies in pieces."""
     free = devices.free_memory(device) or 0
-    return NotEnoughDeviceMemory(action, str(device), needed, free, "free VRAM, in pieces", advice)
+    return NotEnoughDeviceMemory(action, str(device), needed, free, IN_PIECES, advice)
 
 
 def allocate(

@@ -33,7 +33,8 @@ def swap(
     qmove's host copy of `leaving` still holds unchanged is not copied. RAM need not hold both
     models: where it has too little room, `leaving` takes over the memory that `coming` lay in.
     RAM for the larger of the two and twice the largest storage of each is then enough, however
-    often they take turns; often the largest storage of one is.
+    often they take turns; often the largest storage of one is. Where VRAM is in pieces, and RAM has
+    room for both, all of `leaving` goes first; `progress` then begins anew.
 
     Args:
         leaving, coming: two models, as for `park` and `restore`.
@@ -55,17 +56,44 @@ def swap(
     if settings.verify or not out.moves or not into.moves or _share(out, into):
         with devices.released_once():
             return park(leaving, progress=progress), restore(coming, progress=progress)
-    done = None
+    done, in_pieces = None, None
     try:
         with ExitStack() as until_done, in_use.kept_still(out):
             done = exchange(out, into, until_done, progress)
-    except BaseException:
+    except BaseException as error:
         if done is None:
             _go_back(leaving, coming)
-        raise
+        if not isinstance(error, NotEnoughMemory) or error.limit != budget.IN_PIECES:
+            raise
+        in_pieces = error
+    if done is None:
+        assert in_pieces is not None
+        return _in_turn(leaving, coming, progress, in_pieces)
     gone, come = done
     seconds = time.perf_counter() - started
     return parked_result(leaving, out, gone, seconds), restored_result(coming, into, come, seconds)
+
+
+def _in_turn(
+    leaving: object, coming: object, progress: Progress | None, in_pieces: NotEnoughMemory
+) -> tuple[Parked, Restored]:
+    """What `leaving` gives up bit by bit lies in pieces; when all of it has left, that is free as a
+    whole. RAM must hold both for it.
+
+    Raises:
+        NotEnoughMemory: RAM cannot, or the device has too little room all the same. Both are where
+            they were.
+    """
+    log.info("VRAM is in pieces: one model is parked before the other comes (%s)", str(in_pieces))
+    try:
+        parked = park(leaving, progress=progress)
+    except NotEnoughMemory as error:
+        raise in_pieces from error
+    try:
+        return parked, restore(coming, progress=progress)
+    except BaseException:
+        restore(leaving)
+        raise
 
 
 def _lacking(out: MovePlan, into: MovePlan) -> dict[torch.device, int]:

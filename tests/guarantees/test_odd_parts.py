@@ -251,6 +251,36 @@ def test_addresses_by_which_accelerate_tells_tied_weights_hinder_nothing(gpu: GP
     assert qmove.park(model).stragglers == []
 
 
+@pytest.mark.parametrize(
+    ("cls_module", "attribute", "handle"),
+    [
+        ("auto_gptq.nn_modules.qlinear.qlinear_exllama", "q4", 17),
+        ("awq.modules.linear.exllamav2", "q_handle", 17),
+        ("somebodys.kernels", "q_handle", 0x7F12_3456_7890),
+        ("somebodys.kernels", "q4", 0x7F12_3456_7890),
+        ("gptqmodel.nn_modules.qlinear.bitblas", "q_params", [ctypes.c_void_p(0x7F12_3456_7890)]),
+        ("somebodys.kernels", "q_params", [ctypes.c_void_p(0x7F12_3456_7890)]),
+    ],
+)
+def test_handles_known_by_their_names_keep_a_layer_where_it_is(
+    gpu: GPU, cls_module: str, attribute: str, handle: object
+) -> None:
+    layer = type("QuantLinear", (nn.Linear,), {"__module__": cls_module})(8, 8).cuda()
+    model = nn.Sequential(layer, nn.Linear(8, 8).cuda())
+    setattr(layer, attribute, None)
+    assert qmove.park(model).stragglers == []
+    qmove.restore(model)
+    setattr(layer, attribute, handle)
+    assert {left.name for left in qmove.park(model).stragglers} == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("value", [4, True, "q4", [1, 2], {"bits": 4}])
+def test_settings_under_such_a_name_hinder_nothing(gpu: GPU, value: object) -> None:
+    model = layers(1)
+    model[0].q4 = model[0].q_params = value
+    assert qmove.park(model).stragglers == []
+
+
 @pytest.mark.parametrize("name", ["ExllamaV2QuantLinear", "WQLinear_Exllama", "BitBLASQuantLinear"])
 def test_layers_known_to_keep_addresses_in_cpp_stay(gpu: GPU, name: str) -> None:
     layer = type(name, (nn.Linear,), {})(8, 8).cuda()
