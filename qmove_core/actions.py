@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 Verb = Literal[
-    "park", "restore", "move", "materialize", "dispatch", "dequantize", "requantize", "rebuild"
+    "park",
+    "restore",
+    "move",
+    "materialize",
+    "dispatch",
+    "dequantize",
+    "requantize",
+    "rebuild",
+    "attach",
 ]
 
 # For each verb: its gerund, and what did not happen to the model if the action is refused.
@@ -18,6 +26,7 @@ FORMS: dict[Verb, tuple[str, str]] = {
     "dequantize": ("Dequantizing", "changed"),
     "requantize": ("Requantizing", "changed"),
     "rebuild": ("Rebuilding", "changed"),
+    "attach": ("Attaching", "changed"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -231,6 +232,44 @@ class Pinned(QMoveError):
             f"Cannot {action.infinitive}: a pin (qmove.pin) keeps {name} where it is. "
             f"{action.nothing_done.capitalize()}. To let it go, call qmove.unpin(model) with that "
             f"{name} first."
+        )
+
+
+class CannotWriteToDisk(QMoveError):
+    """A model cannot be parked on disk. It stays where it was, whole, and so do older files.
+
+    Attributes:
+        path: the file or the folder that is in the way; None if none was named.
+    """
+
+    def __init__(self, action: Action, path: Path | None, why: str, advice: str) -> None:
+        self.path = path
+        where = "" if path is None else f"{path}: "
+        super().__init__(
+            f"Cannot {action.infinitive}: {where}{why}. {action.nothing_done.capitalize()}: the "
+            f"model stays where it was, whole. {advice}"
+        )
+
+
+class CannotAttach(QMoveError):
+    """What lies in a folder cannot be given to this model, which stays as it was.
+
+    Attributes:
+        path: the file or the folder.
+        problems: (name of a tensor, problem) for each, where tensors are in the way.
+    """
+
+    def __init__(
+        self,
+        action: Action,
+        path: Path,
+        why: str,
+        problems: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.path, self.problems = path, list(problems)
+        lines = f":\n{_lines(self.problems)}" if self.problems else "."
+        super().__init__(
+            f"Cannot {action.infinitive}, so {action.nothing_done}: {path}: {why}{lines}"
         )
 
 

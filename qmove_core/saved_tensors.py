@@ -66,6 +66,13 @@ def open_safetensors(file: Path) -> tuple[Any, dict[str, HeaderEntry]]:
         raise NotSafetensors(f"{file} is no whole safetensors file: {error}.") from error
 
 
+def read_metadata(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
+    """The tensors of a safetensors file by name, and the text that it has about itself. Raises as
+    `open_safetensors`."""
+    reader, entries = open_safetensors(file)
+    return entries, dict(reader.metadata() or {})
+
+
 def read_header(file: Path) -> dict[str, HeaderEntry]:
     """The tensors of a safetensors file by name. Raises as `open_safetensors`."""
     return open_safetensors(file)[1]

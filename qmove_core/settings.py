@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +17,7 @@ class Settings:
     verify: bool = False
     pin_limit: int | None = None
     share_from: int | None = 16 << 20
+    disk_folder: Path | None = None
 
 
 settings = Settings()
@@ -29,6 +32,7 @@ def configure(
     verify: bool = _UNCHANGED,
     pin_limit: int | None = _UNCHANGED,
     share_from: int | None = _UNCHANGED,
+    disk_folder: str | os.PathLike[str] | None = _UNCHANGED,
 ) -> Settings:
     """Sets how qmove works in this process. What is not given stays as it is.
 
@@ -44,6 +48,9 @@ def configure(
             the system allows. 0: none.
         share_from: bytes that a model which is parked must have in common with one that is in host
             memory already, for the two to share them there (Linux only). None: never.
+        disk_folder: where `park(model, to="disk")` writes, a folder on a fast disk of this machine.
+            It is made when it is first used; the one above it must be there. Files that processes
+            have left there which ended without cleaning up are removed. None: nowhere.
 
     Returns:
         A copy of the settings that now hold.
@@ -57,13 +64,16 @@ def configure(
             raise ValueError(
                 f"{name} is a number of bytes, not {limit}; None means no limit of qmove's own."
             )
-    given = {
+    given: dict[str, Any] = {
         "ram_limit": ram_limit,
         "keep_mirrors": keep_mirrors,
         "verify": verify,
         "pin_limit": pin_limit,
         "share_from": share_from,
+        "disk_folder": disk_folder,
     }
+    if disk_folder is not _UNCHANGED and disk_folder is not None:
+        given["disk_folder"] = Path(disk_folder).absolute()
     for name, value in given.items():
         if value is not _UNCHANGED:
             setattr(settings, name, value)

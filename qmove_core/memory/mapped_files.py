@@ -43,7 +43,7 @@ import torch
 
 from ..digests.checksum import Checksum
 from ..digests.digest import Digest, digest_storages
-from ..errors import QMoveError
+from ..errors import QMoveError, first_of
 from . import pages
 from .blocks import Block, HostBlock, Released
 
@@ -64,15 +64,10 @@ class MappedFileChanged(QMoveError):
 
     def __init__(self, path: Path, names: Sequence[str], why: str) -> None:
         self.path, self.names = path, list(names)
-        shown = ", ".join(self.names[:5]) + (
-            f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        )
         super().__init__(
-            f"The file {path} was changed after qmove.mirror_files mapped it ({why}), and weights "
-            "of a parked model that lie in "
-            f"it may be lost: {shown}. Nothing was moved. Write the old content into the file and "
-            "try again, or load the model "
-            "anew."
+            f"The file {path} was changed after weights of a parked model were left in it ({why}), "
+            f"and they may be lost: {first_of(self.names)}. Nothing was moved. Write the old "
+            "content into the file and try again, or load the model anew."
         )
 
 
@@ -81,7 +76,9 @@ class Part:
     """The bytes of one tensor in a file, as they were when they became a mirror.
 
     Attributes:
+        digest: None where it was not taken yet.
         stamp: of the file when its bytes were last found right; None if that says too little.
+        is_proved: whether what was last read through the map were these bytes.
     """
 
     name: str
@@ -90,10 +87,14 @@ class Part:
     digest: Digest | None
     checksum: int
     stamp: _Stamp | None
+    is_proved: bool = False
 
 
 class MappedFile(HostBlock):
     """One file in memory. It lives as long as a storage over it, and then is unmapped.
+
+    Attributes:
+        is_own: whether qmove has written it (`disk_files.py`).
 
     Raises:
         OSError: it cannot be opened or mapped.
@@ -102,6 +103,7 @@ class MappedFile(HostBlock):
 
     is_ram = False
     is_file = True
+    is_own = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,10 +136,43 @@ class MappedFile(HostBlock):
         self._parts[start] = Part(name, start, end, digest, checksum, stamp)
         return self.storage(start, end - start, released), digest
 
+    def storage_known(
+        self, name: str, start: int, end: int, checksum: int, released: Released, *, fresh: bool
+    ) -> torch.UntypedStorage:
+        """A storage over [start, end), of whose bytes only the checksum is known.
+
+        Args:
+            fresh: they were written just now; otherwise they are not relied on before they were
+                read and compared.
+        """
+        stamp = self._status() if fresh else None
+        self._parts[start] = Part(name, start, end, None, checksum, stamp)
+        return self.storage(start, end - start, released)
+
+    def part_at(self, start: int) -> Part:
+        """The bytes that begin at `start`."""
+        return self._parts[start]
+
+    def shows(self, start: int) -> bool:
+        """Whether the storage at `start` still has the bytes of the file: its owner has not written
+        to them, or the same."""
+        part = self._parts[start]
+        if pages.is_unwritten(self.address + start, part.end - start):
+            return True
+        checksum = Checksum(part.end - start)
+        for at in range(start, part.end, WINDOW):
+            window = torch.empty(min(WINDOW, part.end - at), dtype=torch.uint8, device="cpu")
+            self.read(at, window)
+            checksum.update(window)
+        return checksum.value == part.checksum
+
     def can_mirror(self, start: int, digest: Digest) -> bool:
         """Whether a storage at `start` that has this digest lies in the file, and not in pages that
         were written to."""
-        return self._parts[start].digest == digest
+        part = self._parts[start]
+        if part.digest is None and part.is_proved:
+            part.digest = digest  # of what was just read, which were the bytes of the file
+        return part.digest == digest
 
     def are_still_valid(self, starts: Sequence[int]) -> bool:
         """Whether the file still has the bytes of these storages. One that lacks some of them may
@@ -161,8 +196,7 @@ class MappedFile(HostBlock):
         stamp = self._stamp()
         if not has_other_bytes and stamp is not None and stamp == part.stamp:
             return
-        content = self._content(part.name, part.start, part.end)
-        if Checksum(len(content)).update(content).value != part.checksum:
+        if self._checksum_in_file(part) != part.checksum:
             why = "its bytes are not those that were mapped"
             raise MappedFileChanged(self.path, [part.name], why)
         part.stamp = stamp
@@ -196,6 +230,13 @@ class MappedFile(HostBlock):
         with torch.inference_mode(False):
             return torch.from_numpy(content)
 
+    def _checksum_in_file(self, part: Part) -> int:
+        """Of what is in the file now, read in pieces."""
+        checksum = Checksum(part.end - part.start)
+        for at in range(part.start, part.end, WINDOW):
+            checksum.update(self._content(part.name, at, min(part.end, at + WINDOW)))
+        return checksum.value
+
     def _require_size(self, end: int, start: int) -> None:
         if os.fstat(self._file.fileno()).st_size < end:
             raise self._too_short([part.name for part in self.parts_in(start, end)])
@@ -206,10 +247,16 @@ class MappedFile(HostBlock):
         return MappedFileChanged(self.path, names, why)
 
     def _stamp(self) -> _Stamp | None:
-        status = os.fstat(self._file.fileno())
-        newest = max(status.st_mtime_ns, status.st_ctime_ns)
-        if os.name != "posix" or not 0 <= newest < time.time_ns() - _SETTLED:
+        """None while a later change may have the same."""
+        stamp = self._status()
+        if stamp is None or not 0 <= max(stamp[1:]) < time.time_ns() - _SETTLED:
             return None
+        return stamp
+
+    def _status(self) -> _Stamp | None:
+        if os.name != "posix":
+            return None
+        status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -273,5 +320,7 @@ class FileReader:
         checksum.update(here)
         if not is_last:
             self._checksums[id(part)] = checksum
-        elif checksum.value != part.checksum:
+            return
+        part.is_proved = checksum.value == part.checksum
+        if not part.is_proved:
             file.require_unchanged(part, has_other_bytes=True)

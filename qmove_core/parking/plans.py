@@ -45,11 +45,13 @@ def to_park(
     allow_live_graph: bool = False,
     strict: bool = False,
     free: int | Mapping[Device, int] | None = None,
+    goes_along: Callable[[Holding], bool] | None = None,
 ) -> MovePlan:
     """What parking `model` takes: no move if it is parked already.
 
     Args:
         free: only so much of it that so many bytes come free; None: all of it.
+        goes_along: whether what is parked already goes to another place on the host now.
         strict: refuse what cannot be moved, which otherwise stays where it is.
         wake: brings home the model, or the list of tensors, that it is given; it may stream if
             `stream` is true. Called when the parked model is used.
@@ -58,7 +60,11 @@ def to_park(
     before = record_of(model)
     extra = tuple(extra)
     action = Action("park", model)
-    everything = _inventory_of(model, extra)
+    if goes_along is None:
+        everything = _inventory_of(model, extra)
+    else:
+        known = (*before.extra, *extra) if before is not None else extra
+        everything = _inventory_of(model, known, before, comes=True)
     held = pins.without_pinned(action, model, everything)
     away = [
         holding
@@ -69,8 +75,19 @@ def to_park(
     ]
     if wanted is not None:
         away = layer_order.last_used(held, away, wanted)
+    parked = [
+        StorageMove(holding, devices.CPU, origin, _outsiders(origin, holding))
+        for holding in (held.holdings if goes_along is not None else ())
+        if holding.device.type == "cpu"
+        and (origin := homes.origin_of(holding.storage)) is not None
+        and origin.is_parked
+        and goes_along is not None
+        and goes_along(holding)
+    ]
+    for move in parked:
+        move.digest = move.origin.digest if move.origin is not None else None
     if not away and not (strict and held.immovable):
-        return MovePlan(action, held, [], lambda: None)
+        return MovePlan(action, held, parked, lambda: None)
     accelerate_dispatch.refuse_lost(action, everything)
     _refuse_immovable(action, held, devices.CPU, left_alone=not strict)
     if not allow_live_graph:
@@ -94,10 +111,15 @@ def to_park(
     return MovePlan(
         action,
         held,
-        moves,
+        [*moves, *parked],
         lambda: _fall_asleep(record, held, moves),
         lambda: _look_after_outsiders(moves),
     )
+
+
+def _outsiders(origin: Origin, holding: Holding) -> list[torch.Tensor]:
+    """The tensors that are known to look into a parked storage and are not in the model."""
+    return origin.tensors_on(holding.storage, but={id(tensor) for tensor in holding.tensors})
 
 
 def to_restore(model: object, device: Device | DeviceMap | None = None) -> MovePlan:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -23,7 +24,7 @@ from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import in_use, pins, plans, records, sleeping, stats, streaming
+from . import disk, in_use, pins, plans, records, sleeping, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -84,6 +85,8 @@ class Parked(Moved):
 def park(
     model: object,
     *,
+    to: Literal["ram", "disk"] = "ram",
+    folder: str | os.PathLike[str] | None = None,
     extra: Iterable[object] = (),
     allow_live_graph: bool = False,
     strict: bool = False,
@@ -99,6 +102,13 @@ def park(
     Args:
         model: anything that holds tensors: a module, a pipeline, a list or dict of them, another
             library's wrapper.
+        to: "ram"; or "disk": a model that is parked in RAM goes there too, and its RAM is free. It
+            lies in a mapped file, as after `mirror_files`, and wakes, streams and moves as any
+            parked model does; what comes home unchanged is parked there again without a copy.
+        folder: for "disk". With one, the model stays there in `weights.safetensors`, whole, for
+            `attach` in a later process; what a file of `mirror_files` has is written as a reference
+            to that file. The folder above it must be there. None: a temporary file in
+            `configure(disk_folder=...)`, which goes with the model or the process.
         extra: objects that go with it (an optimizer, a cache). They come home with the model.
         allow_live_graph: park although an autograd graph still needs the weights. What it saved
             then stays on the device.
@@ -117,6 +127,8 @@ def park(
         NoTensors, MetaTensorsPresent, LiveAutogradGraph: see the messages.
         ValueError: `free` is negative.
         NotEnoughMemory: the host has not enough free memory.
+        CannotWriteToDisk: the disk is full, the folder is missing, ...; the model stays where it
+            was, and so does an older file in the folder.
         CannotMove: a storage was cut, a graph has raw addresses; with `strict` whatever cannot be
             moved; with names and reasons.
         InUse: another thread pins it (`resident`), or does not come to the end of a forward.
@@ -126,11 +138,21 @@ def park(
         DeviceLost: the driver's context is spoilt, for good (so also for all other moves).
     """
     started = time.perf_counter()
+    where = disk.target(to, folder)
     plan = plans.to_park(
-        model, wake, extra, allow_live_graph=allow_live_graph, strict=strict, free=free
+        model,
+        wake,
+        extra,
+        allow_live_graph=allow_live_graph,
+        strict=strict,
+        free=free,
+        goes_along=None if where is None else where.goes_along,
     )
     with in_use.kept_still(plan):
-        done = carry_out(plan, progress)
+        if where is None:
+            done = carry_out(plan, progress)
+        else:
+            done = disk.carry_out(model, plan, where, progress)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 

@@ -127,8 +127,11 @@ class MovePlan:
 
     @property
     def origins(self) -> dict[str, torch.device]:
-        """Where each storage that moves comes from, by its name."""
-        return {move.holding.name: move.came_from for move in self.moves}
+        """Where each storage that moves comes from, by its name; of a parked one its home."""
+        return {
+            move.holding.name: move.came_from if move.origin is None else move.origin.home
+            for move in self.moves
+        }
 
 
 def _on_accelerators(places: Iterable[tuple[int, torch.device]]) -> dict[torch.device, int]:

@@ -358,7 +358,7 @@ def _take_outsiders_along(
     alive = {
         ref.cdata: move
         for move, ref in watched
-        if move.came_from.type != "cpu" and not ref.expired()
+        if (move.came_from.type != "cpu" or move.device.type == "cpu") and not ref.expired()
     }
     if not alive:
         return []

@@ -1,0 +1,121 @@
+"""Reads storages out to wherever their bytes are to be written, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import devices
+from ..memory.blocks import Block, place_of
+from ..memory.mapped_files import WINDOW, WINDOWS, FileReader, MappedFile
+from ..storages import as_bytes
+
+
+@dataclass(slots=True)
+class Piece:
+    """Some bytes of a storage, on the host.
+
+    Attributes:
+        index: which of the storages.
+        start: where they begin in it.
+        content: flat uint8; good until the next piece is asked for.
+        is_last: whether the storage ends with them.
+    """
+
+    index: int
+    start: int
+    content: torch.Tensor
+    is_last: bool
+
+
+def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Iterator[Piece]:
+    """The bytes of all these storages, in order. While one piece is looked at, the next one is
+    under way from its device.
+
+    Close it: it waits for its copies and gives back the page-locked memory they go through.
+
+    Raises:
+        MappedFileChanged: a storage lies in a file that has other bytes now.
+        MemoryError, OSError: no memory for the windows.
+    """
+    reader, windows = FileReader(), _Windows()
+    try:
+        with torch.no_grad(), torch.inference_mode(False):
+            waiting: tuple[Piece, Callable[[], None]] | None = None
+            for index, storage in enumerate(storages):
+                nbytes = storage.nbytes()
+                for start in range(0, max(nbytes, 1), WINDOW):
+                    end = min(nbytes, start + WINDOW)
+                    content, wait = _begin(storage, start, end, reader, windows)
+                    begun = Piece(index, start, content, end == nbytes), wait
+                    if waiting is not None:
+                        waiting[1]()
+                        yield waiting[0]
+                    waiting = begun
+            if waiting is not None:
+                waiting[1]()
+                yield waiting[0]
+    finally:
+        windows.end()
+        reader.end()
+
+
+def _begin(
+    storage: torch.UntypedStorage, start: int, end: int, reader: FileReader, windows: _Windows
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """The bytes of a piece, and what waits until they are there."""
+    if end == start:
+        return torch.empty(0, dtype=torch.uint8, device="cpu"), _nothing
+    if storage.device.type != "cpu":
+        return windows.copy(storage, start, end)
+    place = place_of(storage)
+    if place is not None and isinstance(place[0], MappedFile):
+        return reader.read(place[0], place[1] + start, place[1] + end), _nothing
+    return as_bytes(storage)[start:end], _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Windows:
+    """Page-locked memory that bytes come to from a device."""
+
+    def __init__(self) -> None:
+        self._block: Block | None = None
+        self._lent: object = None
+        self._turn = 0
+        self._streams: dict[int, Any] = {}
+
+    def copy(
+        self, storage: torch.UntypedStorage, start: int, end: int
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Begins to copy, behind all work queued for the device; and what waits for that."""
+        if self._block is None:
+            self._block = Block(WINDOWS * WINDOW)
+            self._lent = self._block.lend()
+            self._block.pin(0, self._block.nbytes)
+        self._turn = (self._turn + 1) % WINDOWS
+        at = self._turn * WINDOW
+        window = self._block.as_bytes()[at : at + end - start]
+        device = storage.device
+        stream = devices.own_stream(device, "out")
+        self._streams[id(stream)] = stream
+        devices.wait_for_work(stream, device)
+        with devices.on_stream(stream, device):
+            window.copy_(as_bytes(storage)[start:end], non_blocking=True)
+            return window, stream.record_event().synchronize
+
+    def end(self) -> None:
+        """Waits for all copies, and gives the memory back."""
+        streams, self._streams = list(self._streams.values()), {}
+        block, self._block, self._lent = self._block, None, None
+        try:
+            for stream in streams:
+                stream.synchronize()
+        finally:
+            if block is not None:
+                block.release()
