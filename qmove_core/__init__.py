@@ -3,7 +3,9 @@
 # First: it says so where PyTorch is missing or too old.
 from . import requirements as _requirements  # noqa: F401
 from .errors import (
+    CannotAttach,
     CannotMove,
+    CannotWriteToDisk,
     CapturingGraph,
     ChangesNotKept,
     CorruptedCopy,
@@ -34,6 +36,7 @@ from .parking.requests import (
     Moved,
     Parked,
     Restored,
+    attach,
     is_parked,
     is_pinned,
     move,
@@ -53,8 +56,10 @@ from .requantize.requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
 
 __all__ = [
+    "CannotAttach",
     "CannotMirror",
     "CannotMove",
+    "CannotWriteToDisk",
     "CapturingGraph",
     "ChangesNotKept",
     "CorruptedCopy",
@@ -79,6 +84,7 @@ __all__ = [
     "Stats",
     "Straggler",
     "UnknownDevice",
+    "attach",
     "configure",
     "dequantize_and_move",
     "disable_to",

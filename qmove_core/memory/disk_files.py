@@ -264,4 +264,3 @@ def rename(path: Path, target: Path) -> None:
 
 
 _MOST = 16 << 20
-

@@ -62,7 +62,7 @@ def _described(found: FoundTensor) -> SavedTensor:
             found.kind,
             own_class(tensor).__name__,
             str(tensor.dtype).removeprefix("torch."),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             list(tensor.shape),
             list(tensor.stride()),
             bits,
@@ -86,6 +86,7 @@ class Matching:
         storages: each storage with (saved tensor, the model's tensors) of those that were found.
         problems: (name, problem) of what does not fit.
         left_out: names of what the model does not have, and does not need.
+        own_tables: tables of bitsandbytes that the model has on an accelerator, and no other one.
     """
 
     storages: list[tuple[SavedStorage, list[tuple[SavedTensor, list[torch.Tensor]]]]] = field(
@@ -93,6 +94,7 @@ class Matching:
     )
     problems: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    own_tables: list[tuple[torch.Tensor, str]] = field(default_factory=list)
 
 
 def match(model: object, manifest: Manifest, modules: Iterable[Any]) -> Matching:
@@ -127,6 +129,11 @@ def match(model: object, manifest: Manifest, modules: Iterable[Any]) -> Matching
                 pairs.append((saved, [item.tensor for item in items.values()]))
         if pairs:
             result.storages.append((storage, pairs))
+    result.own_tables = [
+        (item.tensor, str(item.tensor.device))
+        for key, item in found.tensors.items()
+        if key in tables and item.tensor.device.type not in ("cpu", "meta")
+    ]
     result.problems += [
         (item.names[0], "the folder has nothing for it")
         for key, item in found.tensors.items()
@@ -156,9 +163,7 @@ def _difference(saved: SavedTensor, item: FoundTensor) -> str:
     return ""
 
 
-def _wrapper_problems(
-    manifest: Manifest, by_name: dict[str, FoundTensor]
-) -> list[tuple[str, str]]:
+def _wrapper_problems(manifest: Manifest, by_name: dict[str, FoundTensor]) -> list[tuple[str, str]]:
     problems = []
     for wrapper in manifest.wrappers:
         item = next((by_name[name] for name in wrapper["names"] if name in by_name), None)

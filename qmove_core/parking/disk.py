@@ -203,8 +203,10 @@ def _is_there(items: Sequence[_Item], manifest: Manifest, path: Path) -> bool:
         block, _start = place_of(item.source) or (None, 0)
         if item.move is not None and (
             item.checksum is None
-            or item.reference is None
-            and not (isinstance(block, DiskFile) and block.is_still_at(path))
+            or (
+                item.reference is None
+                and not (isinstance(block, DiskFile) and block.is_still_at(path))
+            )
         ):
             return False
     try:
@@ -269,16 +271,14 @@ def _write_file(
     return sum(sizes)
 
 
-def _write_pieces(
-    writer: DiskWriter, written: Sequence[_Item], progress: Progress | None
-) -> None:
+def _write_pieces(writer: DiskWriter, written: Sequence[_Item], progress: Progress | None) -> None:
     done, total = 0, sum(item.holding.nbytes for item in written)
     checksums = [Checksum(item.holding.nbytes) for item in written]
     with closing(pieces_of([item.source for item in written])) as pieces:
         for piece in pieces:
             checksums[piece.index].update(piece.content)
             at = writer.starts[piece.index] + piece.start
-            writer.write(at, memoryview(piece.content.numpy()))
+            writer.write(at, piece.content.numpy().data)
             done += piece.content.numel()
             if progress is not None:
                 try:

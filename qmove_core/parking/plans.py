@@ -100,7 +100,7 @@ def to_park(
             StorageMove(
                 holding,
                 devices.CPU,
-                Origin(holding.device, holding.nbytes, record, _weakly(holding.tensors)),
+                Origin(holding.device, holding.nbytes, record, weakly(holding.tensors)),
             )
             for holding in away
         ]
@@ -112,7 +112,7 @@ def to_park(
         action,
         held,
         [*moves, *parked],
-        lambda: _fall_asleep(record, held, moves),
+        lambda: fall_asleep(record, held, moves),
         lambda: _look_after_outsiders(moves),
     )
 
@@ -225,7 +225,8 @@ def _bytes_to_free(free: int | Mapping[Device, int]) -> dict[torch.device | None
     return wanted
 
 
-def _weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:
+def weakly(tensors: Iterable[torch.Tensor]) -> list[TensorWeakRef]:
+    """Refers to tensors without keeping them alive."""
     return [TensorWeakRef(tensor) for tensor in tensors]
 
 
@@ -239,18 +240,19 @@ def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
     origins = (homes.origin_of(move.source) for move in moves)
     records = {id(o.record): o.record for o in origins if o is not None}
 
-    def fall_asleep() -> None:
+    def sleep() -> None:
         for record in records.values():
             model = record.model if isinstance(record, Record) else None
             if isinstance(record, Record) and model is not None:
                 again = inventory(model, extra=record.extra)
                 kinds.refresh(again)
-                _fall_asleep(record, again, ())
+                fall_asleep(record, again, ())
 
-    return fall_asleep
+    return sleep
 
 
-def _fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
+def fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
+    """Lets a model that was just parked wake when it is used."""
     record.register()
     entrances.guard()
     owners = _Owners(held.modules)

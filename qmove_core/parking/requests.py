@@ -24,7 +24,7 @@ from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import disk, in_use, pins, plans, records, sleeping, stats, streaming
+from . import attaching, disk, in_use, pins, plans, records, sleeping, stats, streaming
 
 log = logging.getLogger("qmove")
 
@@ -265,6 +265,44 @@ def move(
     moved = _result(Moved, plan, done, seconds, plan.targets)
     _report(f"moved to {devices.resolve(device)}:", model, moved)
     return moved
+
+
+@moving()
+def attach(
+    model: object, folder: str | os.PathLike[str], device: Device | None = None
+) -> Parked | Restored | Moved:
+    """Gives a freshly built model the weights that `park(to="disk", folder=...)` left in `folder`,
+    in this process or in an earlier one. Nothing is loaded or quantized.
+
+    The model must be of the same structure: tensors are found by their names, and must have the
+    same kinds, dtypes and shapes. It may be on the meta device, on the CPU or on an accelerator;
+    layers of bitsandbytes may be quantized, or not yet. What is no weight of it (caches, gradients)
+    may be missing in either.
+
+    Args:
+        model: as for `park`; it must not be parked.
+        folder: it stays as it is, and must stay as long as the model is parked there.
+        device: None: the model is parked in the file, every byte is read and proved now, and it
+            wakes to where it was home (or to this machine's accelerator). Or where it is to be;
+            then its bytes are proved on their way.
+
+    Raises:
+        CannotAttach: the folder or one of its files is missing, cut short, altered or not ours, or
+            the model is another one, with names. The model is as it was.
+        As `restore` with a `device`; the model is parked on disk then.
+        Pinned: a part of it is pinned.
+    """
+    started = time.perf_counter()
+    place = None if device is None else devices.resolve(device)
+    proves = place is None or place.type == "cpu"
+    plan = attaching.attach(model, folder, wake, proves=proves).plan
+    if place is not None:
+        return move(model, place) if place.type == "cpu" else restore(model, place)
+    done = Done(0, [], verified=True)
+    seconds = time.perf_counter() - started
+    result = _result(Parked, plan, done, seconds, plan.origins, _model=model)
+    _report("attached", model, result)
+    return result
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Piece:
     is_last: bool
 
 
-def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Iterator[Piece]:
+def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None, None]:
     """The bytes of all these storages, in order. While one piece is looked at, the next one is
     under way from its device.
 

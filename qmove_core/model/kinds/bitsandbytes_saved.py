@@ -77,22 +77,22 @@ def _state_of(module: Any) -> Any:
 
 def prepare(
     modules: Mapping[str, Any], quantized: Mapping[str, Any], shapes: Mapping[str, Any], undo: Undo
-) -> tuple[list[tuple[str, str]], list[torch.Tensor]]:
+) -> tuple[list[tuple[str, str]], list[tuple[torch.Tensor, str]]]:
     """Makes the layers of a model that are not quantized yet what those in a file are: with all
     their tensors, in which no byte is right yet.
 
     Args:
         quantized: as `describe` gave it.
-        shapes: (dtype, shape) of each saved tensor, by name.
+        shapes: (dtype, shape, home) of each saved tensor, by name.
         undo: gets what makes them as they were.
 
     Returns:
-        (name, problem) of what does not fit, and the tables that were made, on the host.
+        (name, problem) of what does not fit, and (table, home) of each that was made, on the host.
 
     Raises:
         BadManifest: the values are absurd.
     """
-    problems, made = [], dict[str, torch.Tensor]()
+    problems, made = [], dict[tuple[str, str], torch.Tensor]()
     here = describe(modules)
     for name, values in quantized.items():
         module = modules.get(name.rpartition(".")[0])
@@ -111,7 +111,7 @@ def prepare(
         else:
             _prepare_8bit(name, module, shapes, undo)
     problems += [(n, "it is not quantized in the folder") for n in here if n not in quantized]
-    return problems, list(made.values())
+    return problems, [(table, home) for (_text, home), table in made.items()]
 
 
 def _how(here: Any, there: Any) -> str:
@@ -125,7 +125,7 @@ def _prepare_4bit(
     module: Any,
     values: Any,
     shapes: Mapping[str, Any],
-    made_tables: dict[str, torch.Tensor],
+    made_tables: dict[tuple[str, str], torch.Tensor],
     undo: Undo,
 ) -> list[tuple[str, str]]:
     from bitsandbytes.functional import QuantState
@@ -138,14 +138,16 @@ def _prepare_4bit(
     if quant_type != weight.quant_type:
         return [(name, f"it is {quant_type} in the folder, and {weight.quant_type} in the model")]
     if shape != list(weight.shape):
-        return [(name, f"it has the shape {shape} in the folder, {list(weight.shape)} in the model")]
+        return [
+            (name, f"it has the shape {shape} in the folder, {list(weight.shape)} in the model")
+        ]
     made: Any = None
     for depth in reversed(range(len(states))):
         state, prefix = states[depth], f"{name}.quant_state" + ".state2" * depth
         made = QuantState(
             absmax=_empty(shapes, f"{prefix}.absmax"),
             shape=None if state["shape"] is None else torch.Size(_sizes(state["shape"])),
-            code=_table(state.get("code"), made_tables),
+            code=_table(state.get("code"), shapes[name][2], made_tables),
             blocksize=_number(state.get("blocksize")),
             quant_type=state.get("quant_type"),
             dtype=None if state.get("dtype") is None else dtype_of(str(state["dtype"])),
@@ -173,7 +175,11 @@ def _prepare_8bit(name: str, module: Any, shapes: Mapping[str, Any], undo: Undo)
     weight = module.weight
     codes = _empty(shapes, name)
     new = type(weight)(
-        codes, requires_grad=False, has_fp16_weights=False, CB=None, SCB=_empty(shapes, f"{name}.SCB")
+        codes,
+        requires_grad=False,
+        has_fp16_weights=False,
+        CB=None,
+        SCB=_empty(shapes, f"{name}.SCB"),
     )
     with torch._C.DisableTorchFunctionSubclass():
         new.CB = new.detach()
@@ -189,16 +195,16 @@ def _empty(shapes: Mapping[str, Any], name: str) -> torch.Tensor:
     """A tensor as it was saved, with pages that nobody has touched."""
     if name not in shapes:
         raise BadManifest(f"there is no tensor {name}")
-    dtype, shape = shapes[name]
+    dtype, shape, _home = shapes[name]
     return torch.empty(shape, dtype=dtype_of(dtype), device="cpu")
 
 
-def _table(text: Any, made: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """One tensor for each content, as the library has it."""
+def _table(text: Any, home: str, made: dict[tuple[str, str], torch.Tensor]) -> torch.Tensor | None:
+    """One tensor for each content and each device, as the library has it."""
     if text is None:
         return None
-    if text in made:
-        return made[text]
+    if (text, home) in made:
+        return made[text, home]
     if not isinstance(text, str) or len(text) > _TABLE:
         raise BadManifest("a table of codes is not what it should be")
     try:
@@ -207,8 +213,8 @@ def _table(text: Any, made: dict[str, torch.Tensor]) -> torch.Tensor | None:
         raise BadManifest("a table of codes is not what it should be") from error
     if not content or len(content) % 4:
         raise BadManifest("a table of codes is not what it should be")
-    made[text] = torch.frombuffer(content, dtype=torch.float32).clone()
-    return made[text]
+    made[text, home] = torch.frombuffer(content, dtype=torch.float32).clone()
+    return made[text, home]
 
 
 def _number(value: Any) -> int:
