@@ -246,8 +246,8 @@ class CannotWriteToDisk(QMoveError):
         self.path = path
         where = "" if path is None else f"{path}: "
         super().__init__(
-            f"Cannot {action.infinitive}: {where}{why}. {action.nothing_done.capitalize()}: the "
-            f"model stays where it was, whole. {advice}"
+            f"Cannot {action.infinitive}, so {action.nothing_done}: {where}{why}. The model stays "
+            f"where it was, whole. {advice}"
         )
 
 

@@ -84,7 +84,12 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     pins._pins.clear()
     assert not held, f"still pinned: {held}"
     qmove.configure(
-        ram_limit=None, keep_mirrors=True, verify=False, pin_limit=None, share_from=16 << 20
+        ram_limit=None,
+        keep_mirrors=True,
+        verify=False,
+        pin_limit=None,
+        share_from=16 << 20,
+        disk_folder=None,
     )
     qmove.trim()
     if SIMULATED:

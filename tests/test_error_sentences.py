@@ -15,6 +15,8 @@ import pytest
 import qmove_core
 from qmove_core.actions import FORMS, Action, Verb
 from qmove_core.errors import (
+    CannotAttach,
+    CannotWriteToDisk,
     CannotMove,
     CapturingGraph,
     ChangesNotKept,
@@ -61,6 +63,12 @@ WITH_AN_ACTION: dict[type[QMoveError], Callable[[Action], QMoveError]] = {
     OffloadedDataError: lambda action: OffloadedDataError(action, REASONS, ADVICE),
     ChangesNotKept: lambda action: ChangesNotKept(action, REASONS),
     InUse: lambda action: InUse(action, "MainThread", "keeps it home (qmove.resident)"),
+    CannotWriteToDisk: lambda action: CannotWriteToDisk(
+        action, Path("weights.safetensors"), "no space left", "Free room on that disk."
+    ),
+    CannotAttach: lambda action: CannotAttach(
+        action, Path("weights.safetensors"), "it has other weights", [("lm_head.weight", "no")]
+    ),
     Pinned: lambda action: Pinned(action, "LlamaForCausalLM"),
     LiveAutogradGraph: lambda action: LiveAutogradGraph(action, ["lm_head.weight"]),
 }
