@@ -16,8 +16,8 @@ import qmove_core
 from qmove_core.actions import FORMS, Action, Verb
 from qmove_core.errors import (
     CannotAttach,
-    CannotWriteToDisk,
     CannotMove,
+    CannotWriteToDisk,
     CapturingGraph,
     ChangesNotKept,
     CorruptedCopy,

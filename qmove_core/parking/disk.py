@@ -103,7 +103,7 @@ def carry_out(
             stragglers = transaction.commit(later)
     # What was page-locked would wait for the next park: here RAM is what is wanted.
     arena.trim(keep=spares)
-    return Done(written, stragglers, verified)
+    return Done(written, stragglers, verified, transaction.reserved_after)
 
 
 @dataclass(slots=True)
@@ -158,8 +158,9 @@ def _write(model: object, plan: MovePlan, where: Target, progress: Progress | No
 
 
 def _item(holding: Holding, move: StorageMove | None) -> _Item:
-    source = None if move is None else move.target  # a mirror that is still true
-    return _Item(holding, holding.storage if source is None else source, move)
+    # Of a mirror in RAM that is no longer true there is a target as well, to be written over.
+    mirror = move.target if move is not None and move.is_unchanged else None
+    return _Item(holding, holding.storage if mirror is None else mirror, move)
 
 
 def _is_in_file(move: StorageMove) -> bool:

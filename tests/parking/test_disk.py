@@ -92,6 +92,21 @@ def test_what_was_changed_at_home_is_written_anew_and_alone(gpu: GPU, folder: Pa
     assert contents(model) == before
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_mirror_in_ram_is_written_only_while_it_is_true(
+    gpu: GPU, folder: Path, stays: bool
+) -> None:
+    model = layers(4, width=WIDTH)
+    qmove.park(model)
+    qmove.restore(model)
+    model[1].weight.data.add_(1)
+    before = contents(model)
+    qmove.park(model, to="disk", folder=folder if stays else None)
+    assert taken() == (0, 0, 0, MODEL)
+    qmove.restore(model)
+    assert contents(model) == before
+
+
 def test_what_was_changed_while_it_lay_there_is_kept(gpu: GPU, folder: Path) -> None:
     model = layers(4, width=WIDTH)
     qmove.park(model, to="disk")
