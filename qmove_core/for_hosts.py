@@ -22,10 +22,11 @@ from .devices import (
 from .devices import known as known_devices
 from .errors import first_of, is_out_of_memory, readable_bytes
 from .homes import lock, nothing_away, parked_home
-from .hosting import on_move, on_shortage
+from .hosting import on_move, on_shortage, on_yielding
 from .integrations.description import Description, describe
 from .memory.budget import has_room_on_host
 from .memory.mirrors import known_digest
+from .memory.pinning import registered_bytes as page_locked_bytes
 from .model.heap import Heap
 from .model.places import AT_ONCE, Place, places
 from .nvml import Memory, other_processes
@@ -56,15 +57,17 @@ __all__ = [
     "nothing_away",
     "on_move",
     "on_shortage",
+    "on_yielding",
     "other_processes",
+    "page_locked_bytes",
     "parked_bytes",
     "parked_home",
     "pin_of",
     "places",
     "readable_bytes",
+    "release_cached",
     "released_once",
     "shares_memory_with_host",
-    "release_cached",
     "slots_of",
     "total_memory",
 ]

@@ -1,4 +1,5 @@
-"""Callbacks of a program that hosts models (ComfyUI): when a move lacks room, after each move."""
+"""Callbacks of a program that hosts models (ComfyUI): for what yields to an allocation, when a move
+lacks room, after each move."""
 
 from __future__ import annotations
 
@@ -7,10 +8,19 @@ from collections.abc import Callable
 import torch
 
 AskForRoom = Callable[[torch.device, int], None]  # device, bytes that should be free on it
+Yielding = Callable[[torch.device], int]  # bytes
 Moved = Callable[[], None]
 
+_yielding: list[Yielding] = []
 _ask_for_room: list[AskForRoom] = []
 _moved: list[Moved] = []
+
+
+def on_yielding(yielding: Yielding) -> None:
+    """Registers `yielding`, which says how many bytes of a device go by themselves as soon as
+    something else is allocated there. No figure of the driver has them as free."""
+    if yielding not in _yielding:
+        _yielding.append(yielding)
 
 
 def on_shortage(ask_for_room: AskForRoom) -> None:
@@ -26,6 +36,11 @@ def on_move(moved: Moved) -> None:
     """Registers `moved`, called after each move (waking too) and pin in the thread that made it."""
     if moved not in _moved:
         _moved.append(moved)
+
+
+def yielding_bytes(device: torch.device) -> int:
+    """What `on_yielding` registered says."""
+    return sum(callback(device) for callback in _yielding)
 
 
 def ask_for_room(device: torch.device, nbytes: int) -> None:

@@ -6,7 +6,7 @@ from qmove_core import for_hosts
 
 from . import comfy, routes, settings
 from .guard import never_fails
-from .models import residency
+from .models import page_locks, residency
 from .panel import events
 from .stages import auto_parking, executor, idle, needs
 
@@ -29,6 +29,8 @@ def listen_to_core() -> None:
     it twice changes nothing."""
     for_hosts.on_move(residency.note_move)
     for_hosts.on_move(events.model_moved)
+    for_hosts.on_move(page_locks.book)
     for_hosts.on_move(idle.watch.note_use)
+    for_hosts.on_yielding(auto_parking.yielding_bytes)
     for_hosts.on_shortage(auto_parking.give_room)
     residency.keep_listed()

@@ -60,6 +60,8 @@ class ModelManagement(Protocol):
     current_loaded_models: list[ListedModel]
     LoadedModel: Callable[[Any], Any]  # the class of those lines; it is given an entry
     InterruptProcessingException: type[BaseException]  # an Exception up to 0.18.2
+    # From 0.18.2: TOTAL_PINNED_MEMORY, bytes that it has page-locked, and MAX_PINNED_MEMORY, the
+    # most that it may; 0 or less: it locks nothing.
 
     def load_models_gpu(
         self, models: Sequence[HostEntry], *, force_full_load: bool = False

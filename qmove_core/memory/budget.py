@@ -56,7 +56,7 @@ def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str
 
 def require_device(action: Action, nbytes: int, device: torch.device, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` do not fit on `device`."""
-    free = devices.free_memory(device)
+    free = _obtainable(device)
     if free is not None and nbytes > free:
         advice = (
             advice
@@ -87,9 +87,14 @@ def make_room(needed: Mapping[torch.device, int]) -> bool:
 def has_room(needed: Mapping[torch.device, int]) -> bool:
     """Whether the bytes needed on each accelerator are free there now."""
     return all(
-        (free := devices.free_memory(device)) is None or nbytes <= free
-        for device, nbytes in needed.items()
+        (free := _obtainable(device)) is None or nbytes <= free for device, nbytes in needed.items()
     )
+
+
+def _obtainable(device: torch.device) -> int | None:
+    """Bytes that an allocation can get: what is free, and what yields to it."""
+    free = devices.free_memory(device)
+    return None if free is None else free + hosting.yielding_bytes(device)
 
 
 def has_room_on_host(nbytes: int) -> bool:

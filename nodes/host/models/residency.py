@@ -21,7 +21,7 @@ from qmove_core import for_hosts
 from .. import comfy, hooks, meter, progress
 from ..contract import HostEntry, ListedModel
 from ..guard import is_interrupt, never_fails
-from . import pins
+from . import page_locks, pins
 from .adopted import Adopted, adopt, adopted_models
 from .entries import Entry, entries_of, known_entries
 
@@ -98,6 +98,7 @@ def keep_listed() -> bool:
     @functools.wraps(original)
     def free_memory(*args: Any, **options: Any) -> Any:
         list_again()
+        page_locks.book()
         return original(*args, **options)
 
     hooks.wrap(host, "free_memory", free_memory)
@@ -140,7 +141,7 @@ def bring_home(models: Collection[Adopted], keep: Collection[Model] = ()) -> Non
     for adopted in away:
         coming.update(adopted.parked)
     for device, nbytes in coming.items():
-        if (meter.free_bytes(device) or 0) < nbytes:
+        if (meter.free_bytes(device) or 0) + yielding_bytes(device, keep) < nbytes:
             make_room(device, nbytes, [*models, *keep])
     try:
         for adopted in away:

@@ -140,6 +140,12 @@ def parks_on(device: torch.device) -> bool:
     return False
 
 
+@never_fails("count what yields by itself", 0)
+def yielding_bytes(device: torch.device) -> int:
+    """What goes by itself when something is allocated; not what the running node computes with."""
+    return residency.yielding_bytes(device, in_use.patchers)
+
+
 @never_fails("ask ComfyUI for room", None)
 def give_room(device: torch.device, nbytes: int) -> None:
     """For a model that wakes while a node runs: parks others, but none that the node was given."""
@@ -375,7 +381,8 @@ def _prefetch_next(nodes: ExecutionList, node_id: str, inputs: NodeInputs, neede
     for patcher in inputs.patchers:  # it may have been loaded when the need was measured
         room[patcher.load_device] += max(0, patcher.model_size() - int(patcher.loaded_size()))
     for device, nbytes in model.parked.items():
-        if (meter.free_bytes(device) or 0) < _room_for(device, nbytes, room):
+        yields = residency.yielding_bytes(device, inputs.patchers)
+        if (meter.free_bytes(device) or 0) + yields < _room_for(device, nbytes, room):
             return
     if qmove.prefetch(model.movable) is not None:
         log.info("%s begins to come home: it is needed next", model.name)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from .. import comfy, graph, hooks, progress
+from .. import comfy, graph, hooks, progress, settings
 from ..contract import ExecutionList
 from ..guard import is_interrupt, never_fails
-from ..models import entries, node_models, residency
+from ..models import dynamic, entries, node_models, page_locks, residency
 from ..models.adopted import adopted_models
 from ..panel import events, history
 from . import auto_parking, idle, job_queue, last_run, needs, second_try
@@ -134,6 +134,8 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
         return
     _latest = weakref.ref(nodes)
     entries.unload_only(None)
+    dynamic.keep_headroom(settings.vram_to_keep_free() if settings.auto_park() else 0)
+    page_locks.book()
     history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
     if auto_parking.has_nothing_to_do():
         return

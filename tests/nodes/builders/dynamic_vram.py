@@ -1,18 +1,22 @@
 """A stand-in for comfy-aimdo: models of ComfyUI's own that give up their pages to what is allocated.
 
 Their memory is not PyTorch's: no counter of the allocator has it, and free VRAM looks low. Here it
-is taken off the simulated card's size. The real thing hooks the driver's allocation; here a node
-that stands for any allocation calls `allocate`.
+is taken off the simulated card's size. The real thing hooks the driver's allocation; here the core's
+own are hooked (`hook`), and a node that stands for any other one calls `allocate`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import simcuda
+from qmove_core.memory import budget
+from qmove_core.transfer import copies
 
 from .careless_nodes import MIB
 from .fake_host import FakeHost, ModelPatcher
@@ -83,11 +87,27 @@ class DynamicCard:
     def resize(self) -> None:
         simcuda.set_memory(self._size - sum(model.pages for model in self._models))
 
+    def hook(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on what qmove's core allocates takes pages, too."""
+        for module in (budget, copies):
+            monkeypatch.setattr(module, "empty", self._hooked(module.empty))
+
+    def _hooked(self, empty: Any) -> Any:
+        def hooked(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            if torch.device(device) == torch.device("cuda:0"):
+                self._evict(math.prod(shape) * dtype.itemsize)
+            return empty(*shape, dtype=dtype, device=device)
+
+        return hooked
+
+    def _evict(self, nbytes: int) -> None:
+        for model in self._models:
+            model.give_up(max(0, nbytes - self.free()))
+
     def free(self) -> int:
         return torch.cuda.mem_get_info(0)[0]
 
     def allocate(self, nbytes: int) -> Any:
         """What an allocation does: pages go at the fault, without a word to ComfyUI."""
-        for model in self._models:
-            model.give_up(max(0, nbytes - self.free()))
+        self._evict(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
