@@ -28,7 +28,8 @@ from ..model.kinds import bitsandbytes_saved
 from ..saved_tensors import HeaderEntry, NotSafetensors, read_header, read_metadata
 from ..storages import as_bytes, empty, exchange, stand_in
 from ..transfer.moves import MovePlan, StorageMove
-from . import pins, plans
+from . import away_wrappers, pins, plans, sleeping
+from .away_tensors import take_home
 from .records import Record
 
 log = logging.getLogger("qmove")
@@ -103,8 +104,8 @@ def attach(
         storages = _storages(action, file, matching.storages, places, proves)
         if matching.left_out:
             log.info("%s has no %s", plans.title(model), first_of(matching.left_out))
-        tables += matching.own_tables
-        plan = _commit(model, action, matching.storages, storages, tables, wake, undo)
+        parked = _parked_tables([*tables, *matching.own_tables])
+        plan = _commit(model, action, matching.storages, storages, parked, wake, undo)
         return Attached(plan, matching.left_out)
     except BaseException:
         with interrupts_deferred():
@@ -245,63 +246,101 @@ def _commit(
     action: Action,
     pairs: _Pairs,
     storages: list[torch.UntypedStorage],
-    tables: list[tuple[torch.Tensor, str]],
+    tables: list[_Table],
     wake: Callable[..., object],
     undo: Undo,
 ) -> MovePlan:
-    """Lets every tensor look into its new storage, and parks the model."""
-    homes_by_cdata: dict[int, torch.device] = {}
-    with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
-        for (saved, tensors), storage in zip(pairs, storages, strict=True):
-            home = _home(saved.home)
-            if home.type == "cpu":
-                homes.settle(storage)
-            else:
-                homes_by_cdata[storage._cdata] = home
-            for one, its_tensors in tensors:
-                for tensor in its_tensors:
-                    _look(tensor, storage, one, undo)
-        for table, name in tables:
-            if (home := _home(name)).type != "cpu":
-                place = _park_table(table, undo)
-                homes_by_cdata[place._cdata] = home
-        held = inventory(model)
-        undo.note(lambda: kinds.refresh(held))
-        kinds.refresh(held)
-        record = Record(model, (), wake)
-        moves = []
-        for holding in held.holdings:
-            home_of = homes_by_cdata.get(holding.storage._cdata)
-            if home_of is None:
-                continue
-            refs = plans.weakly(holding.tensors)
-            move = StorageMove(holding, devices.CPU, Origin(home_of, holding.nbytes, record, refs))
-            move.came_from = home_of
-            moves.append(move)
-        plan = MovePlan(action, held, moves, lambda: plans.fall_asleep(record, held, moves))
-        try:
-            for move in moves:
-                assert move.origin is not None
-                homes.remember(move.source, move.origin)
-            plan.on_commit()
-        except BaseException:
-            for move in moves:
-                homes.forget(move.source._cdata)
-            raise
-        for move in moves:
-            move.drop_storages()
+    """Lets every tensor look into its new storage, and parks the model: wholly or not at all.
+
+    Afterwards nothing is undone any more.
+    """
+    own = Undo()
+
+    def step() -> MovePlan:
+        own.undo()  # what was begun before another thread's exception came
+        plan = _look_and_sleep(model, action, pairs, storages, tables, wake, own)
+        undo.forget()
+        own.forget()
         return plan
 
+    with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
+        return all_or_nothing(step, own.undo)
 
-def _park_table(table: torch.Tensor, undo: Undo) -> torch.UntypedStorage:
-    """A table of bitsandbytes that belongs to the model goes home with its weights."""
-    (place,) = arena.allocate([table.nbytes], homes.forget)
-    as_bytes(place).copy_(table.detach().reshape(-1).view(torch.uint8))
-    undo.note(_set_data, table, table.data)
-    table.data = empty(0, dtype=table.dtype, device="cpu").set_(
-        place, 0, table.size(), table.stride()
-    )
-    return place
+
+def _look_and_sleep(
+    model: object,
+    action: Action,
+    pairs: _Pairs,
+    storages: list[torch.UntypedStorage],
+    tables: list[_Table],
+    wake: Callable[..., object],
+    undo: Undo,
+) -> MovePlan:
+    undo.note(lambda: kinds.refresh(inventory(model)))
+    changed = [tensor for _s, tensors in pairs for _saved, some in tensors for tensor in some]
+    undo.note(take_home, [*changed, *(table.table for table in tables)])
+    homes_by_cdata: dict[int, torch.device] = {}
+    for (saved, tensors), storage in zip(pairs, storages, strict=True):
+        home = _home(saved.home)
+        if home.type == "cpu":
+            homes.settle(storage)
+        else:
+            homes_by_cdata[storage._cdata] = home
+        for one, its_tensors in tensors:
+            for tensor in its_tensors:
+                _look(tensor, storage, one, undo)
+    for table in tables:
+        table.look(undo)
+        homes_by_cdata[table.place._cdata] = table.home
+    held = inventory(model)
+    kinds.refresh(held)
+    undo.note(away_wrappers.take_home, [outer for _name, outer in held.wrappers])
+    record = Record(model, (), wake)
+    moves = []
+    for holding in held.holdings:
+        home_of = homes_by_cdata.get(holding.storage._cdata)
+        if home_of is not None:
+            origin = Origin(home_of, holding.nbytes, record, plans.weakly(holding.tensors))
+            move = StorageMove(holding, devices.CPU, origin)
+            move.came_from = home_of
+            moves.append(move)
+            undo.note(homes.forget, move.source._cdata)
+            homes.remember(move.source, origin)
+    undo.note(sleeping.wake_up, list(held.modules.values()))
+    plans.fall_asleep(record, held, moves)
+    for move in moves:
+        move.drop_storages()
+    return MovePlan(action, held, moves, lambda: None)
+
+
+@dataclass(slots=True)
+class _Table:
+    """A table of bitsandbytes that belongs to the model, and goes home with its weights."""
+
+    table: torch.Tensor
+    place: torch.UntypedStorage
+    home: torch.device
+
+    def look(self, undo: Undo) -> None:
+        """Lets the table look into its place on the host."""
+        undo.note(_set_data, self.table, self.table.data)
+        self.table.data = empty(0, dtype=self.table.dtype, device="cpu").set_(
+            self.place, 0, self.table.size(), self.table.stride()
+        )
+
+
+def _parked_tables(tables: list[tuple[torch.Tensor, str]]) -> list[_Table]:
+    """What can fail of parking them, before anything is changed."""
+    made = []
+    for table, name in tables:
+        home = _home(name)
+        if home.type != "cpu":
+            (place,) = arena.allocate([table.nbytes], homes.forget)
+            content = table.detach().reshape(-1).view(torch.uint8)
+            with torch.inference_mode(False), torch.no_grad():
+                as_bytes(place).copy_(content)
+            made.append(_Table(table, place, home))
+    return made
 
 
 def _home(name: str) -> torch.device:

@@ -138,6 +138,20 @@ def _saved_and_mirrored(s: Subject) -> None:
     _mirror_files(s)
 
 
+def _park_on_disk(s: Subject) -> None:
+    qmove.park(s.model, to="disk", folder=s.folder / "kept")
+
+
+def _attach(s: Subject) -> None:
+    """The same weights, in a model that was home with others."""
+    qmove.attach(s.model, s.folder / "kept")
+
+
+def _on_disk_and_home(s: Subject) -> None:
+    _park_on_disk(s)
+    qmove.restore(s.model)
+
+
 def _on_the_cpu(s: Subject) -> None:
     qmove.move(s.model, "cpu")
 
@@ -171,6 +185,16 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "restore what is shared": Operation(
         lambda s: qmove.restore(s.model), _both_parked, not_for=_tags("dispatched shares")
+    ),
+    "park on disk": Operation(_park_on_disk, not_for=_tags("dispatched"), saves_ram=True),
+    "park on disk from RAM": Operation(
+        _park_on_disk, _park, not_for=_tags("dispatched"), between=_park
+    ),
+    "restore from disk": Operation(
+        lambda s: qmove.restore(s.model), _park_on_disk, not_for=_tags("dispatched")
+    ),
+    "attach": Operation(
+        _attach, _on_disk_and_home, not_for=_tags("dispatched shares"), repeatable=False
     ),
     "park in files": Operation(_park, _saved_and_mirrored, FILE, saves_ram=True),
     "restore": Operation(lambda s: qmove.restore(s.model), _park),
