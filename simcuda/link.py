@@ -2,14 +2,15 @@
 source.
 
 The figures under ``PRESETS`` are others' measurements as the project collected them ("Figures to
-beat"); a constant nobody measured is marked as assumed. Change one with
+beat"). Those of pageable memory differ ten times from case to case, so there is a preset for each
+end. A constant nobody measured is marked as assumed. Change one with
 ``use(dataclasses.replace(link.PCIE5, launch=0.0))``.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from simcuda.library import is_loaded, sim
 
@@ -51,8 +52,8 @@ class Link:
 PCIE5 = Link(
     h2d_pinned=55e9,  # thaw, H100: 16 GB in 0.29 s = 55 GB/s
     d2h_pinned=50e9,  # gen 5 x16, pinned, "about 50-55 GB/s": the lower end
-    h2d_pageable=2.8e9,  # assumed: twice the gen 4 figure, as the link is
-    d2h_pageable=2.8e9,  # assumed: twice the gen 4 figure, as the link is
+    h2d_pageable=17e9,  # H200: 10 to 17 GB/s (DeepSpeed#8283); the fast end, which flatters others
+    d2h_pageable=17e9,  # the same, into pages that were touched before
     d2d=50e9,  # assumed: the bus, without NVLink
     copy_latency=10e-6,  # assumed
     pin_untouched=16 * GIB / 7.9,  # cudaHostAlloc of 16 GiB: 7.9 s
@@ -65,8 +66,8 @@ PCIE5 = Link(
 PCIE4 = Link(
     h2d_pinned=25e9,  # gen 4 x16, pinned: about 25 GB/s
     d2h_pinned=25e9,  # gen 4 x16, pinned: about 25 GB/s (12.6 GB/s were measured on an A100 host)
-    h2d_pageable=1.4e9,  # assumed: as device to host
-    d2h_pageable=1.4e9,  # A100: 1.4 GB/s
+    h2d_pageable=12e9,  # 6 to 12 GB/s: gen 3, 6.8 (cupy#3450); the fast end, which flatters others
+    d2h_pageable=10e9,  # 6 to 10 GB/s into pages that were touched before; the fast end
     d2d=25e9,  # assumed: the bus, without NVLink
     copy_latency=10e-6,  # assumed
     pin_untouched=16 * GIB / 7.9,  # as above: the host's work, not the link's
@@ -76,7 +77,18 @@ PCIE4 = Link(
     segment_free=0.3e-3,  # "0.1 to 1 ms each": between the two
 )
 
-PRESETS: dict[str, Link] = {"pcie4": PCIE4, "pcie5": PCIE5}
+# The slow end of what was measured of pageable copies: device to host, into memory that was just
+# allocated, whose pages are made meanwhile (pytorch#138018, A100: 1.4 GB/s).
+FRESH_PAGES = 1.4e9
+PCIE4_SLOW = replace(PCIE4, h2d_pageable=6e9, d2h_pageable=FRESH_PAGES)
+PCIE5_SLOW = replace(PCIE5, h2d_pageable=10e9, d2h_pageable=FRESH_PAGES)
+
+PRESETS: dict[str, Link] = {
+    "pcie4": PCIE4,
+    "pcie5": PCIE5,
+    "pcie4, slow pageable": PCIE4_SLOW,
+    "pcie5, slow pageable": PCIE5_SLOW,
+}
 
 _current: Link = PCIE4
 

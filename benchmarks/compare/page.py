@@ -13,6 +13,10 @@ launches take time there, while kernels, the host's own work and reading files t
 at the device's bandwidth, is not in them, nor is the time that anybody's Python takes. "Wall here" is this machine, where a copy
 over the link is one within host memory, and qmove's digests, matrix products made for GPUs, are most of its time. "PCIe 5" is
 five times a swap there and back, as that clock repeats itself exactly. On a real GPU the same command gives real seconds.
+
+A copy from or to pageable memory, as plain `.to()` makes it, has no rate of its own: others measured 6 to 12 GB/s to the device,
+and from it 6 to 10 GB/s into pages that were touched before, 1.4 GB/s into fresh ones (`simcuda/link.py` has the sources; "pcie4"
+and "pcie5" take the fast end).
 """
 
 READING = """\
