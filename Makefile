@@ -20,10 +20,10 @@ NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes benchmarks)
 
 # Tests run many small kernels: waiting for a second thread costs more than it brings, most of all on a busy machine.
-test test-faults: export OMP_NUM_THREADS ?= 1
+test test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check audit format bench gpu-check setup clean
+.PHONY: help demo test test-faults test-hostile test-hostile-sample check audit format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,18 @@ endif
 test-faults: $(STAMP) ## Try faults, histories, threads and memory for MINUTES (60), and write docs/results/faults.json
 	QMOVE_FAULT_MINUTES=$(MINUTES) QMOVE_FAULT_RESULTS=docs/results/faults.json $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 	$(BIN)/python -m tools.guarantees
+
+# What the guarantees' suites need on a card, without one: every knob of simcuda that is off by default.
+HOSTILE ?= tests/guarantees tests/transfer tests/digests tests/parking/test_swap.py tests/parking/test_streaming.py
+test-hostile: $(STAMP) ## Run the guarantees' suites on a simulated GPU that is as unkind as real ones
+	QMOVE_SIMULATOR=hostile $(BIN)/python -m pytest $(HOSTILE) $(PYTEST_ARGS)
+
+# A sample of it, with the other two allocators, in less than two minutes: for CI.
+HOSTILE_SAMPLE := tests/guarantees/test_released.py tests/guarantees/test_exact.py tests/guarantees/test_bounded.py
+test-hostile-sample: $(STAMP)
+	for allocator in native expandable async; do \
+		QMOVE_SIMULATOR=hostile,$$allocator $(BIN)/python -m pytest -q $(HOSTILE_SAMPLE) || exit 1; \
+	done
 
 check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)

@@ -245,6 +245,16 @@ def wait_for_work(stream: Any, device: torch.device) -> None:
         stream.wait_stream(module.default_stream(device))
 
 
+def event_after(stream: Any, device: torch.device) -> Any:
+    """An event after all that `stream` has queued.
+
+    The host sleeps while it waits for it: CUDA's would otherwise keep a core busy meanwhile.
+    """
+    if device.type != "cuda":
+        return stream.record_event()
+    return stream.record_event(torch.cuda.Event(blocking=True))
+
+
 def wait_for_own_work(stream: Any, device: torch.device) -> None:
     """The same for what this thread has queued: what it is given by the allocator, it may use in
     the order of its own stream only."""

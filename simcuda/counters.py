@@ -24,7 +24,7 @@ class Counters:
     """One device. Copies are those over the link only; a copy between two devices counts on both."""
 
     allocated: int
-    """Bytes of tensors now, whatever the allocator rounds them to."""
+    """Bytes of tensors now, whatever the allocator rounds them to; without cuBLAS's workspaces."""
     peak: int
     """Bytes at most since the last reset."""
     allocations: int

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
 import simcuda
 from tests.builders.collector import set_everything_aside
-from tests.builders.device import GPU, SIMULATED
+from tests.builders.device import GPU, HOSTILE, SIMULATED, hostile, requested_bytes
 
 import torch  # isort: skip  (after the simulated device)
 
@@ -41,7 +42,8 @@ def avx512_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def _gpu(index: int) -> GPU:
     gc.collect()
-    return GPU(torch.device("cuda", index), torch.cuda.memory_allocated(index))
+    device = torch.device("cuda", index)
+    return GPU(device, requested_bytes(device))
 
 
 _modules_set_aside = 0
@@ -74,7 +76,8 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     choosing._failed.clear()
     callbacks = [hosting._moved, hosting._ask_for_room, hosting._yielding]
     kept = [list(some) for some in callbacks]
-    yield
+    with hostile() if HOSTILE else nullcontext():
+        yield
     for some, before in zip(callbacks, kept, strict=True):
         some[:] = before
     dispatched_models.loaded_in_test.clear()
@@ -105,12 +108,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "simulated: needs the simulated GPU (faults, exact counters)"
     )
+    config.addinivalue_line(
+        "markers", "exact: sizes a device to the byte, so not where allocators round"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # First, as they look at all that lies on the GPU: bitsandbytes keeps tables there for the whole
     # process once a test has used it. (Stable: the order is otherwise that of the files.)
     items.sort(key=lambda item: "nodes" not in item.path.parts)
+    if HOSTILE:
+        for item in items:
+            if item.get_closest_marker("exact"):
+                item.add_marker(pytest.mark.skip(reason="counts a device's memory to the byte"))
     if SIMULATED:
         return
     for item in items:
@@ -123,5 +133,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_report_header() -> str:
-    where = "simulated GPUs (2 x 4 GiB)" if SIMULATED else torch.cuda.get_device_name()
+    kind = "hostile simulated" if HOSTILE else "simulated"
+    where = f"{kind} GPUs (2 x 4 GiB)" if SIMULATED else torch.cuda.get_device_name()
     return f"qmove: tests run on {where}, torch {torch.__version__}"

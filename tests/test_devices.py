@@ -122,3 +122,19 @@ def test_an_accelerator_without_devices_is_a_cpu_only_machine(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
 
     assert devices.known() == ["cpu"]
+
+
+def test_the_host_sleeps_while_copies_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other events spin: a core at 100 % for as long as the copies take."""
+    made: list[bool] = []
+    original = torch.cuda.Event
+
+    def event(*, blocking: bool = False) -> torch.cuda.Event:
+        made.append(blocking)
+        return original(blocking=blocking)
+
+    model = layers(2)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    qmove.park(model)
+    qmove.restore(model)
+    assert made and all(made)

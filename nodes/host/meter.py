@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from qmove_core import for_hosts
 from . import comfy
 
 Stats = dict[torch.device, dict[str, Any]]  # the allocator's counters, as PyTorch nests them
+
+log = logging.getLogger("qmove")
 
 
 class Reading(NamedTuple):
@@ -68,9 +71,14 @@ def has_counters(device: torch.device) -> bool:
 
 
 def stats_of(device: torch.device) -> dict[str, Any]:
-    """The allocator's counters; empty before the first use of the device."""
+    """The allocator's counters; empty before the first use of the device, and where the allocator
+    has none (pluggable ones)."""
     # `memory_allocated` and the like flatten and sort all counters on each call: ten times slower.
-    return torch.get_device_module(device).memory_stats_as_nested_dict(device.index)
+    try:
+        return torch.get_device_module(device).memory_stats_as_nested_dict(device.index)
+    except RuntimeError as error:
+        log.debug("%s does not count what it gives out: %s", device, str(error))
+        return {}
 
 
 def all_stats() -> Stats:

@@ -300,7 +300,7 @@ class Transfer:
         self, stream: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
     ) -> None:
         """Notes that a copy was queued; `is_last` when the jobs are complete with it."""
-        event = stream.record_event()
+        event = devices.event_after(stream, _accelerator_of(jobs[0]))
         self._reader.copied(event)
         if is_last:
             if self._digests and jobs[0].device.type != "cpu":
@@ -328,7 +328,7 @@ class Transfer:
         self._pending.append(pending)
         for index, job in enumerate(jobs):
             job.read_digest = functools.partial(_read, self._pending, pending, index)
-        return stream.record_event()
+        return devices.event_after(stream, device)
 
     def _let_finish(self, in_flight: int) -> None:
         """Waits until no more than this many copies are under way."""
@@ -341,6 +341,10 @@ class Transfer:
         self._copied += nbytes
         if self._progress is not None:
             self._progress(self._copied, self._total)
+
+
+def _accelerator_of(job: CopyJob) -> torch.device:
+    return job.source.device if job.device.type == "cpu" else job.device
 
 
 def bytes_of(jobs: Iterable[CopyJob]) -> int:

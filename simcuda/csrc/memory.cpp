@@ -44,7 +44,7 @@ std::string mib(size_t nbytes) {
 void count_out(const BlockPtr& block) {
   Device& device = machine().devices[block->device];
   device.allocated -= block->place.nbytes;
-  device.requested -= block->nbytes;
+  if (!block->is_workspace) device.requested -= block->nbytes;
   give_up(block->device, block->place);
 }
 
@@ -98,7 +98,7 @@ Place take(int index, size_t nbytes) {
   }
   if (!found) throw_out_of_memory(index, nbytes);
   device.allocated += found->nbytes;
-  device.requested += nbytes;
+  if (!m.takes_workspace) device.requested += nbytes;
   device.allocated_ever += found->nbytes;
   device.allocations++;
   device.live++;
@@ -136,6 +136,7 @@ BlockPtr new_block(int device, size_t nbytes, Place place) {
   block->device = device;
   block->stream = current_stream(device).id;
   block->place = place;
+  block->is_workspace = machine().takes_workspace;
   return block;
 }
 

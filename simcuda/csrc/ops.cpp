@@ -197,8 +197,16 @@ class Call {
       nbytes = m.workspaces.count(key) ? 0 : m.workspace_bytes;
     }
     if (nbytes == 0) return;
-    c10::DataPtr memory = allocate_on(device_, nbytes);
     Lock lock(m.mutex);
+    m.takes_workspace = true;
+    c10::DataPtr memory;
+    try {
+      memory = allocate_on(device_, nbytes);
+    } catch (...) {
+      m.takes_workspace = false;
+      throw;
+    }
+    m.takes_workspace = false;
     m.workspaces.emplace(key, std::move(memory));
   }
 

@@ -107,6 +107,7 @@ struct Block {
   int64_t stream = 0;            // the stream it was allocated on, whose order its reuse follows
   std::set<int64_t> recorded;    // tensor.record_stream
   bool poisoned = false;
+  bool is_workspace = false;     // a library's own: no tensor asked for it
   Place place;
   c10::DataPtr adopted;          // memory that a CPU kernel allocated for its output, taken over
   ~Block();
@@ -251,6 +252,7 @@ struct Machine {
   std::vector<std::pair<BlockPtr, std::vector<MarkerPtr>>> deferred;
   std::vector<Fault> faults;
   int64_t next_id = 1;
+  bool takes_workspace = false;  // while one is allocated
   // cuBLAS: what each thread's handle takes on each stream from the allocator, until somebody clears them.
   size_t workspace_bytes = 0;
   std::map<std::tuple<std::thread::id, int, int64_t>, c10::DataPtr> workspaces;

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,39 @@ if not SIMULATED and not torch.cuda.is_available():
     )
 
 
+def requested_bytes(device: torch.device) -> int:
+    """What tensors asked for, without what the allocator rounds it to, and without the workspaces
+    that products of the test itself have made for cuBLAS."""
+    torch._C._cuda_clearCublasWorkspaces()
+    return int(torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0))
+
+
+# QMOVE_SIMULATOR=hostile: everything that real cards do and the simulator leaves out by default.
+# Behind a comma the allocator: native, if nothing is said, expandable or async.
+_mode, _, _allocator = os.environ.get("QMOVE_SIMULATOR", "").partition(",")
+if _mode not in ("", "hostile"):
+    pytest.exit(f"QMOVE_SIMULATOR={_mode} is unknown; there is: hostile.", returncode=2)
+HOSTILE = _mode == "hostile" and SIMULATED
+
+
+@contextmanager
+def hostile() -> Iterator[None]:
+    """The simulated GPU as unkind as it can be: contexts and cuBLAS take memory, sizes are rounded
+    and lie in segments, cuBLAS lacks larger shapes, little memory can be page-locked, and a refusal
+    leaves its error."""
+    simcuda.set_allocator(_allocator or "native")
+    simcuda.set_workspaces("8MiB")
+    simcuda.set_pinned_limit("24MiB")
+    try:
+        with simcuda.fail("op:_int_mm", min_rows=4097, times=10_000):
+            yield
+    finally:
+        simcuda.set_pinned_limit(None)
+        simcuda.set_workspaces(0)
+        torch.cuda.empty_cache()
+        simcuda.set_allocator("exact")
+
+
 @dataclass(frozen=True)
 class GPU:
     """What a test asks of the device; the same on a simulated and on a real one.
@@ -60,11 +95,12 @@ class GPU:
     def allocated(self) -> int:
         """Bytes of live tensors that the test has on the device."""
         gc.collect()
-        return torch.cuda.memory_allocated(self.device) - self.before
+        return requested_bytes(self.device) - self.before
 
     def peak(self) -> int:
         """The most bytes the test had there since `reset_peak`."""
-        return torch.cuda.max_memory_allocated(self.device) - self.before
+        stats = torch.cuda.memory_stats(self.device)
+        return int(stats["requested_bytes.all.peak"]) - self.before
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)

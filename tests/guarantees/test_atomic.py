@@ -17,7 +17,7 @@ from qmove_core import homes
 from qmove_core.memory import arena
 from qmove_core.model import kinds
 from qmove_core.transfer import copies
-from tests.builders.device import GPU
+from tests.builders.device import GPU, requested_bytes
 from tests.builders.interrupts import Interrupted, ctrl_c_at_line
 from tests.builders.models import layers
 from tests.builders.snapshots import snapshot
@@ -189,7 +189,7 @@ def test_ctrl_c_at_any_line_leaves_the_model_whole(gpu: GPU, act: Any, first: in
         places.add(place)
         qmove.restore(model)
         assert snapshot(model) == before
-        assert torch.cuda.memory_allocated() - gpu.before == sum(
+        assert requested_bytes(gpu.device) - gpu.before == sum(
             p.nbytes for p in model.parameters()
         ), number
         del model

@@ -30,6 +30,7 @@ def test_a_park_takes_no_extra_vram_but_its_staging(gpu: GPU) -> None:
     assert resident < gpu.peak() <= resident + copies.STAGING
 
 
+@pytest.mark.exact
 @pytest.mark.simulated
 def test_a_park_from_a_full_device_needs_no_extra_vram(gpu: GPU) -> None:
     model = layers(20, width=1024)
@@ -82,6 +83,7 @@ def test_a_park_takes_the_models_own_bytes_of_ram_and_gives_them_back(gpu: GPU) 
     assert arena.bytes_in_use() == stats.mirror_bytes
 
 
+@pytest.mark.exact
 def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU) -> None:
     model = layers(8)
     parked = qmove.park(model)
@@ -113,6 +115,7 @@ def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU)
     assert not qmove.is_parked(model)
 
 
+@pytest.mark.exact
 def test_ram_limit_of_configure_is_kept(gpu: GPU) -> None:
     model = layers(8)
     before = snapshot(model)

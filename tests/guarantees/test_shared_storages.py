@@ -19,7 +19,7 @@ from torch import nn
 import qmove_core as qmove
 from qmove_core import homes
 from qmove_core.parking import streaming
-from tests.builders.device import GPU
+from tests.builders.device import GPU, requested_bytes
 from tests.builders.models import layers
 
 pytestmark = pytest.mark.simulated
@@ -176,7 +176,7 @@ def test_all_sequences_of_six_calls_keep_the_tie_and_every_byte(gpu: GPU, kind: 
                 assert world.state() == now, (sequence, call)
                 world.require_tied()
                 there = sum(place != PARKED for place in now.values())
-                assert torch.cuda.memory_allocated() - gpu.before <= there * size + 4096, call
+                assert requested_bytes(gpu.device) - gpu.before <= there * size + 4096, call
                 world.require_exact()
                 world.require_tied()
                 if tuple(now.values()) not in known:

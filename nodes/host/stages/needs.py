@@ -231,7 +231,8 @@ def begin(signature: Signature) -> Measurement:
     measurement = Measurement(signature)
     # Without counters (mps) needs stay unknown.
     for device, stats in meter.all_stats().items():
-        torch.get_device_module(device).reset_peak_memory_stats(device)
+        if stats:
+            torch.get_device_module(device).reset_peak_memory_stats(device)
         measurement.allocated[device] = meter.bytes_of(stats, "allocated", "current")
     return measurement
 
