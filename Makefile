@@ -42,7 +42,7 @@ test-faults: $(STAMP) ## Try faults, histories, threads and memory for MINUTES (
 	$(BIN)/python -m tools.guarantees
 
 # What the guarantees' suites need on a card, without one: every knob of simcuda that is off by default.
-HOSTILE ?= tests/guarantees tests/transfer tests/digests tests/parking/test_swap.py tests/parking/test_streaming.py
+HOSTILE ?= tests/guarantees
 test-hostile: $(STAMP) ## Run the guarantees' suites on a simulated GPU that is as unkind as real ones
 	QMOVE_SIMULATOR=hostile $(BIN)/python -m pytest $(HOSTILE) $(PYTEST_ARGS)
 

@@ -40,6 +40,7 @@ from simcuda.counters import (
     strict_host_frees,
 )
 from simcuda.faults import CopyNotice, Fault, fail, flip_bit, on_copy
+from simcuda.hostile import hostile
 
 __all__ = [
     "AllocatorCounters",
@@ -57,6 +58,7 @@ __all__ = [
     "fail",
     "flip_bit",
     "host_counters",
+    "hostile",
     "is_active",
     "last_error",
     "link",

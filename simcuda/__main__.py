@@ -6,8 +6,10 @@ import argparse
 import os
 import runpy
 import sys
+from contextlib import nullcontext
 
-from simcuda import SimulationError, activate, parse_size
+from simcuda import SimulationError, activate, hostile, parse_size
+from simcuda.counters import ALLOCATORS
 
 
 def _size(text: str) -> int:
@@ -28,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
         "--devices", type=int, default=1, metavar="N", help="how many devices, 1 to 16"
     )
     parser.add_argument(
+        "--hostile",
+        choices=ALLOCATORS[1:],
+        metavar="ALLOCATOR",
+        help=f"everything unkind at once (simcuda.hostile): {', '.join(ALLOCATORS[1:])}",
+    )
+    parser.add_argument(
         "-m", dest="module", metavar="MODULE", help="run a module, as with python -m"
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="script.py arguments...")
@@ -44,7 +52,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
             return arguments[: i + 2], arguments[i + 2 :]
         if not word.startswith("-"):
             return arguments[:i], arguments[i:]
-        i += 2 if word in ("--memory", "--devices") else 1
+        i += 2 if word in ("--memory", "--devices", "--hostile") else 1
     return arguments, []
 
 
@@ -61,15 +69,16 @@ def main(arguments: list[str]) -> None:
         activate(devices=options.devices, memory=options.memory)
     except (SimulationError, ValueError) as error:
         parser.error(str(error))
-    if options.module is not None:
-        sys.argv = [options.module, *program]
-        if sys.path[0] != os.getcwd():
-            sys.path.insert(0, os.getcwd())
-        runpy.run_module(options.module, run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = program
-        sys.path[0] = os.path.dirname(os.path.abspath(program[0]))
-        runpy.run_path(program[0], run_name="__main__")
+    with hostile(options.hostile) if options.hostile else nullcontext():
+        if options.module is not None:
+            sys.argv = [options.module, *program]
+            if sys.path[0] != os.getcwd():
+                sys.path.insert(0, os.getcwd())
+            runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = program
+            sys.path[0] = os.path.dirname(os.path.abspath(program[0]))
+            runpy.run_path(program[0], run_name="__main__")
 
 
 if __name__ == "__main__":

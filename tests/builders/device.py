@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,22 +61,9 @@ if _mode not in ("", "hostile"):
 HOSTILE = _mode == "hostile" and SIMULATED
 
 
-@contextmanager
-def hostile() -> Iterator[None]:
-    """The simulated GPU as unkind as it can be: contexts and cuBLAS take memory, sizes are rounded
-    and lie in segments, cuBLAS lacks larger shapes, little memory can be page-locked, and a refusal
-    leaves its error."""
-    simcuda.set_allocator(_allocator or "native")
-    simcuda.set_workspaces("8MiB")
-    simcuda.set_pinned_limit("24MiB")
-    try:
-        with simcuda.fail("op:_int_mm", min_rows=4097, times=10_000):
-            yield
-    finally:
-        simcuda.set_pinned_limit(None)
-        simcuda.set_workspaces(0)
-        torch.cuda.empty_cache()
-        simcuda.set_allocator("exact")
+def hostile() -> AbstractContextManager[None]:
+    """Everything hostile at once, for one test."""
+    return simcuda.hostile(_allocator or "native") if HOSTILE else nullcontext()
 
 
 @dataclass(frozen=True)

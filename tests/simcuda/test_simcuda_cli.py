@@ -34,6 +34,29 @@ def test_a_script_runs_with_its_own_arguments(tmp_path):
     assert done.stdout.strip() == f"['--memory', 'x', '-m'] 2 {1 << 30} {tmp_path}"
 
 
+@pytest.mark.parametrize("allocator", ["native", "expandable", "async"])
+def test_hostile_is_everything_at_once_to_the_end_of_the_program(tmp_path, allocator):
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import torch\n"
+        "held = torch.ones((3 << 20) + 1, dtype=torch.uint8, device='cuda')\n"
+        "print(torch.cuda.memory_reserved() > held.nbytes)\n"
+        "print(torch.cuda.get_allocator_backend())\n"
+        "torch.ones(8, 8, device='cuda') @ torch.ones(8, 8, device='cuda')\n"
+        "print(torch.cuda.memory_allocated() >= 11 << 20)\n"
+        "x = torch.ones(8192, 8, dtype=torch.int8, device='cuda')\n"
+        "try:\n    torch._int_mm(x, x[:8])\n"
+        "except RuntimeError as error:\n    print('CUBLAS_STATUS_NOT_SUPPORTED' in str(error))\n"
+        "host = torch.ones(32 << 20, dtype=torch.uint8)\n"
+        "print(int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)))\n"
+        "import simcuda\nsimcuda.library.sim().sim_set_last_error(0)\n"
+    )
+    done = python("-m", "simcuda", "--hostile", allocator, str(script))
+    assert done.returncode == 0, done.stderr
+    backend = "cudaMallocAsync" if allocator == "async" else "native"
+    assert done.stdout.split() == ["True", backend, "True", "True", "2"]
+
+
 def test_a_module_runs_and_its_exit_status_is_passed_on(tmp_path):
     (tmp_path / "program.py").write_text(
         "import sys, torch\nsys.exit(torch.cuda.device_count() + len(sys.argv))\n"

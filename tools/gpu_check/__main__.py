@@ -48,11 +48,17 @@ def main() -> int:
     return min(100, sum(check.status == "failed" for check in checks))
 
 
+def _unkind() -> list[str]:
+    """QMOVE_SIMULATOR=hostile or, for example, hostile,async: the simulated GPU leaves nothing out."""
+    mode, _, allocator = os.environ.get("QMOVE_SIMULATOR", "").partition(",")
+    return ["--hostile", allocator or "native"] if mode == "hostile" else []
+
+
 def _run(step: Step, file: Path, simulated: bool) -> list[Check]:
     """Runs one step in a process of its own. Its end is a check too."""
     launch = [sys.executable, "-m"]
     if simulated:
-        launch += ["simcuda", "--devices", "2", "--memory", "512MiB", "-m"]
+        launch += ["simcuda", "--devices", "2", "--memory", "512MiB", *_unkind(), "-m"]
     launch += ["tools.gpu_check.child", step.name, str(file), json.dumps({})]
     environment = dict(os.environ)
     if step.allocator is not None:
