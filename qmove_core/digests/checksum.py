@@ -12,6 +12,9 @@ signs.)
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import torch
@@ -43,15 +46,48 @@ class Checksum:
     def update(self, content: torch.Tensor) -> Checksum:
         """Takes more bytes in, flat uint8 on the host; whole MiB, but for the last ones."""
         with torch.no_grad(), torch.inference_mode(False):
-            of_words, of_halves = _factors()
-            for piece in _as_words(content).split(_WORDS):
-                count = piece.numel()
-                sums = (
-                    int(torch.dot(piece, of_words[:count])),
-                    int(torch.dot(piece >> 32, of_halves[:count])),
-                )
+            for sums in _by_threads(_sums_of, _as_words(content).split(_WORDS)):
                 self.value = (self.value * _STEP + (sums[0] << 64) + sums[1]) % _MODULUS
         return self
+
+
+def _sums_of(piece: torch.Tensor) -> tuple[int, int]:
+    of_words, of_halves = _factors()
+    count = piece.numel()
+    return (
+        int(torch.dot(piece, of_words[:count])),
+        int(torch.dot(piece >> 32, of_halves[:count])),
+    )
+
+
+def _by_threads(
+    function: Callable[[torch.Tensor], tuple[int, int]], pieces: Sequence[torch.Tensor]
+) -> Iterable[tuple[int, int]]:
+    """`map`, by several threads where that is worth it: one alone is slower than a fast disk."""
+    global _threads
+    if len(pieces) < _WORTH_THREADS:
+        return map(function, pieces)
+    _factors()  # made once, and not by each of them
+    if _threads is None:
+        _threads = ThreadPoolExecutor(_THREADS, "qmove-checksum")
+    try:
+        return _threads.map(function, pieces)
+    except RuntimeError:  # no more threads can be started, or the interpreter ends
+        return map(function, pieces)
+
+
+_WORTH_THREADS = 4
+_THREADS = min(4, os.cpu_count() or 1)
+_threads: ThreadPoolExecutor | None = None
+
+
+def _in_forked_child() -> None:
+    global _threads
+    _threads = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _as_words(content: torch.Tensor) -> torch.Tensor:
