@@ -5,8 +5,10 @@ same bytes, and against safetensors.
 
 All figures are of one run, in turns. "cold" drops the file from the page cache first
 (`posix_fadvise`). A plain read is `readinto` of 16 MiB at a time into the same memory; a plain write
-is `write` and `fsync`. Without a GPU the simulated one is used, whose copies are copies in RAM: the
-figures then say what the disk and the host cost, and nothing of a link.
+is `write` and `fsync`. "attach" without a device reads and proves every byte. Without a GPU the
+simulated one is used, whose copies are copies in RAM: the figures then say what the disk and the host
+cost, and nothing of a link. Mirrors are off: their digests are the GPU's work, which the host would
+have to do for the simulated one.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def measure(folder: Path, count: int, rounds: int) -> None:
         import simcuda
 
         simcuda.set_memory(f"{count // 8 + 4}GiB", device=0)
-    qmove.configure(share_from=None)
+    qmove.configure(share_from=None, keep_mirrors=False)
     model = built(count)
     nbytes = count * SIDE * SIDE * 2
     kept, plain, saved = folder / "kept", folder / "plain", folder / "saved.safetensors"
@@ -86,27 +88,30 @@ def measure(folder: Path, count: int, rounds: int) -> None:
             while file.readinto(room):
                 pass
 
-    def restore() -> None:
-        qmove.restore(model)
-
-    def stream() -> None:
-        qmove.restore(model, stream=True)
-        streaming.wait_for()
-
-    def attach() -> None:
+    def attach(device: str | None = None) -> None:
         held["again"] = nn.Sequential(
             *[nn.Linear(SIDE, SIDE, bias=False, device="meta") for _ in range(count)]
         ).half()
-        qmove.attach(held["again"], kept, "cuda:0")
+        qmove.attach(held["again"], kept, device)
+
+    def restore() -> None:
+        qmove.restore(held["again"])
+
+    def stream() -> None:
+        qmove.restore(held["again"], stream=True)
+        streaming.wait_for()
 
     def safetensors_to_gpu() -> None:
         held["again"] = load_file(saved, device="cuda:0")
 
     seconds: dict[str, list[float]] = {}
 
-    def timed(name: str, act: Callable[[], None]) -> None:
+    def timed(
+        name: str, act: Callable[[], None], before: Callable[[], None] = lambda: None
+    ) -> None:
         held.clear()
         gc.collect()
+        before()
         if name.endswith("cold"):
             drop(kept / WEIGHTS)
             drop(saved)
@@ -121,11 +126,10 @@ def measure(folder: Path, count: int, rounds: int) -> None:
         timed("park on disk", park)
         for state in ("cold", "warm"):
             timed(f"plain read, {state}", read)
-            timed(f"restore, {state}", restore)
-            park()
-            timed(f"streaming restore, {state}", stream)
-            park()
-            timed(f"attach to the GPU, {state}", attach)
+            timed(f"attach, {state}", attach)
+            timed(f"restore, {state}", restore, before=attach)
+            timed(f"streaming restore, {state}", stream, before=attach)
+            timed(f"attach to the GPU, {state}", lambda: attach("cuda:0"))
             timed(f"safetensors to the GPU, {state}", safetensors_to_gpu)
         held.clear()
         qmove.restore(model)
