@@ -84,6 +84,7 @@ class MoveTransaction:
         self._steps_done, self._have_moved = 0, False  # of the commit
         self._reader = FileReader()
         self._idle: set[torch.device] = set()  # devices whose work was waited for
+        self._has_ended = False
         self.reserved_after: int | None = None
 
     def __enter__(self) -> MoveTransaction:
@@ -96,10 +97,13 @@ class MoveTransaction:
         return involved - {devices.CPU}
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        involved = self._accelerators()
-        with interrupts_deferred():
-            all_or_nothing(lambda: self._end(error))
-        lost = None if error is None else devices.lost(error, involved)
+        try:
+            with interrupts_deferred():
+                all_or_nothing(lambda: self._end(error))
+        finally:
+            if not self._has_ended:  # an interrupt came before they were held back
+                self._end(error)
+        lost = None if error is None else devices.lost(error, self._accelerators())
         if error is not None and lost is not None:
             raise DeviceLost(self.plans[0].action, str(lost), error) from error
 
@@ -116,6 +120,7 @@ class MoveTransaction:
             for move in self.moves:
                 move.mirror = None
                 move.drop_storages()
+        self._has_ended = True
 
     # Before anything moves ------------------------------------------------------------------------
 
