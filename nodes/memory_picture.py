@@ -29,12 +29,24 @@ def write_text(snapshot: dict[str, Any]) -> str:
                 f"{_titled(model)}: {first_of(model['lost'])} lost their bytes, as somebody has "
                 "emptied the storages (resize_(0)). Load it again."
             )
+    lines += _stay_loaded(snapshot["pool"])
     done = snapshot["done"]
     lines.append(
         f"Since the start: {done['parks']} parks, {done['restores']} restores, "
         f"{readable_bytes(done['copied_bytes'])} copied."
     )
     return "\n".join(lines)
+
+
+def _stay_loaded(pool: dict[str, Any] | None) -> Iterator[str]:
+    """A line on the models that stay loaded between workflows, where that is on."""
+    if pool is not None and pool["limit"]:
+        yield (
+            f"Stay loaded between workflows: {pool['models']} models, "
+            f"{readable_bytes(pool['nbytes'])}, of which {readable_bytes(pool['in_ram'])} of "
+            f"{readable_bytes(pool['limit'])} in RAM; {pool['hits']} loads saved "
+            f"({pool['seconds_saved']:.1f} s), {pool['misses']} made."
+        )
 
 
 def _same_weights(snapshot: dict[str, Any]) -> Iterator[str]:

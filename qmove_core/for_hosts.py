@@ -22,9 +22,12 @@ from .devices import (
 from .devices import known as known_devices
 from .errors import first_of, is_out_of_memory, readable_bytes
 from .homes import lock, nothing_away, parked_home
-from .hosting import on_move, on_shortage, on_yielding
+from .hosting import on_move, on_ram_shortage, on_shortage, on_yielding
 from .integrations.description import Description, describe
+from .memory.blocks import ram_bytes
 from .memory.budget import has_room_on_host
+from .memory.giving_back import trim_under_pressure
+from .memory.limits import total_ram
 from .memory.mirrors import known_digest
 from .memory.pinning import registered_bytes as page_locked_bytes
 from .model.heap import Heap
@@ -56,6 +59,7 @@ __all__ = [
     "memory_without_context",
     "nothing_away",
     "on_move",
+    "on_ram_shortage",
     "on_shortage",
     "on_yielding",
     "other_processes",
@@ -64,10 +68,13 @@ __all__ = [
     "parked_home",
     "pin_of",
     "places",
+    "ram_bytes",
     "readable_bytes",
     "release_cached",
     "released_once",
     "shares_memory_with_host",
     "slots_of",
     "total_memory",
+    "total_ram",
+    "trim_under_pressure",
 ]

@@ -1,5 +1,5 @@
 """Callbacks of a program that hosts models (ComfyUI): for what yields to an allocation, when a move
-lacks room, after each move."""
+lacks room, when RAM is short, after each move."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 
 AskForRoom = Callable[[torch.device, int], None]  # device, bytes that should be free on it
 Yielding = Callable[[torch.device], int]  # bytes
+GiveUp = Callable[[int], None]  # bytes of RAM that are lacking
 Moved = Callable[[], None]
 
 _yielding: list[Yielding] = []
 _ask_for_room: list[AskForRoom] = []
+_give_up: list[GiveUp] = []
 _moved: list[Moved] = []
 
 
@@ -32,6 +34,17 @@ def on_shortage(ask_for_room: AskForRoom) -> None:
         _ask_for_room.append(ask_for_room)
 
 
+def on_ram_shortage(give_up: GiveUp) -> None:
+    """Registers `give_up`, which is called when RAM is short, for a park or for other programs, and
+    what qmove kept to be faster is given back already.
+
+    It may let go of models that it keeps alive, in whatever thread it is called; but for those that
+    move just now, they take no RAM when it returns.
+    """
+    if give_up not in _give_up:
+        _give_up.append(give_up)
+
+
 def on_move(moved: Moved) -> None:
     """Registers `moved`, called after each move (waking too) and pin in the thread that made it."""
     if moved not in _moved:
@@ -47,6 +60,12 @@ def ask_for_room(device: torch.device, nbytes: int) -> None:
     """Calls what `on_shortage` registered."""
     for callback in _ask_for_room:
         callback(device, nbytes)
+
+
+def ask_for_ram(nbytes: int) -> None:
+    """Calls what `on_ram_shortage` registered."""
+    for callback in _give_up:
+        callback(nbytes)
 
 
 def tell_moved() -> None:

@@ -8,6 +8,7 @@ from . import comfy, routes, settings
 from .guard import never_fails
 from .models import page_locks, residency
 from .panel import events
+from .pool import provider
 from .stages import auto_parking, executor, idle, needs
 
 
@@ -18,7 +19,8 @@ def start() -> None:
     settings.load_stored()
     needs.use_file_of_host()
     listen_to_core()
-    never_fails("follow the stages of a prompt", False)(executor.install)()
+    if never_fails("follow the stages of a prompt", False)(executor.install)():
+        never_fails("keep models loaded between workflows", False)(provider.install)()
     never_fails("free VRAM after idle minutes", None)(idle.watch.follow_setting)()
     never_fails("serve its state and settings", False)(routes.install)()
 

@@ -57,6 +57,17 @@ def prompt_executor_class() -> type | None:
     return getattr(module("execution"), "PromptExecutor", None)
 
 
+def cache_providers() -> ModuleType | None:
+    """Where caches of outputs beside ComfyUI's own are registered: from 0.18.2 on."""
+    found = module("comfy_execution.cache_provider")
+    return found if hasattr(found, "register_cache_provider") else None
+
+
+def keeps_no_outputs() -> bool:
+    """Whether it was started with `--cache-none`."""
+    return bool(getattr(getattr(module("comfy.cli_args"), "args", None), "cache_none", False))
+
+
 def progress_bar_class() -> type | None:
     return getattr(module("comfy.utils"), "ProgressBar", None)
 
@@ -84,6 +95,17 @@ def file_named(name: str) -> Path | None:
         if path is not None:
             return Path(path)
     return None
+
+
+def folders_of_models() -> list[Path]:
+    """All folders that hold models, and those in its main one that packs have made."""
+    folder_paths = module("folder_paths")
+    known = getattr(folder_paths, "folder_names_and_paths", {}).values()
+    folders = [Path(path) for paths in known for path in paths[0]]
+    main = getattr(folder_paths, "models_dir", None)
+    if main is not None and Path(main).is_dir():
+        folders += [path for path in Path(main).iterdir() if path.is_dir()]
+    return list(dict.fromkeys(folders))
 
 
 def user_directory() -> str | None:

@@ -83,8 +83,8 @@ class DynamicPrompt(Protocol):
 
     def get_node(self, node_id: str) -> Mapping[str, Any]: ...  # {"class_type": ..., "inputs": ...}
 
-    # From the same release on as expansion: get_display_node_id, get_parent_node_id (None for a
-    # node of the prompt).
+    # From the same release on as expansion: all_node_ids, get_display_node_id, get_parent_node_id
+    # (None for a node of the prompt).
 
 
 class ExecutionList(Protocol):

@@ -130,6 +130,19 @@ def expanded_from(graph: ExecutionList, node_id: str) -> list[str]:
     return parents
 
 
+def expansions(graph: ExecutionList) -> dict[str, list[str]]:
+    """The nodes that each node has expanded into, where it has."""
+    found: dict[str, list[str]] = {}
+    get = getattr(graph.dynprompt, "get_parent_node_id", None)
+    all_ids = getattr(graph.dynprompt, "all_node_ids", None)
+    if get is None or all_ids is None:
+        return found
+    for node_id in all_ids():
+        if (parent := get(node_id)) is not None:
+            found.setdefault(parent, []).append(node_id)
+    return found
+
+
 def values_of(graph: ExecutionList, node_id: str) -> dict[str, Any]:
     """What was chosen on the node: numbers, switches and names; no seeds and no prose."""
     inputs = graph.dynprompt.get_node(node_id)["inputs"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import qmove_core as qmove
+from qmove_core import for_hosts
 
 from . import comfy
 from .guard import never_fails
@@ -23,6 +24,9 @@ log = logging.getLogger("qmove")
 
 AUTO_PARK = "qmove.autoPark"
 AUTO_PARK_WHEN = "qmove.autoParkWhen"
+KEEP_LOADED = "qmove.keepLoaded"
+KEEP_LOADED_LIMIT = "qmove.keepLoadedLimit"
+KEEP_LOADED_OWN = "qmove.keepLoadedOwn"
 KEEP_MIRRORS = "qmove.keepMirrors"
 RAM_LIMIT = "qmove.ramLimit"
 VRAM_TO_KEEP_FREE = "qmove.vramToKeepFree"
@@ -36,6 +40,9 @@ GIB = 2**30
 DEFAULTS: dict[str, Any] = {
     AUTO_PARK: True,
     AUTO_PARK_WHEN: NEEDED,
+    KEEP_LOADED: True,
+    KEEP_LOADED_LIMIT: 0,
+    KEEP_LOADED_OWN: False,
     KEEP_MIRRORS: True,
     RAM_LIMIT: 0,
     VRAM_TO_KEEP_FREE: 0,
@@ -47,12 +54,14 @@ DEFAULTS: dict[str, Any] = {
 # Of the settings that are numbers: the most, and what is counted.
 NUMBERS: dict[str, tuple[int, str]] = {
     RAM_LIMIT: (65536, "GiB"),
+    KEEP_LOADED_LIMIT: (65536, "GiB"),
     VRAM_TO_KEEP_FREE: (1024, "GiB"),
     IDLE_MINUTES: (10080, "minutes"),
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {AUTO_PARK_WHEN: (NEEDED, STAGE)}
 
 _values: dict[str, Any] = dict(DEFAULTS)
+_followers: list[Callable[[], None]] = []
 _lock = threading.Lock()  # two tabs may change settings at once, and each change applies as a whole
 
 
@@ -90,6 +99,28 @@ def keep_mirrors() -> bool:
     return bool(_values[KEEP_MIRRORS])
 
 
+def keeps_loaded() -> bool:
+    """Whether models stay loaded when their workflow is left. What is not parked by itself would
+    take the VRAM of others, so that it goes with auto-parking."""
+    return bool(_values[KEEP_LOADED]) and auto_park()
+
+
+def keeps_loaded_own() -> bool:
+    """Whether ComfyUI's own models stay loaded too."""
+    return bool(_values[KEEP_LOADED_OWN])
+
+
+def most_kept_loaded() -> int:
+    """Bytes of RAM that models which stay loaded may take."""
+    return int(_values[KEEP_LOADED_LIMIT] * GIB) or for_hosts.total_ram() // 2
+
+
+def on_change(follow: Callable[[], None]) -> None:
+    """Registers `follow`, called after each change."""
+    if follow not in _followers:
+        _followers.append(follow)
+
+
 def current() -> dict[str, Any]:
     return dict(_values)
 
@@ -105,7 +136,10 @@ def change(changes: Mapping[str, Any]) -> dict[str, Any]:
     with _lock:
         _values.update(changes)
         _apply(changes)
-        return current()
+        values = current()
+    for follow in _followers:
+        follow()
+    return values
 
 
 def _check(name: str, value: Any) -> None:

@@ -115,6 +115,14 @@ def place_of(storage: torch.UntypedStorage) -> tuple[HostBlock, int] | None:
     return block, start
 
 
+def ram_bytes(storage: torch.UntypedStorage) -> int:
+    """Bytes of RAM that a storage takes: none on a device, and none over a mapped file of qmove."""
+    if storage.device.type != "cpu":
+        return 0
+    place = place_of(storage)
+    return storage.nbytes() if place is None or place[0].ram is not None else 0
+
+
 def place_at(storage_cdata: int) -> tuple[HostBlock, int, int] | None:
     """The block that the storage with this `_cdata` lies in, and where it begins and ends there."""
     return _places.get(storage_cdata)

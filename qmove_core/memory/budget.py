@@ -39,10 +39,12 @@ def require(
 def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str = "") -> None:
     """Raises NotEnoughMemory if `nbytes` more of host memory would pass a limit.
 
-    What qmove holds there only to be faster next time is given back first, as far as it is needed.
+    What qmove holds there only to be faster next time is given back first, as far as it is needed;
+    then the host of this program lets go of models that it only keeps.
     """
     tightest = room(ram_limit, arena.bytes_held())
-    if nbytes > max(0, tightest.free) and giving_back.trim(nbytes - tightest.free):
+    if nbytes > max(0, tightest.free):
+        giving_back.make_room(nbytes - tightest.free)
         tightest = room(ram_limit, arena.bytes_held())
     free = max(0, tightest.free)
     if nbytes > free:

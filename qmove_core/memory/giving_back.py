@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import psutil
 
-from .. import homes
+from .. import homes, hosting
 from ..errors import readable_bytes
 from ..moving import moving
 from . import arena, limits, mirrors
@@ -59,6 +59,16 @@ def trim(nbytes: int | None = None) -> int:
     return before - arena.bytes_held()
 
 
+def make_room(nbytes: int) -> int:
+    """Trims `nbytes`; where that is not enough, the host of this program is asked to let go of
+    models that it keeps. Returns the bytes that this process's own memory gave back."""
+    given = trim(nbytes)
+    if given < nbytes:
+        hosting.ask_for_ram(nbytes - given)
+        given += trim(nbytes - given)  # where its models lay is spare now
+    return given
+
+
 def reserve(total: int) -> int:
     """Bytes that are to stay free for others under a limit of `total` bytes: 5 %, and 2 GiB or an
     eighth at least."""
@@ -66,7 +76,7 @@ def reserve(total: int) -> int:
 
 
 def trim_under_pressure() -> int:
-    """Trims what is lacking to the reserve under the tightest limit on RAM.
+    """Makes room for what is lacking to the reserve under the tightest limit on RAM.
 
     `ram_limit` is none of these: it binds only qmove, which keeps it when it allocates. Does
     nothing while a move runs, which may be about to use just that memory: the next round comes
@@ -82,7 +92,7 @@ def trim_under_pressure() -> int:
     if missing <= 0 or not homes.lock.acquire(blocking=False):
         return 0
     try:
-        given = trim(missing)
+        given = make_room(missing)
     finally:
         homes.lock.release()
     if given:

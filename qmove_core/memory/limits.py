@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +79,24 @@ def _limits_of_the_process() -> list[Limit]:
     return limits
 
 
+def total_ram() -> int:
+    """Bytes of RAM that this process could have: the machine's, or its cgroups' limit where that is
+    less."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _free in _cgroup_limits())])
+
+
 def cgroup_free(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> int | None:
     """Bytes free under the tightest memory limit of this process's cgroups (v2 or v1); None without
-    one.
+    one."""
+    return min((free for _limit, free in _cgroup_limits(root, membership)), default=None)
+
+
+def _cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """Each memory limit of this process's cgroups in bytes, and what is free under it.
 
     A limit can sit on any ancestor, and the page cache that counts as used is given back under
     pressure, so it is free.
@@ -90,8 +104,7 @@ def cgroup_free(
     in `memory.stat`).
     """
     if not membership.exists():  # not Linux
-        return None
-    tightest: int | None = None
+        return
     for line in membership.read_text().splitlines():
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
@@ -105,15 +118,16 @@ def cgroup_free(
             continue
         group = base / path.lstrip("/")
         for folder in (group, *group.parents):
-            free = _free_in(folder, *names)
-            if free is not None and (tightest is None or free < tightest):
-                tightest = free
+            figures = _limit_in(folder, *names)
+            if figures is not None:
+                yield figures
             if folder == base:
                 break
-    return tightest
 
 
-def _free_in(folder: Path, limit_file: str, usage_file: str, reclaimable: str) -> int | None:
+def _limit_in(
+    folder: Path, limit_file: str, usage_file: str, reclaimable: str
+) -> tuple[int, int] | None:
     try:
         limit = (folder / limit_file).read_text().strip()
         usage = int((folder / usage_file).read_text())
@@ -125,4 +139,4 @@ def _free_in(folder: Path, limit_file: str, usage_file: str, reclaimable: str) -
     cached = next(
         (int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == reclaimable), 0
     )
-    return max(0, int(limit) - usage + cached)
+    return int(limit), max(0, int(limit) - usage + cached)

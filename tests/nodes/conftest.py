@@ -35,6 +35,9 @@ def load_pack(name: str = "qmove_pack") -> ModuleType:
 load_pack()
 
 from qmove_pack.nodes.host import guard, hooks, listen_to_core, settings  # noqa: E402
+from qmove_pack.nodes.host.models import adopted  # noqa: E402
+from qmove_pack.nodes.host.pool import provider  # noqa: E402
+from qmove_pack.nodes.host.pool.keeping import pool  # noqa: E402
 from qmove_pack.nodes.host.stages import executor, needs  # noqa: E402
 
 from tests.nodes.builders.fake_host import FakeHost  # noqa: E402
@@ -116,6 +119,17 @@ def forgetful_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHost]:
     fake = FakeHost(keeps_outputs=False)
     enter(fake, monkeypatch)
     yield from _hooked_in(fake)
+
+
+@pytest.fixture
+def pool_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHost]:
+    """A host whose models stay loaded when their workflow is left."""
+    fake = FakeHost()
+    enter(fake, monkeypatch)
+    monkeypatch.setattr(adopted, "_keeper", None)
+    assert provider.install()
+    yield from _hooked_in(fake)
+    pool.forget_all()
 
 
 def _hooked_in(fake: FakeHost) -> Iterator[FakeHost]:

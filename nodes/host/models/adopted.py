@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +34,22 @@ _uses = itertools.count(1)
 # Each adopted model, and each module of one; the values die with the model.
 _by_model: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> Adopted
 _by_module: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> weak reference to an Adopted
+
+
+class Keeper(Protocol):
+    """Who keeps models alive, and lets go of some where RAM is short (`pool`)."""
+
+    def make_room_for(self, leaving: Adopted, nbytes: int, *, may_go: bool) -> None: ...
+    def let_go(self, adopted: Adopted) -> bool: ...
+
+
+_keeper: Keeper | None = None
+
+
+def set_keeper(keeper: Keeper | None) -> None:
+    """Names who is asked before a model is parked, and where RAM has no room for it."""
+    global _keeper
+    _keeper = keeper
 
 
 class Adopted:
@@ -123,10 +139,41 @@ class Adopted:
         """Bytes parked now, by the accelerator that is their home."""
         return self._bytes()[1]
 
-    def park(self, free: dict[Any, int] | None = None) -> None:
-        """Parks it, or as much of it as it takes to free so many bytes on each of these devices."""
+    @property
+    def in_ram(self) -> int:
+        """Bytes of RAM that it takes, parked or not. Host copies of what is on a device are none
+        of them, nor is what looks into its own files."""
+        if self.model is None:
+            return 0
+        return sum(for_hosts.ram_bytes(storage) for _tensor, storage in self._storages())
+
+    @property
+    def mirrored(self) -> int:
+        """Bytes on accelerators of which there is a host copy already."""
+        if self.model is None:
+            return 0
+        away = [s for _tensor, s in self._storages() if s.device.type != "cpu"]
+        return sum(s.nbytes() for s in away if for_hosts.known_digest(s) is not None)
+
+    def park(self, free: dict[Any, int] | None = None, *, may_go: bool = False) -> None:
+        """Parks it, or as much of it as it takes to free so many bytes on each of these devices.
+
+        With `may_go` one that only the keeper keeps may be dropped instead, where RAM for it costs
+        more than it is worth: not while ComfyUI goes through its list of loaded models.
+        """
+        park = functools.partial(qmove.park, free=free)
         nbytes = sum(self.resident.values() if free is None else free.values())
-        self._move("park", functools.partial(qmove.park, free=free), nbytes)
+        if _keeper is None or not nbytes:
+            self._move("park", park, nbytes)
+            return
+        _keeper.make_room_for(self, nbytes, may_go=may_go)
+        try:
+            self._move("park", park, nbytes)
+            return
+        except qmove.NotEnoughMemory as error:
+            failure = error.with_traceback(None)  # its frames would keep the model
+        if not (may_go and _keeper.let_go(self)):
+            raise failure
 
     def come_home(self) -> None:
         self._move("restore", qmove.restore, sum(self.parked.values()))

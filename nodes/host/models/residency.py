@@ -187,7 +187,7 @@ def park(models: Collection[Model]) -> None:
     try:
         with for_hosts.released_once():
             for adopted in ours:
-                adopted.park()
+                adopted.park(may_go=True)
     finally:
         entries = [entry for adopted in ours for entry in entries_of(adopted)]
         _drop([entry for entry in entries if not entry.loaded_size()])

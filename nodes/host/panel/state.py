@@ -14,6 +14,8 @@ from qmove_core import for_hosts
 from .. import meter, progress, settings
 from ..models import holders, node_models, pins, residency
 from ..models.adopted import Adopted, adopted_models
+from ..pool import provider
+from ..pool.keeping import pool
 from . import version
 
 SECONDS_BETWEEN_TRIES = 0.05
@@ -56,6 +58,7 @@ def snapshot() -> dict[str, Any]:
             "spare": stats.spare_bytes,
             "shared": stats.shared_bytes,
         },
+        "pool": pool.figures() if provider.is_installed() else None,
         "done": {
             "parks": stats.parks,
             "restores": stats.restores,
@@ -77,7 +80,7 @@ def outline() -> tuple[object, ...]:
     readings = [meter.read(device) for device in meter.devices()]
     bars = [200 * r.used // r.total for r in readings if r is not None and r.total]
     models = [(m.number, m.last_used, pins.choice_of(m)) for m in adopted_models()]
-    return tuple(models), tuple(bars)
+    return tuple(models), tuple(bars), (pool.hits, pool.misses, pool.count)
 
 
 def _look() -> tuple[list[dict[str, Any]], qmove.Stats]:

@@ -22,6 +22,7 @@ from ..guard import is_interrupt, never_fails
 from ..models import dynamic, entries, node_models, page_locks, residency
 from ..models.adopted import adopted_models
 from ..panel import events, history
+from ..pool.keeping import pool
 from . import auto_parking, idle, job_queue, last_run, needs, second_try
 from .needs import Measurement
 
@@ -150,7 +151,13 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     # A loop takes nodes away that were put back: `inhibit_nodes`.
     run.unfinished.intersection_update(nodes.pendingNodes)
     run.unfinished.add(node_id)
+    _tell_pool(nodes, node_id)
     history.stage_goes_on(nodes)
+
+
+@never_fails("tell what stays loaded that a node runs", None)
+def _tell_pool(nodes: ExecutionList, node_id: str) -> None:
+    pool.node_begins(nodes, node_id, auto_parking.in_use.models, auto_parking.in_use.patchers)
 
 
 def _prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:
@@ -173,6 +180,7 @@ def _complete(nodes: ExecutionList, node_id: str) -> None:
         auto_parking.finish(nodes, node_id, run.measurement)
         run.unfinished.discard(node_id)
         run.node = run.measurement = None
+        pool.node_ends(nodes, node_id)
     if history.stage_ends(nodes, node_id):  # it ran, it was not cached
         node_models.remember(nodes, node_id)
     job_queue.node_ended()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .fake_cache_provider import Providers
 from .fake_graph import Cache, DynamicPrompt, execution_list_class, is_link
 from .fake_management import FakeModelManagement, ModelPatcher
 
@@ -61,12 +62,15 @@ class FakeHost:
             PromptExecutor=self.executor_class,
             get_output_data=_function_of(self._get_output_data),
         )
+        self.providers = Providers(self.classes)
+        self.models_dir: str | None = None
         self.user_directory: str | None = None
         self.model_files: dict[str, str] = {}  # name -> path
 
     def modules(self) -> dict[str, ModuleType]:
         """By the names under which the host imports them."""
-        return {
+        new = {} if self.old else {"comfy_execution.cache_provider": self.providers.module()}
+        return new | {
             "comfy": _module("comfy"),
             "comfy.model_management": self.management,
             "comfy.model_patcher": _module("comfy.model_patcher", ModelPatcher=ModelPatcher),
@@ -84,6 +88,7 @@ class FakeHost:
                 get_user_directory=lambda: self.user_directory,
                 folder_names_and_paths={"checkpoints": ([], set())},
                 get_full_path=lambda kind, name: self.model_files.get(name),
+                models_dir=self.models_dir,
             ),
             "nodes": _module("nodes", NODE_CLASS_MAPPINGS=self.classes),
             "server": _module("server", PromptServer=SimpleNamespace(instance=self.server)),
@@ -103,8 +108,12 @@ class FakeHost:
         self.errors = []
         self.management.interrupt_current_processing(False)
         self._forget_changed(prompt)
-        with torch.inference_mode():
-            asyncio.run(self._run(prompt))
+        self.providers.begin(prompt)
+        try:
+            with torch.inference_mode():
+                asyncio.run(self._run(prompt))
+        finally:
+            self.providers.end()
         outputs = {
             node_id: getattr(entry, "outputs", entry)
             for node_id, entry in self.cache.entries.items()
@@ -128,9 +137,12 @@ class FakeHost:
         self.instances = {key: x for key, x in self.instances.items() if key[0] in prompt}
         pending: dict[str, Any] = {}
         for node_id in prompt:
+            await self.providers.look_up(self.cache, node_id)
+        for node_id in prompt:
             nodes.add_node(node_id)
         while nodes.pendingNodes:
             node_id, _error, _exception = await nodes.stage_node_execution()
+            await self.providers.look_up(self.cache, node_id)
             if not nodes.is_cached(node_id):
                 try:
                     done = await self._run_node(nodes, node_id, pending)
@@ -157,7 +169,7 @@ class FakeHost:
         """
         self.management.throw_exception_if_processing_interrupted()
         if node_id in pending:
-            self.cache.put(node_id, [self._values(item) for item in pending.pop(node_id)])
+            self._keep(node_id, [self._values(item) for item in pending.pop(node_id)])
             return True
         node = nodes.dynprompt.get_node(node_id)
         cls = self.classes[node["class_type"]]
@@ -186,14 +198,19 @@ class FakeHost:
                 nodes.blocking.setdefault(source, {})[node_id] = True
             pending[node_id] = results
             return False
+        ui = result.get("ui") if isinstance(result, dict) else None
         results = [r["result"] if isinstance(r, dict) else r for r in results]
         is_list = getattr(cls, "OUTPUT_IS_LIST", [False] * len(results[0]))
         outputs = [
             results[0][index] if of_list else [result[index] for result in results]
             for index, of_list in enumerate(is_list)
         ]
-        self.cache.put(node_id, outputs)
+        self._keep(node_id, outputs, ui)
         return True
+
+    def _keep(self, node_id: str, outputs: list[Any], ui: Any = None) -> None:
+        self.cache.put(node_id, outputs)
+        self.providers.store(node_id, outputs, ui)
 
     def _values(self, item: Any) -> list[Any]:
         if not is_link(item):
@@ -229,7 +246,8 @@ class FakeHost:
             node = prompt[node_id]
             parts = {n: signature(v[0]) if is_link(v) else v for n, v in node["inputs"].items()}
             always = getattr(self.classes.get(node["class_type"]), "ALWAYS_RUNS", False)
-            return node["class_type"], object() if always else tuple(sorted(parts.items()))
+            changed = self.providers.is_changed(prompt, node_id)
+            return node["class_type"], object() if always else tuple(sorted(parts.items())), changed
 
         for node_id in prompt:
             signatures[node_id] = signature(node_id)
