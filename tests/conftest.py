@@ -73,7 +73,7 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     for device, _way in choosing._failed:  # a fault of an earlier test made digests slower
         choosing._chosen.pop(device, None)
     choosing._failed.clear()
-    callbacks = [hosting._moved, hosting._ask_for_room, hosting._yielding]
+    callbacks = [hosting._moved, hosting._ask_for_room, hosting._give_up, hosting._yielding]
     kept = [list(some) for some in callbacks]
     with hostile():
         yield

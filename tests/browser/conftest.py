@@ -159,6 +159,9 @@ def second_tab(tab: Tab, context: BrowserContext) -> Iterator[Tab]:
 DEFAULTS = {
     "qmove.autoPark": True,
     "qmove.autoParkWhen": "needed",
+    "qmove.keepLoaded": True,
+    "qmove.keepLoadedLimit": 0,
+    "qmove.keepLoadedOwn": False,
     "qmove.keepMirrors": True,
     "qmove.ramLimit": 0,
     "qmove.vramToKeepFree": 0,

@@ -15,6 +15,9 @@ from .tab import LOST, Tab
 CHANGES: dict[str, Any] = {
     "qmove.autoPark": False,
     "qmove.autoParkWhen": "stage",
+    "qmove.keepLoaded": False,
+    "qmove.keepLoadedLimit": 5,
+    "qmove.keepLoadedOwn": True,
     "qmove.keepMirrors": False,
     "qmove.ramLimit": 3,
     "qmove.vramToKeepFree": 2,

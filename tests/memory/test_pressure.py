@@ -16,7 +16,7 @@ import pytest
 from torch import nn
 
 import qmove_core as qmove
-from qmove_core import homes
+from qmove_core import for_hosts, homes
 from qmove_core.memory import arena, giving_back, limits, mirrors
 from tests.builders.arena import wait_until_prepared
 from tests.builders.device import GPU
@@ -97,6 +97,63 @@ def test_spares_go_before_mirrors(gpu: GPU, cgroup: Free) -> None:
     )
     cgroup(-MIB)
     assert (giving_back.trim_under_pressure(), has_mirrors(model)) == (MODEL, False)
+
+
+def test_then_the_host_lets_go_of_models_that_it_keeps(gpu: GPU, cgroup: Free) -> None:
+    kept, model = [layers(4, width=WIDTH)], mirrored()
+    qmove.park(kept[0])
+    asked: list[int] = []
+
+    def give_up(nbytes: int) -> None:
+        asked.append(nbytes)
+        kept.clear()
+        gc.collect()
+
+    for_hosts.on_ram_shortage(give_up)
+    cgroup(-MODEL)
+    assert giving_back.trim_under_pressure() == MODEL
+    assert (asked, has_mirrors(model)) == ([], False), "what costs least to lose goes first"
+    cgroup(-MODEL)
+    assert giving_back.trim_under_pressure() == MODEL
+    assert (asked, arena.bytes_held()) == ([MODEL], 0)
+
+
+def test_a_park_that_does_not_fit_asks_the_host_first(gpu: GPU) -> None:
+    kept, model = [layers(4, width=WIDTH)], layers(4, width=WIDTH)
+    qmove.park(kept[0])
+    qmove.configure(ram_limit=MODEL + MODEL // 2)
+    for_hosts.on_ram_shortage(lambda nbytes: kept.clear())
+    qmove.park(model)
+    assert qmove.is_parked(model) and not kept
+
+    another = layers(4, width=WIDTH)
+    with pytest.raises(qmove.NotEnoughMemory):
+        qmove.park(another)
+
+
+def test_what_a_process_could_have_is_the_least_of_its_limits(tmp_path: Path) -> None:
+    groups = tmp_path / "groups"
+    for folder, limit in ((groups, 6 * GIB), (groups / "a", 5 * GIB), (groups / "a" / "b", "max")):
+        folder.mkdir()
+        (folder / "memory.max").write_text(str(limit))
+        (folder / "memory.current").write_text(str(GIB))
+        (folder / "memory.stat").write_text("inactive_file 0\n")
+    member = tmp_path / "cgroup"
+    member.write_text("0::/a/b\n")
+    assert list(limits._cgroup_limits(groups, member)) == [(5 * GIB, 4 * GIB), (6 * GIB, 5 * GIB)]
+    assert limits.cgroup_free(groups, member) == 4 * GIB
+
+
+def test_all_of_the_ram_is_what_the_machine_or_the_cgroup_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=GIB)
+    )
+    monkeypatch.setattr(limits, "_cgroup_limits", lambda: iter([]))
+    assert for_hosts.total_ram() == 64 * GIB
+    monkeypatch.setattr(limits, "_cgroup_limits", lambda: iter([(8 * GIB, 0), (6 * GIB, GIB)]))
+    assert for_hosts.total_ram() == 6 * GIB
 
 
 def test_enough_is_free(gpu: GPU, cgroup: Free) -> None:

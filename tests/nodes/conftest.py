@@ -35,7 +35,7 @@ def load_pack(name: str = "qmove_pack") -> ModuleType:
 load_pack()
 
 from qmove_pack.nodes.host import guard, hooks, listen_to_core, settings  # noqa: E402
-from qmove_pack.nodes.host.models import adopted  # noqa: E402
+from qmove_pack.nodes.host.models import adopted, finding  # noqa: E402
 from qmove_pack.nodes.host.pool import provider  # noqa: E402
 from qmove_pack.nodes.host.pool.keeping import pool  # noqa: E402
 from qmove_pack.nodes.host.stages import executor, needs  # noqa: E402
@@ -127,6 +127,7 @@ def pool_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHost]:
     fake = FakeHost()
     enter(fake, monkeypatch)
     monkeypatch.setattr(adopted, "_keeper", None)
+    finding.forget_all()
     assert provider.install()
     yield from _hooked_in(fake)
     pool.forget_all()

@@ -35,6 +35,9 @@ def test_it_is_on_and_parks_when_needed_unless_told_otherwise() -> None:
     assert settings.current() == {
         "qmove.autoPark": True,
         "qmove.autoParkWhen": "needed",
+        "qmove.keepLoaded": True,
+        "qmove.keepLoadedLimit": 0,
+        "qmove.keepLoadedOwn": False,
         "qmove.keepMirrors": True,
         "qmove.ramLimit": 0,
         "qmove.vramToKeepFree": 0,

@@ -57,6 +57,19 @@ describe("states", () => {
     expect(part("error").hidden).toBe(true);
   });
 
+  test("models that stay loaded are counted, and nothing is said where that is off", async () => {
+    await show(snapshot({ pool: null }));
+    expect(part("pool").hidden).toBe(true);
+    const figures = { limit: 32 * GIB, models: 2, nbytes: 9 * GIB, in_ram: 6 * GIB, hits: 5, misses: 3, seconds_saved: 400 };
+    send(snapshot({ pool: figures }));
+    expect(part("pool").hidden).toBe(false);
+    expect(part("pool").textContent).toBe(
+      "Models that stay loaded between workflows: 2, with 6.0 GiB of 32.0 GiB in RAM. Loads saved: 5 (6 min 40 s); loads made: 3."
+    );
+    send(snapshot({ pool: { ...figures, limit: 0 } }));
+    expect(part("pool").hidden).toBe(true);
+  });
+
   test("what failed is told with the reason, and can be tried again", async () => {
     await show(() => Response.json({ error: "out of order" }, { status: 500 }));
     expect(part("error").textContent).toContain("out of order");

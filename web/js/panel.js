@@ -3,6 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import * as actions from "./actions.js";
 import { make, setAttribute, setText } from "./dom.js";
+import { bytes, duration } from "./format.js";
 import { updateBars } from "./panel_bars.js";
 import { Chart } from "./panel_chart.js";
 import { button, updateModels } from "./panel_models.js";
@@ -71,6 +72,9 @@ export class Panel {
     updateRunningMoves(parts.running, this._store.moves.values());
     updateBars(parts.bars, snapshot);
     parts.noGpu.hidden = snapshot.devices.some((device) => device.total !== null);
+    const pool = snapshot.pool;
+    parts.pool.hidden = !pool?.limit;
+    setText(parts.pool, pool ? aboutPool(pool) : "");
     updateModels(parts.models, snapshot, this._store.moves.values());
     parts.empty.hidden = snapshot.models.length > 0;
     const canPark = snapshot.models.some((model) => Object.keys(model.resident).length > 0);
@@ -89,6 +93,13 @@ export class Panel {
       setText(this._parts.live, whatHappened(last));
     }
   }
+}
+
+/** @param {import("./types").PoolFigures} pool */
+function aboutPool(pool) {
+  const words = texts();
+  const saved = words.loadsSaved(String(pool.hits), duration(pool.seconds_saved), String(pool.misses));
+  return words.stayLoaded(String(pool.models), bytes(pool.in_ram), bytes(pool.limit), saved);
 }
 
 /** @param {import("./store.js").Store} store */
@@ -131,6 +142,7 @@ function build(store) {
 
   const running = make("ul", { class: "qmove-moves" });
   const bars = make("ul", { class: "qmove-memories" });
+  const pool = make("p", { class: "qmove-hint", "data-testid": "qmove-pool" });
   const noGpu = labelled(make("p", { class: "qmove-hint" }), "noGpu");
 
   const models = make("ul", { class: "qmove-models" });
@@ -168,7 +180,7 @@ function build(store) {
     { class: "qmove-content" },
     make("section", {}, autoParkRow, autoParkHint),
     running,
-    make("section", {}, heading("memory"), bars, noGpu),
+    make("section", {}, heading("memory"), bars, pool, noGpu),
     make("section", {}, heading("models"), make("div", { class: "qmove-toolbar" }, parkAll, freeForm), models, empty),
     lastRun,
     past
@@ -184,6 +196,6 @@ function build(store) {
   );
   return {
     ...{ root, title, live, loading, error, errorText, retry, content, labels },
-    ...{ autoPark, autoParkHint, running, bars, noGpu, models, empty, parkAll, gib, lastRun, past, pastList },
+    ...{ autoPark, autoParkHint, running, bars, pool, noGpu, models, empty, parkAll, gib, lastRun, past, pastList },
   };
 }

@@ -79,6 +79,36 @@ const DEFINITIONS = [
       "something never do. Costs the time of its first try.",
   },
   {
+    id: "qmove.keepLoaded",
+    name: "Keep models loaded between workflows",
+    type: "boolean",
+    defaultValue: true,
+    group: "Models that stay loaded",
+    tooltip:
+      "A model whose workflow is left stays in RAM, and comes back where its loader is asked for again with the same inputs " +
+      "and the same files, instead of being loaded from disk. Needs auto-parking. Costs RAM up to the limit below.",
+  },
+  {
+    id: "qmove.keepLoadedLimit",
+    name: "RAM for models that stay loaded (GiB)",
+    type: "number",
+    defaultValue: 0,
+    attrs: gib(65536),
+    group: "Models that stay loaded",
+    tooltip:
+      "The most RAM that they may take; what was used longest ago and loads the quickest goes first. 0: half of the RAM. " +
+      "Costs that much RAM; less as soon as other programs need it.",
+  },
+  {
+    id: "qmove.keepLoadedOwn",
+    name: "Keep ComfyUI's own models loaded too",
+    type: "boolean",
+    defaultValue: false,
+    group: "Models that stay loaded",
+    tooltip:
+      "Also what ComfyUI's own loaders give (MODEL, CLIP, VAE). Costs RAM: they count with their whole size.",
+  },
+  {
     id: "qmove.keepMirrors",
     name: "Keep host copies for instant re-parking",
     type: "boolean",

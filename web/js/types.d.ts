@@ -57,11 +57,24 @@ export interface Snapshot {
   comfyui_models: { name: string; resident: Record<string, number> }[];
   devices: Device[];
   ram: { total: number; free: number; parked: number; mirrors: number; spare: number; shared?: number };
+  /** Models that stay loaded between workflows; null where ComfyUI has no way to ask for them. */
+  pool?: PoolFigures | null;
   done: { parks: number; restores: number; moves: number; copied_bytes: number };
   moves: Move[];
   nodes: string[];
   /** What a model's `pin` can be on this machine. */
   pins: string[];
+}
+
+export interface PoolFigures {
+  /** Of RAM, in bytes; 0 where it is off. */
+  limit: number;
+  models: number;
+  nbytes: number;
+  in_ram: number;
+  hits: number;
+  misses: number;
+  seconds_saved: number;
 }
 
 export interface Stage {

@@ -65,8 +65,7 @@ class Kept:
         return any(map(pins.stays, self.adopted)) or any(map(pins.stays, self.patchers))
 
     def identities(self) -> set[Any]:
-        """What its models are known by, to compare with others: clones of a patcher share theirs.
-        """
+        """What its models are known by; clones of a patcher share theirs."""
         return {*self.adopted, *(id(patcher.model) for patcher in self.patchers)}
 
     def bytes_in_ram(self) -> dict[Any, int]:

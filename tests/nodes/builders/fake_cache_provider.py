@@ -40,9 +40,11 @@ class CacheProvider(ABC):
     def should_cache(self, context: CacheContext, value: CacheValue | None = None) -> bool:
         return True
 
-    def on_prompt_start(self, prompt_id: str) -> None: ...
+    def on_prompt_start(self, prompt_id: str) -> None:
+        return None
 
-    def on_prompt_end(self, prompt_id: str) -> None: ...
+    def on_prompt_end(self, prompt_id: str) -> None:
+        return None
 
 
 class Providers:
@@ -107,13 +109,22 @@ class Providers:
         """Equal for equal inputs, whatever the ids, except of nodes that depend on their own."""
         node = prompt[node_id]
         cls: Any = self._classes[node["class_type"]]
-        own_id = "UNIQUE_ID" in cls.INPUT_TYPES().get("hidden", {}).values() if hasattr(cls, "INPUT_TYPES") else False
+        own_id = (
+            "UNIQUE_ID" in cls.INPUT_TYPES().get("hidden", {}).values()
+            if hasattr(cls, "INPUT_TYPES")
+            else False
+        )
         own_id = own_id or getattr(cls, "NOT_IDEMPOTENT", False)
         parts = [
             (name, (self.signature(prompt, value[0]), value[1]) if is_link(value) else value)
             for name, value in sorted(node["inputs"].items())
         ]
-        return node["class_type"], self.is_changed(prompt, node_id), node_id if own_id else "", tuple(parts)
+        return (
+            node["class_type"],
+            self.is_changed(prompt, node_id),
+            node_id if own_id else "",
+            tuple(parts),
+        )
 
     def is_changed(self, prompt: Mapping[str, Any], node_id: str) -> Any:
         """What IS_CHANGED says of a node's constant inputs, asked once in a prompt."""

@@ -21,6 +21,11 @@ export const en = {
   foundAt: (place) => `found at ${place}`,
   /** @param {string} name @param {string} nbytes */
   sameAs: (name, nbytes) => `same weights as ${name}: ${nbytes}`,
+  /** @param {string} models @param {string} ram @param {string} limit @param {string} saved */
+  stayLoaded: (models, ram, limit, saved) =>
+    `Models that stay loaded between workflows: ${models}, with ${ram} of ${limit} in RAM. ${saved}`,
+  /** @param {string} hits @param {string} time @param {string} misses */
+  loadsSaved: (hits, time, misses) => `Loads saved: ${hits} (${time}); loads made: ${misses}.`,
   parkedInRam: "parked",
   mirrors: "kept copies",
   spare: "reserve for the next park",

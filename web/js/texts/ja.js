@@ -20,6 +20,10 @@ export const ja = {
   others: { unexplained: "このプロセスでは説明できない使用量（コンテキスト、C++ エンジン、他のプログラム）", wires: "ワイヤー上の画像と潜在変数" },
   foundAt: (place) => `場所: ${place}`,
   sameAs: (name, nbytes) => `${name} と同じ重み: ${nbytes}`,
+  /** @param {string} models @param {string} ram @param {string} limit @param {string} saved */
+  stayLoaded: (models, ram, limit, saved) => `ワークフローを切り替えても読み込んだままのモデル：${models}、RAM ${ram} / ${limit}。${saved}`,
+  /** @param {string} hits @param {string} time @param {string} misses */
+  loadsSaved: (hits, time, misses) => `省いた読み込み：${hits} 回（${time}）、行った読み込み：${misses} 回。`,
   parkedInRam: "退避中",
   mirrors: "保持中のコピー",
   spare: "次の退避のための予備",

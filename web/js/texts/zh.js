@@ -19,6 +19,10 @@ export const zh = {
   others: { unexplained: "本进程无法解释的占用（上下文、C++ 引擎、其他程序）", wires: "连线上的图像和潜变量" },
   foundAt: (place) => `位于 ${place}`,
   sameAs: (name, nbytes) => `与 ${name} 权重相同：${nbytes}`,
+  /** @param {string} models @param {string} ram @param {string} limit @param {string} saved */
+  stayLoaded: (models, ram, limit, saved) => `切换工作流后保持加载的模型：${models}，内存 ${ram} / ${limit}。${saved}`,
+  /** @param {string} hits @param {string} time @param {string} misses */
+  loadsSaved: (hits, time, misses) => `省去的加载：${hits} 次（${time}）；进行的加载：${misses} 次。`,
   parkedInRam: "已停放",
   mirrors: "保留的副本",
   spare: "为下次停放预留",

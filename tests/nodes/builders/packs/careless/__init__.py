@@ -47,6 +47,7 @@ class CarelessLoader:
         }
 
     def load(self, mib, seed, wrapped, after="", device="cuda"):
+        note(f"load {mib} {seed}")
         rows = mib * 2**20 // 1024 // 4 // 8
         net = nn.Sequential(*[nn.Linear(1024, rows, bias=False, device=device) for _ in range(8)])
         for index, layer in enumerate(net):
