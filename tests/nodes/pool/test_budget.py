@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 from qmove_pack.nodes.host import settings
+from qmove_pack.nodes.host.models import pins
 from qmove_pack.nodes.host.models.adopted import adopted_of
 from qmove_pack.nodes.host.panel import state
 from qmove_pack.nodes.host.pool.keeping import pool
 from qmove_pack.nodes.host.stages import pinning, requests
 from qmove_pack.nodes.memory_picture import write_text
+from torch import nn
 
 import qmove_core as qmove
 import simcuda
 from qmove_core.memory import giving_back, limits
 from tests.builders.device import GPU
-from tests.nodes.builders.careless_nodes import ALL, MIB, forget_all, model_in, node
+from tests.nodes.builders.careless_nodes import ALL, MIB, Load, forget_all, model_in, node
 from tests.nodes.builders.fake_host import FakeHost
+from tests.nodes.builders.fake_management import ModelPatcher
 
 SIZE = 4 * MIB + (1 << 16)  # of each model, with its biases and the ends of pages
 GIB = 2**30
@@ -151,6 +154,23 @@ def test_a_pinned_model_never_goes(comfy: FakeHost) -> None:
     pinning.pin_models([adopted], "unpin")
     park_all()
     assert pinned() is None
+
+
+def test_nor_does_one_of_comfyuis_own_that_is_pinned(comfy: FakeHost) -> None:
+    class LoadOwn(Load):
+        def run(self, mib: int, **_: Any) -> tuple[Any]:  # type: ignore[override]
+            return (ModelPatcher(nn.Linear(mib << 10, 256)),)
+
+    comfy.add(LoadOwn)
+    settings.change({"qmove.keepLoadedOwn": True})
+    for mib in (1, 2):
+        comfy.run({"own": node("LoadOwn", mib=mib)})
+        leave(comfy)
+    first, _second = pool._all()
+    (patcher,) = first.patchers
+    pins.choose_for_hosts_own(patcher, "pin")
+    pool.give_up(1 << 40)
+    assert pool._all() == [first] and first.patchers == [patcher]
 
 
 def test_where_the_budget_has_no_room_a_model_goes_instead_of_being_copied(
