@@ -1,6 +1,8 @@
 """The pool: outputs that stay loaded, within a budget of RAM, the least useful going first.
 
-A model on a device takes no RAM for it: it does when it is parked, so room is made before that. A
+A model on a device takes no RAM for it: it does when it is parked, so room is made before that.
+What ComfyUI evicts while it goes through its list is parked also where another, which the running
+prompt uses, was let go of for it and has not gone: RAM is beyond the budget until that one goes. A
 model goes by being let go of: where something else still holds it (ComfyUI's own cache), it stays
 with that. In its place it could go to disk: see `Pool.to_disk`.
 """
