@@ -106,9 +106,10 @@ def test_two_workflows_that_take_turns_load_each_model_once(
 
         assert [comfyui.times_noted(f"load {MIB} {number}") for number in (1, 2)] == [1, 1]
         pool = comfyui.get("/qmove/state")["pool"]
-        # The LRU cache itself has both, but for /free.
-        hits = 2 if cache == "LRU" else PROMPTS - 2
-        assert (pool["models"], pool["misses"], pool["hits"]) == (2, 2, hits)
+        assert (pool["models"], pool["misses"]) == (2, 2)
+        # A cache that keeps both itself (LRU, and RAM pressure up to 0.18) asks only after /free.
+        itself = cache in ("LRU", "RAM pressure") and pool["hits"] == 2
+        assert itself or pool["hits"] == PROMPTS - 2
         assert pool["nbytes"] == 2 * model_bytes(MIB)
         assert pool["seconds_saved"] > 0
 
