@@ -70,6 +70,8 @@ class HostCounters:
     """Times that memory was locked since the last reset."""
     registered: int
     """Of ``pinned``: by cudaHostRegister."""
+    unpins: int
+    """Times that memory was unregistered since the last reset."""
 
     @property
     def allocated(self) -> int:
@@ -172,7 +174,7 @@ def set_integrated(device: int | str | torch.device, is_integrated: bool = True)
 
 def host_counters() -> HostCounters:
     """What was counted of page-locked host memory."""
-    values = (ctypes.c_uint64 * 4)()
+    values = (ctypes.c_uint64 * 5)()
     sim().sim_host_counters(values)
     return HostCounters(*values)
 

@@ -40,6 +40,8 @@ class Link:
     """Locking pages that have to be made first: cudaHostAlloc, or cudaHostRegister on untouched memory."""
     pin_touched: float
     """Locking pages that were touched before: cudaHostRegister."""
+    unpin: float
+    """Unlocking: cudaHostUnregister."""
     host_copy: float
     """A memcpy in host memory (``simcuda.clock.host_copy``)."""
     launch: float
@@ -58,6 +60,7 @@ PCIE5 = Link(
     copy_latency=10e-6,  # assumed
     pin_untouched=16 * GIB / 7.9,  # cudaHostAlloc of 16 GiB: 7.9 s
     pin_touched=16 * GIB / 1.6,  # 16 GiB touched by threads, then cudaHostRegister: 1.6 s
+    unpin=4.5e9,  # 0.22 s for each GB (kekzl/imp#1653)
     host_copy=10e9,  # assumed: one thread
     launch=5e-6,  # assumed
     segment_free=0.3e-3,  # "0.1 to 1 ms each": between the two
@@ -72,6 +75,7 @@ PCIE4 = Link(
     copy_latency=10e-6,  # assumed
     pin_untouched=16 * GIB / 7.9,  # as above: the host's work, not the link's
     pin_touched=16 * GIB / 1.6,  # as above
+    unpin=4.5e9,  # as above
     host_copy=10e9,  # assumed: one thread
     launch=5e-6,  # assumed
     segment_free=0.3e-3,  # "0.1 to 1 ms each": between the two

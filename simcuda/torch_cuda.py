@@ -79,6 +79,7 @@ class cudaError(IntEnum):
     memoryAllocation = 2
     hostMemoryAlreadyRegistered = 712
     hostMemoryNotRegistered = 713
+    notSupported = 801
     streamCaptureUnsupported = 900
     unknown = 999
 
@@ -86,9 +87,10 @@ class cudaError(IntEnum):
 def _host_register(ptr: int, nbytes: int, flags: int) -> cudaError:
     """Page-locks host memory.
 
-    As in CUDA a failure returns its code, and leaves it for the next operator to raise.
+    As in CUDA a failure returns its code, and leaves it for the next operator of this thread to
+    raise, and once more for the next wait for the device (Comfy-Org/ComfyUI#10738).
     """
-    return cudaError(torch.ops.simcuda.host_register(ptr, nbytes))
+    return cudaError(torch.ops.simcuda.host_register(ptr, nbytes, flags))
 
 
 def _host_unregister(ptr: int) -> cudaError:
@@ -218,9 +220,10 @@ def _synchronize() -> None:
 
 def _host_memory_stats() -> dict[str, Any]:
     """Pinned memory as ``torch.cuda.host_memory_stats`` nests it."""
-    values = (ctypes.c_uint64 * 4)()
+    values = (ctypes.c_uint64 * 5)()
     sim().sim_host_counters(values)
-    pinned, peak, pins, _ = values
+    pinned, peak, pins, registered, _ = values
+    pinned -= registered  # that is not its allocator's
     stat = {"current": pinned, "peak": peak, "allocated": peak, "freed": peak - pinned}
     return {"allocated_bytes": stat, "active_bytes": stat, "num_host_alloc": pins}
 
@@ -257,7 +260,7 @@ def install_bindings() -> None:
         "_cuda_getCompiledVersion": lambda: 12080,
         "_cuda_synchronize": _synchronize,
         "_cuda_ipc_collect": lambda: None,
-        "_cuda_sleep": lambda cycles: None,
+        "_cuda_sleep": lambda cycles: torch.ops.simcuda.sleep(cycles),
         "_cuda_getCurrentStream": _current_stream,
         "_cuda_getCurrentRawStream": lambda device: _current_stream(device)[0],
         "_cuda_getDefaultStream": lambda device: _stream_data(device, 0),

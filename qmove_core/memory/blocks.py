@@ -88,10 +88,10 @@ class HostBlock(ABC):
         """Page-locks what [start, end) touches, where that is possible; says whether it is."""
         return False
 
-    def to_copy(self, start: int, end: int) -> torch.Tensor:
-        """The bytes of [start, end), in one piece at most, where a device reads them fastest."""
-        self.pin(start, end)
-        return self.as_bytes()[start:end]
+    def locked(self, start: int, end: int) -> torch.Tensor | None:
+        """The bytes of [start, end), in one piece at most, in page-locked memory; None where they
+        cannot be locked."""
+        return self.as_bytes()[start:end] if self.pin(start, end) else None
 
     def are_still_valid(self, starts: Sequence[int]) -> bool:
         """Whether the storages that begin there, to which nobody can have written, have the bytes
@@ -274,6 +274,23 @@ class Block(HostBlock):
                         future.result()  # it would make the pages anew
                     if self._unpin_piece(index):
                         advise(*self._piece(index), mmap.MADV_DONTNEED)
+
+    def unlock(self, nbytes: int) -> int:
+        """Unlocks pieces until that many bytes are unlocked, and locks no more while it is in use.
+
+        No copy to or from it may be under way.
+
+        Returns:
+            The bytes unlocked.
+        """
+        self._refused = True
+        unlocked = 0
+        with interrupts_deferred():
+            for index, is_pinned in enumerate(self._pinned):
+                if is_pinned and unlocked < nbytes:
+                    self._unpin_piece(index)
+                    unlocked += self._piece(index)[1]
+        return unlocked
 
     def stop_pinning(self) -> None:
         """Lets threads that are pinning it end after the piece they are at."""

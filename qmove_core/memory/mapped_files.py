@@ -16,9 +16,9 @@ what is in the file *now*. So nothing that a file says of itself is taken for pr
   become shorter, where a plain read would end the process.
 
 What it costs: a restore reads each byte once more, for the checksum, and copies it to a page-locked
-window of 16 MiB; both as fast as memory is read. The pages of the file itself are not locked:
-drivers of most cards refuse to (`cudaHostRegisterReadOnly` needs a device that shares the host's
-page tables), others make private copies of them.
+slot of the ring (`ring.py`); both as fast as memory is read. The pages of the file itself are not
+locked: drivers of most cards refuse to (`cudaHostRegisterReadOnly` needs a device that shares the
+host's page tables), others make private copies of them.
 
 Two things can't be helped: a file that is overwritten while its model is parked has lost those
 weights (the restore says which); and whoever reads a parked tensor on the CPU by himself reads the
@@ -37,7 +37,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -46,12 +45,10 @@ from ..digests.checksum import Checksum
 from ..digests.digest import Digest, digest_storages
 from ..errors import QMoveError, first_of
 from . import pages
-from .blocks import Block, HostBlock, Released
+from .blocks import HostBlock, Released
 
 log = logging.getLogger("qmove")
 
-WINDOW = 16 << 20  # bytes that are read, checked and copied at a time
-WINDOWS = 2  # one is read while the other one is copied
 _SETTLED = 2 * 10**9  # nanoseconds after which a change has another time, on every file system
 
 _Stamp = tuple[int, int, int]  # size, and times of the last change: of the content, of anything
@@ -273,59 +270,23 @@ class MappedFile(HostBlock):
 
 
 class FileReader:
-    """Reads what is restored from files through page-locked windows, and proves it.
-
-    Its windows are there from the first read to its `end`.
-    """
+    """Reads what is restored from files, and proves it."""
 
     def __init__(self) -> None:
-        self._window: Block | None = None
-        self._copied: list[Any] = []  # the event after the last copy from each window
-        self._lent: object = None  # keeps the window in use
-        self._turn = 0
         self._checksums: dict[int, Checksum] = {}  # of parts that are read in part, by their ids
 
-    def read(self, file: MappedFile, start: int, end: int) -> torch.Tensor:
-        """What lies in [start, end) of a file, at most WINDOW bytes: from the start of a storage
-        on, one piece after the other. Queue its copy, and call `copied` with an event behind it.
+    def read(self, file: MappedFile, start: int, window: torch.Tensor) -> None:
+        """Copies what lies in a file from `start` on to `window`: from the start of a storage on,
+        one stretch after the other.
 
         Raises:
             MappedFileChanged: the file has other bytes now than when it became a mirror.
         """
-        if self._window is None:
-            self._window = Block(WINDOWS * WINDOW)
-            self._lent = self._window.lend()
-            self._window.pin(0, self._window.nbytes)
-            self._copied = [None] * WINDOWS
-        self._turn = (self._turn + 1) % WINDOWS
-        if self._copied[self._turn] is not None:
-            self._copied[self._turn].synchronize()
-        at = self._turn * WINDOW
-        window = self._window.as_bytes()[at : at + end - start]
+        end = start + len(window)
         file.read(start, window)
         for part in file.parts_in(start, end):
             here = window[max(0, part.start - start) : part.end - start]
             self._check(file, part, here, is_last=part.end <= end)
-        return window
-
-    def copied(self, event: Any) -> None:
-        """Notes the event after a copy: perhaps that of what was read last."""
-        if self._window is not None:
-            self._copied[self._turn] = event
-
-    def wait(self) -> None:
-        """Waits for all copies from the windows."""
-        for turn, event in enumerate(self._copied):
-            if event is not None:
-                event.synchronize()
-                self._copied[turn] = None
-
-    def end(self) -> None:
-        """Gives the windows back. No copy from them may be under way."""
-        window, self._window, self._lent, self._copied = self._window, None, None, []
-        self._checksums.clear()
-        if window is not None:
-            window.release()
 
     def _check(self, file: MappedFile, part: Part, here: torch.Tensor, *, is_last: bool) -> None:
         checksum = self._checksums.pop(id(part), None) or Checksum(part.end - part.start)

@@ -11,8 +11,10 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy
+import torch
 
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on, which Python's mmap does not name yet
@@ -130,28 +132,53 @@ def is_unwritten(address: int, nbytes: int) -> bool:
 _THERE, _OF_FILE, _BIT = numpy.uint64(62), numpy.uint64(61), numpy.uint64(1)
 
 
-def touch_in_background(memory: numpy.ndarray) -> list[Future[None]]:
-    """`touch` by several threads. The memory is made when all that is returned is done."""
-    global _touchers
-    if _touchers is None:
-        _touchers = ThreadPoolExecutor(_TOUCHERS, "qmove-touch")
+def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies between flat uint8 CPU tensors of one length, by several threads, without the GIL.
+
+    They keep both alive, should an exception end the wait for them.
+    """
+    to, of = target.numpy(), source.numpy()
+    stripes = [slice(at, at + _STRIPE) for at in range(0, len(to), _STRIPE)]
+    futures = [submit(numpy.copyto, to[stripe], of[stripe]) for stripe in stripes[1:]]
+    for stripe in stripes[:1]:
+        numpy.copyto(to[stripe], of[stripe])
+    for stripe, future in zip(stripes[1:], futures, strict=True):
+        if future is None:  # no more threads can be started
+            numpy.copyto(to[stripe], of[stripe])
+        else:
+            future.result()
+
+
+def submit(call: Callable[..., T], *arguments: object) -> Future[T] | None:
+    """Calls something in one of the threads that work on memory; None where no thread starts."""
+    global _workers
+    if _workers is None:
+        _workers = ThreadPoolExecutor(_WORKERS, "qmove-memory")
     try:
-        return [
-            _touchers.submit(touch, memory[at : at + _STRIPE])
-            for at in range(0, len(memory), _STRIPE)
-        ]
-    except RuntimeError:  # no more threads can be started: locking makes the pages too, only slower
-        return []
+        return _workers.submit(call, *arguments)
+    except RuntimeError:  # a limit on threads, or the interpreter ends
+        return None
 
 
-_STRIPE = 8 << 20  # bytes that one thread touches at a time
-_TOUCHERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
-_touchers: ThreadPoolExecutor | None = None
+def touch_in_background(memory: numpy.ndarray) -> list[Future[None]]:
+    """`touch` by several threads. The memory is made when all that is returned is done.
+
+    Where no thread starts, locking makes the pages too, only slower.
+    """
+    stripes = (memory[at : at + _STRIPE] for at in range(0, len(memory), _STRIPE))
+    futures = [submit(touch, stripe) for stripe in stripes]
+    return [future for future in futures if future is not None]
+
+
+T = TypeVar("T")
+_STRIPE = 8 << 20  # bytes that one thread touches or copies at a time
+_WORKERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
+_workers: ThreadPoolExecutor | None = None
 
 
 def _in_forked_child() -> None:
-    global _touchers
-    _touchers = None
+    global _workers
+    _workers = None
 
 
 if hasattr(os, "register_at_fork"):

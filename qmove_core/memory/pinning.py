@@ -11,12 +11,17 @@ it is named in the message.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import os
 import platform
+import re
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -24,7 +29,6 @@ import torch
 from .. import devices
 from ..errors import readable_bytes
 from ..settings import settings
-from ..storages import empty
 
 log = logging.getLogger("qmove")
 
@@ -253,22 +257,60 @@ def _device_in_use() -> int:
 
 
 def _clear_error(index: int) -> None:
-    """Takes away the error that a refused call leaves behind in this thread, for an operator that
-    has nothing to do with it.
+    """Takes away the errors that a refused call leaves behind, for somebody who has nothing to do
+    with it: that of this thread, and the one that a driver may queue on the device besides
+    (Comfy-Org/ComfyUI#10738).
 
-    PyTorch has no binding for cudaGetLastError, but each of its kernels asks it, raises what it
-    finds and so clears it.
+    No memory may be freed before: with cudaMallocAsync a free finds the error too, and ends the
+    process.
     """
-    try:
-        empty(1, dtype=torch.float32, device=torch.device("cuda", index)).zero_()
-    except RuntimeError as error:
-        log.debug("cleared the error of a refused call: %s", str(error))
+    for get_last_error in _get_last_error():
+        get_last_error()
+    # The first step needs no memory, of which there may be none: the launch of any kernel raises
+    # the error of this thread and so clears it. On a stream where nothing else is queued, whose
+    # error would be taken for that of the refused call.
+    device = torch.device("cuda", index)
+    stream = devices.own_stream(device, "errors")
+    for step in (lambda: torch.cuda._sleep(0), stream.synchronize):
+        try:
+            with devices.on_stream(stream, device):
+                step()
+        except RuntimeError as error:
+            log.debug("cleared the error of a refused call: %s", str(error))
+
+
+@functools.cache
+def _get_last_error() -> list[Callable[[], int]]:
+    """`cudaGetLastError` (`hipGetLastError`) of the runtimes that are loaded, which PyTorch has no
+    binding for. Nothing where they are linked statically."""
+    functions = []
+    for path in _loaded_libraries():
+        name = re.split(r"[/\\]", path)[-1].lower()
+        found = re.match(r"(lib)?(cudart|amdhip64)", name)
+        if found is None:
+            continue
+        function = "hipGetLastError" if found[2] == "amdhip64" else "cudaGetLastError"
+        try:
+            functions.append(getattr(ctypes.CDLL(path), function))
+        except (OSError, AttributeError) as error:
+            log.debug("%s of %s cannot be called: %s", function, path, str(error))
+    return functions
+
+
+def _loaded_libraries() -> set[str]:
+    """Paths of the files that this process has mapped. Loading such a one again gives the same."""
+    if sys.platform.startswith("linux"):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line[line.index("/") :] for line in lines if "/" in line}
+    if sys.platform == "win32":
+        return {mapped.path for mapped in psutil.Process().memory_maps()}
+    return set()
 
 
 _COST = (
-    "What is parked beyond it lies in pageable memory: that works, but copying it takes several "
-    "times as long and "
-    "does not overlap with computing."
+    "What is parked beyond it lies in pageable memory: that works, but its bytes pass through a "
+    "small locked buffer, or unlocked where there is no room for that either: then copying takes "
+    "several times as long and does not overlap with computing."
 )
 
 

@@ -97,11 +97,11 @@ class View(HostBlock):
         self._ends[start] = start + nbytes
         return super().storage(start, nbytes, released)
 
-    def to_copy(self, start: int, end: int) -> torch.Tensor:
-        """Those of the arena's map, page-locked, unless the model has written to its own."""
+    def locked(self, start: int, end: int) -> torch.Tensor | None:
+        """Those of the arena's map, unless the model has written to its own."""
         if pages.is_unwritten(self.address + start, end - start):
-            return self._shared.to_copy(start, end)
-        return self.as_bytes()[start:end]
+            return self._shared.locked(start, end)
+        return None
 
     def can_mirror(self, start: int, digest: Digest) -> bool:
         """Whether the shared bytes have this digest: not, if the model has changed its own."""

@@ -189,7 +189,8 @@ def _compare(
         while at < part.nbytes:
             start = part.start + at
             end = min(part.start + part.nbytes, start + WINDOW, (start // PIECE + 1) * PIECE)
-            there = once.to_copy(start, end).to(device, non_blocking=True)
+            once.pin(start, end)
+            there = once.as_bytes()[start:end].to(device, non_blocking=True)
             differs[number].logical_or_((here[at : at + len(there)] != there).any())
             at += len(there)
     return [not it for it in differs.tolist()]

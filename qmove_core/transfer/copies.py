@@ -2,8 +2,9 @@
 
 Each direction of each device has a stream of its own, so that copies overlap with each other and
 with what the model computes. Host memory is page-locked piece by piece just ahead of the copies,
-which hides one behind the other. Small storages that lie side by side in the arena cross the link
-together, through a staging buffer on the device: every copy has a fixed cost.
+which hides one behind the other; where it cannot be, the bytes pass through a small ring of locked
+slots (`memory/ring.py`), which is as asynchronous. Small storages that lie side by side in the
+arena cross the link together, through a staging buffer on the device: every copy has a fixed cost.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from .. import devices
 from ..digests.digest import Digest, Pending, queue_digests, read_together
 from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
-from ..memory import blocks
-from ..memory.blocks import HostBlock, place_of
-from ..memory.mapped_files import WINDOW, FileReader, MappedFile
+from ..memory import arena, blocks, giving_back, pages, pinning
+from ..memory.blocks import Block, HostBlock, place_of
+from ..memory.mapped_files import FileReader, MappedFile
+from ..memory.ring import Ring
 from ..storages import EMPTY, as_bytes, empty
 
 # Called as (bytes copied, bytes in all). What it raises stops the move, which is then rolled back.
@@ -98,7 +100,8 @@ class Transfer:
         wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an
             error makes the `with` wait.
         digests: take the digest of what arrives on a device before anybody can change it.
-        reader: of what comes from files; the caller ends it. None: one of its own.
+        ring: for what does not lie in page-locked memory; the caller ends it. None: one of its
+            own.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Transfer:
         *,
         wait: bool = True,
         digests: bool = False,
-        reader: FileReader | None = None,
+        ring: Ring | None = None,
     ) -> None:
         self._copied = 0
         self._total, self._progress, self._wait, self._digests = total, progress, wait, digests
@@ -117,8 +120,9 @@ class Transfer:
         self._staging = STAGING
         self._pending: list[Pending] = []
         self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets to come
-        self._reader = FileReader() if reader is None else reader
-        self._ends_reader = reader is None
+        self._reader = FileReader()
+        self._ring = Ring(total) if ring is None else ring
+        self._ends_ring = ring is None
 
     def __enter__(self) -> Transfer:
         return self
@@ -130,8 +134,8 @@ class Transfer:
         finally:
             if kind is not None:
                 self._pending.clear()  # whoever keeps the traceback keeps no memory
-            if self._ends_reader:
-                self._reader.end()
+            if self._ends_ring:
+                self._ring.end()
 
     def _wait_for(self, streams: Sequence[Any]) -> None:
         """Waits for every stream, also when one of them raises."""
@@ -162,7 +166,7 @@ class Transfer:
                     self._copy_batch(batch)
                 self._let_finish(IN_FLIGHT)
             self._let_finish(0)
-        self._reader.wait()
+        self._ring.wait()
 
     def _batches(self, jobs: Sequence[CopyJob]) -> Iterator[list[CopyJob]]:
         """Splits the jobs into what is copied together.
@@ -175,8 +179,6 @@ class Transfer:
             limit = self._staging
             if job.device.type != "cpu":
                 limit = min(limit, self._unallocated[job.device] // 2)
-            if job.place is not None and job.place[0].is_file:
-                limit = min(limit, WINDOW)
             if batch and not _fits_behind(job, batch, limit):
                 yield batch
                 batch = []
@@ -193,47 +195,106 @@ class Transfer:
                 self._allocate_target(job)
         stream = self._stream(device, "out" if out else "in")
         with devices.on_stream(stream, device):
-            if self._copy_together(batch, device, out):
-                self._queued(stream, batch, bytes_of(batch))
+            event = self._copy_together(stream, batch, device, out)
+            if event is not None:
+                self._queued(event, batch, bytes_of(batch))
             else:
                 self._copy_singly(stream, batch)
 
-    def _copy_together(self, batch: Sequence[CopyJob], device: torch.device, out: bool) -> bool:
-        """Copies a batch over the link at once, if there is room for a buffer; says whether it did.
+    def _copy_together(
+        self, stream: Any, batch: Sequence[CopyJob], device: torch.device, out: bool
+    ) -> Any:
+        """Copies a batch over the link at once; returns the event after it, None where there is no
+        room for a buffer.
 
         The buffer is freed before digests take memory: the allocator keeps it until the copy is
         done.
         """
         staging = self._staging_for(batch, device)
         if staging is None:
-            return False
+            return None
         parts = _parts(staging, batch)
+        place = batch[0].place
+        assert place is not None
+        block, start = place
+        on_host = block.as_bytes()[start : start + len(staging)]
         if out:
             torch._foreach_copy_(parts, [as_bytes(job.source) for job in batch])
-            self._host_side(batch).copy_(staging, non_blocking=True)
-        else:
-            staging.copy_(self._host_side(batch), non_blocking=True)
-            targets = [as_bytes(job.target) for job in batch if job.target is not None]
-            torch._foreach_copy_(targets, parts)
-        return True
+            return self._cross(stream, place, on_host, staging, out)
+        self._cross(stream, place, on_host, staging, out)
+        targets = [as_bytes(job.target) for job in batch if job.target is not None]
+        torch._foreach_copy_(targets, parts)
+        return devices.event_after(stream, device)
 
     def _copy_singly(self, stream: Any, batch: Sequence[CopyJob]) -> None:
         for job in batch:
             assert job.target is not None
+            out = job.device.type == "cpu"
             source, target = as_bytes(job.source), as_bytes(job.target)
+            on_host, on_device = (target, source) if out else (source, target)
             for start, end in _pieces(job):
-                content = source[start:end]
-                if job.place is not None:
-                    block, offset = job.place
-                    if isinstance(block, MappedFile):
-                        content = self._reader.read(block, offset + start, offset + end)
-                    elif job.goes_out:
-                        block.pin(offset + start, offset + end)
-                    else:
-                        content = block.to_copy(offset + start, offset + end)
-                target[start:end].copy_(content, non_blocking=True)
-                self._queued(stream, [job], end - start, is_last=end == job.nbytes)
+                place = None if job.place is None else (job.place[0], job.place[1] + start)
+                event = self._cross(stream, place, on_host[start:end], on_device[start:end], out)
+                self._queued(event, [job], end - start, is_last=end == job.nbytes)
                 self._let_finish(IN_FLIGHT)
+
+    def _cross(
+        self,
+        stream: Any,
+        place: tuple[HostBlock, int] | None,
+        on_host: torch.Tensor,
+        on_device: torch.Tensor,
+        out: bool,
+    ) -> Any:
+        """Copies between the host and a device, through the ring where the host's side is not
+        page-locked.
+
+        Args:
+            place: what the host's side lies in, within one piece of it.
+
+        Returns:
+            An event after which the bytes are there.
+        """
+        block, start = place if place is not None else (None, 0)
+        if isinstance(block, MappedFile):
+
+            def read(at: int, window: torch.Tensor) -> None:
+                self._reader.read(block, start + at, window)
+
+            return self._ring.bring(stream, read, on_device)
+        if block is not None:
+            locked = block.locked(start, start + len(on_host))
+        else:  # a tensor of somebody else's
+            locked = on_host if pinning.is_possible() and on_host.is_pinned() else None
+        if locked is None and self._ring_is_locked(block if out else None):
+            if out:
+                return self._ring.take(stream, on_device, on_host)
+
+            def copy(at: int, window: torch.Tensor) -> None:
+                pages.copy(window, on_host[at : at + len(window)])
+
+            return self._ring.bring(stream, copy, on_device)
+        if out:
+            on_host.copy_(on_device, non_blocking=True)
+        else:
+            on_device.copy_(on_host if locked is None else locked, non_blocking=True)
+        return devices.event_after(stream, on_device.device)
+
+    def _ring_is_locked(self, written: HostBlock | None) -> bool:
+        """Whether bytes can pass through the ring, for which others give up locked memory if they
+        must: spares, and the block that is written to."""
+        if not pinning.is_possible():
+            return False
+
+        def make_room(nbytes: int) -> None:
+            nbytes -= arena.trim(max(0, arena.spare_bytes() - nbytes))
+            if nbytes > 0 and isinstance(written, Block):
+                for end in giving_back.under_way:  # a model that arrives may be copied from it
+                    end()
+                self._let_finish(0)
+                written.unlock(nbytes)
+
+        return self._ring.lock(make_room)
 
     def _copy_across(self, job: CopyJob) -> None:
         """Between two accelerators, or two places on the host: in order with what both do."""
@@ -287,21 +348,11 @@ class Transfer:
             self._staging //= 4  # this batch is copied singly, the next ones are smaller
             return None
 
-    def _host_side(self, batch: Sequence[CopyJob]) -> torch.Tensor:
-        """The host memory that a batch covers, page-locked if that is possible."""
-        assert batch[0].place is not None
-        block, start = batch[0].place
-        end = start + _length(batch)
-        if isinstance(block, MappedFile):
-            return self._reader.read(block, start, end)
-        return block.to_copy(start, end)
-
     def _queued(
-        self, stream: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
+        self, event: Any, jobs: Sequence[CopyJob], nbytes: int, *, is_last: bool = True
     ) -> None:
-        """Notes that a copy was queued; `is_last` when the jobs are complete with it."""
-        event = devices.event_after(stream, _accelerator_of(jobs[0]))
-        self._reader.copied(event)
+        """Notes that a copy was queued, and the event after it; `is_last` when the jobs are
+        complete with it."""
         if is_last:
             if self._digests and jobs[0].device.type != "cpu":
                 event = self._queue_digests(event, jobs)
@@ -399,14 +450,11 @@ def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor
 def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
     """The parts of a job that one copy may cover, as (start, end).
 
-    None crosses the border of two registrations of host memory, or is larger than a window.
+    None crosses the border of two registrations of host memory.
     """
-    block, offset = job.place if job.place is not None else (None, 0)
+    offset = 0 if job.place is None else job.place[1]
     start = 0
     while start < job.nbytes:
-        if block is None or not block.is_file:
-            end = min(job.nbytes, start + blocks.PIECE - (offset + start) % blocks.PIECE)
-        else:
-            end = min(job.nbytes, start + WINDOW)
+        end = min(job.nbytes, start + blocks.PIECE - (offset + start) % blocks.PIECE)
         yield start, end
         start = end

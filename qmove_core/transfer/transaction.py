@@ -23,7 +23,7 @@ from ..interrupts import Later, all_or_nothing, interrupts_deferred, not_a_failu
 from ..memory import budget, mirrors, sharing
 from ..memory.blocks import place_of
 from ..memory.budget import allocate, bytes_by_device
-from ..memory.mapped_files import FileReader
+from ..memory.ring import Ring
 from ..model import kinds
 from ..model.holders import Straggler, holders_of, tensors_on
 from ..settings import settings
@@ -82,7 +82,7 @@ class MoveTransaction:
         self.moves = [move for plan in plans for move in plan.moves]
         self._watched: dict[StorageMove, StorageWeakRef] = {}  # of what was dropped
         self._steps_done, self._have_moved = 0, False  # of the commit
-        self._reader = FileReader()
+        self._ring = Ring(bytes_of(self.moves))
         self._idle: set[torch.device] = set()  # devices whose work was waited for
         self._has_ended = False
         self.reserved_after: int | None = None
@@ -108,7 +108,7 @@ class MoveTransaction:
             raise DeviceLost(self.plans[0].action, str(lost), error) from error
 
     def _end(self, error: BaseException | None) -> None:
-        self._reader.end()
+        self._ring.end()
         if error is not None:
             clear_own_frames(error)
         try:
@@ -196,7 +196,7 @@ class MoveTransaction:
         """Copies, and returns when every byte is there. Digests are taken where they are of use."""
         if digests is None:
             digests = settings.keep_mirrors or settings.verify
-        with Transfer(bytes_of(moves), progress, digests=digests, reader=self._reader) as transfer:
+        with Transfer(bytes_of(moves), progress, digests=digests, ring=self._ring) as transfer:
             self.start(transfer, moves)
         for move in moves:
             if move.device.type != "cpu":

@@ -20,8 +20,8 @@ void sim_set_link(const double* constants) {
   Lock lock(machine().mutex);
   Link& link = machine().link;
   double* fields[] = {&link.h2d_pinned, &link.d2h_pinned, &link.h2d_pageable, &link.d2h_pageable, &link.d2d,
-                      &link.copy_latency, &link.pin_untouched, &link.pin_touched, &link.host_copy, &link.launch,
-                      &link.segment_free};
+                      &link.copy_latency, &link.pin_untouched, &link.pin_touched, &link.unpin,
+                      &link.host_copy, &link.launch, &link.segment_free};
   for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = constants[i];
 }
 void sim_set_capacity(int device, uint64_t nbytes) {
@@ -80,7 +80,7 @@ int sim_is_capturing() { return is_capturing(); }
 void sim_host_counters(uint64_t* out) {
   Lock lock(machine().mutex);
   const Machine& m = machine();
-  uint64_t values[] = {m.pinned_bytes, m.pinned_peak, m.pins, m.registered_bytes};
+  uint64_t values[] = {m.pinned_bytes, m.pinned_peak, m.pins, m.registered_bytes, m.unpins};
   std::copy(std::begin(values), std::end(values), out);
 }
 void sim_reset_counters() {
@@ -95,7 +95,7 @@ void sim_reset_counters() {
     for (int i = 0; i < 3; ++i) device.copies[i] = device.bytes[i] = 0;
   }
   m.pinned_peak = m.pinned_bytes;
-  m.pins = 0;
+  m.pins = m.unpins = 0;
 }
 void sim_set_pinned_limit(uint64_t nbytes) {
   Lock lock(machine().mutex);
@@ -106,6 +106,12 @@ int sim_set_strict_host_frees(int strict) {
   return std::exchange(machine().strict_host_frees, strict != 0);
 }
 int sim_peek_last_error() { return peek_last_error(); }
+// The runtime's own, for who finds this library as he would find libcudart.
+int cudaGetLastError() {
+  int code = peek_last_error();
+  set_last_error(kSuccess);
+  return code;
+}
 void sim_set_last_error(int code) { set_last_error(code); }
 const char* sim_error_name(int code) { return error_name(code); }
 const char* sim_error_string(int code) { return error_string(code); }

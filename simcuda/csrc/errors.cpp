@@ -15,6 +15,7 @@ constexpr Named kErrors[] = {
      "part or all of the requested memory range is already mapped"},
     {kNotRegistered, "cudaErrorHostMemoryNotRegistered",
      "pointer does not correspond to a registered memory region"},
+    {kNotSupported, "cudaErrorNotSupported", "operation not supported"},
     {kCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
     {kUnknown, "cudaErrorUnknown", "unknown error"},
 };
@@ -41,6 +42,13 @@ void check_last_error() {
   int code = last_error;
   last_error = kSuccess;
   throw_cuda_error(code, "an earlier runtime call failed and its error was left for this check");
+}
+
+void leave_for_next_wait(int device, int code) { machine().devices[device].queued_error = code; }
+
+void check_queued_error(int device) {
+  int code = std::exchange(machine().devices[device].queued_error, kSuccess);
+  if (code != kSuccess) throw_cuda_error(code, "a refused registration left its error on the device for this wait");
 }
 
 }  // namespace sim

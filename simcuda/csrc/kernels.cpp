@@ -201,8 +201,14 @@ TORCH_LIBRARY(simcuda, m) {
     return c10::impl::getDeviceGuardImpl(c10::kCUDA)->elapsedTime(
         reinterpret_cast<void*>(first), reinterpret_cast<void*>(second), 0);
   });
-  m.def("host_register(int ptr, int nbytes) -> int", [](int64_t ptr, int64_t nbytes) -> int64_t {
-    return host_register(reinterpret_cast<char*>(ptr), static_cast<size_t>(nbytes));
+  m.def("host_register(int ptr, int nbytes, int flags) -> int", [](int64_t ptr, int64_t nbytes, int64_t flags) -> int64_t {
+    return host_register(reinterpret_cast<char*>(ptr), static_cast<size_t>(nbytes), flags);
+  });
+  // torch.cuda._sleep: a kernel that takes no memory. Only its launch is modelled, which raises a left-over error.
+  m.def("sleep(int cycles) -> ()", [](int64_t) {
+    Lock lock(machine().mutex);
+    check_last_error();
+    launch(current_stream(current_device()));
   });
   m.def("host_unregister(int ptr) -> int",
         [](int64_t ptr) -> int64_t { return host_unregister(reinterpret_cast<char*>(ptr)); });

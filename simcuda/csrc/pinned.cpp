@@ -123,7 +123,7 @@ PinnedPtr find_pinned(const void* ptr) {
   return static_cast<const char*>(ptr) < range->ptr + range->nbytes ? range : nullptr;
 }
 
-static int try_register(char* ptr, size_t nbytes) {
+static int try_register(char* ptr, size_t nbytes, int64_t flags) {
   Machine& m = machine();
   if (is_capturing()) return kCaptureUnsupported;
   if (ptr == nullptr || nbytes == 0) return kInvalidValue;
@@ -131,6 +131,8 @@ static int try_register(char* ptr, size_t nbytes) {
     if (fault->error_value) raise_fault(*fault, kMemoryAllocation, "injected");
     return kMemoryAllocation;
   }
+  constexpr int64_t kReadOnly = 8;  // needs a device that shares the host's page tables
+  if (flags & kReadOnly) return kNotSupported;
   auto next = m.pinned.lower_bound(ptr);
   if (find_pinned(ptr) || (next != m.pinned.end() && next->first < ptr + nbytes)) return kAlreadyRegistered;
   if (!fits(nbytes)) return kMemoryAllocation;
@@ -143,10 +145,13 @@ static int try_register(char* ptr, size_t nbytes) {
   return kSuccess;
 }
 
-int host_register(char* ptr, size_t nbytes) {
+int host_register(char* ptr, size_t nbytes, int64_t flags) {
   Lock lock(machine().mutex);
-  int code = try_register(ptr, nbytes);
-  if (code != kSuccess) set_last_error(code);
+  int code = try_register(ptr, nbytes, flags);
+  if (code != kSuccess) {
+    set_last_error(code);
+    leave_for_next_wait(current_device(), code);
+  }
   return code;
 }
 
@@ -158,6 +163,8 @@ int host_unregister(char* ptr) {
     set_last_error(kNotRegistered);
     return kNotRegistered;
   }
+  machine().now += static_cast<double>(it->second->nbytes) / machine().link.unpin;
+  machine().unpins++;
   it->second->released = true;  // seen by copies that are still queued
   ranges.erase(it);
   return kSuccess;

@@ -37,6 +37,7 @@ enum CudaError : int {
   kIllegalAddress = 700,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
+  kNotSupported = 801,
   kCaptureUnsupported = 900,
   kUnknown = 999,
 };
@@ -49,13 +50,16 @@ int peek_last_error();
 void set_last_error(int code);
 // What C10_CUDA_KERNEL_LAUNCH_CHECK does: raises a left-over error, and clears it.
 void check_last_error();
+// What a refused registration also leaves on the device: the next wait there raises it, once.
+void leave_for_next_wait(int device, int code);
+void check_queued_error(int device);
 
 // ---- virtual time (link.cpp) ----------------------------------------------------------------------------------------
 
 // Bytes a second and seconds; filled from simcuda/link.py, in this order.
 struct Link {
   double h2d_pinned, d2h_pinned, h2d_pageable, d2h_pageable, d2d;
-  double copy_latency, pin_untouched, pin_touched, host_copy, launch;
+  double copy_latency, pin_untouched, pin_touched, unpin, host_copy, launch;
   double segment_free;
 };
 
@@ -131,7 +135,7 @@ c10::DataPtr allocate_on(int device, size_t nbytes);
 c10::DataPtr adopt_on(int device, c10::DataPtr memory, size_t nbytes);
 BlockPtr find_block(const void* ptr);
 PinnedPtr find_pinned(const void* ptr);
-int host_register(char* ptr, size_t nbytes);
+int host_register(char* ptr, size_t nbytes, int64_t flags);
 int host_unregister(char* ptr);
 // Marks the memory free in stream order: poisoned now, or behind what its stream still has queued.
 void retire(const BlockPtr& block);
@@ -227,6 +231,7 @@ struct Device {
   bool lost = false;  // an illegal access has spoilt the context: every call fails
   size_t context = 0;  // bytes that this process's context takes, beside what is allocated
   bool has_context = false;
+  int queued_error = kSuccess;
   size_t free() const { return capacity - std::min(capacity, reserved + context); }
   size_t copies[3] = {0, 0, 0}, bytes[3] = {0, 0, 0};
   std::map<int64_t, StreamState> streams;
@@ -243,7 +248,7 @@ struct Machine {
   std::map<const char*, PinnedPtr> pinned;
   int allocator = kExact;
   size_t context_bytes = 0;  // what each new context takes
-  size_t pinned_bytes = 0, pinned_peak = 0, pinned_limit = SIZE_MAX, pins = 0, registered_bytes = 0;
+  size_t pinned_bytes = 0, pinned_peak = 0, pinned_limit = SIZE_MAX, pins = 0, unpins = 0, registered_bytes = 0;
   bool strict_host_frees = false;
   std::deque<BlockPtr> quarantine;
   size_t quarantined = 0;

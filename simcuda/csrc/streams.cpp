@@ -204,6 +204,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     StreamState& stream = stream_state(index_of(s.device()), s.id());
     wait_until(stream.ready);
     run_all(stream);
+    check_queued_error(stream.device);
   }
   void synchronizeDevice(const c10::DeviceIndex index) const override {
     Lock lock(machine().mutex);
@@ -213,6 +214,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       wait_until(stream.ready);
       run_all(stream);
     }
+    check_queued_error(index);
   }
 
   void record(void** handle, const c10::Stream& s, const c10::DeviceIndex, const c10::EventFlag flag) const override {
@@ -244,6 +246,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     wait_until(marker->time);
     run_until(marker);
     release_deferred();
+    check_queued_error(marker->device);
   }
   void destroyEvent(void* handle, const c10::DeviceIndex) const noexcept override {
     delete static_cast<Event*>(handle);

@@ -19,9 +19,8 @@ from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena
-from qmove_core.memory.mapped_files import WINDOW, WINDOWS
-from qmove_core.memory.pages import PAGE
+from qmove_core.memory import arena, ring
+from qmove_core.memory.pages import PAGE, round_to_pages
 from qmove_core.transfer import copies
 from tests.builders.arena import MIB
 from tests.builders.device import GPU
@@ -97,7 +96,7 @@ def test_pages_become_private_ram_only_where_they_are_written_to(gpu: GPU, tmp_p
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_copied_goes_through_locked_windows_and_the_file_is_never_locked(
+def test_what_is_copied_goes_through_the_locked_ring_and_the_file_is_never_locked(
     gpu: GPU, tmp_path: Path, stream: bool
 ) -> None:
     model, _path = mirrored(tmp_path)
@@ -107,16 +106,18 @@ def test_what_is_copied_goes_through_locked_windows_and_the_file_is_never_locked
     with locked_while_copying() as seen:
         qmove.restore(model, stream=stream)
     into = [(pinned, registered) for direction, pinned, registered in seen if direction == "h2d"]
-    assert into and set(into) == {(True, WINDOWS * WINDOW)}
+    in_ring = ring.SLOTS * round_to_pages(-(-MODEL // ring.SLOTS))
+    assert into and set(into) == {(True, in_ring)}
     assert simcuda.host_counters().registered == 0
     assert contents(model) == before
     assert qmove.park(model).copied_bytes == 0, "it is mirrored again"
 
 
-@pytest.mark.parametrize("megabytes", [WINDOW // MIB - 1, WINDOW // MIB, 2 * WINDOW // MIB + 1])
-def test_a_storage_larger_than_a_window_comes_in_several(
-    gpu: GPU, tmp_path: Path, megabytes: int
+@pytest.mark.parametrize("megabytes", [3, 4, 9])
+def test_a_storage_larger_than_a_slot_comes_in_several(
+    gpu: GPU, tmp_path: Path, megabytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ring, "SLOT", MIB)
     model = nn.ParameterDict(
         {"big": torch.arange(megabytes * MIB // 4, dtype=torch.float32, device="cuda")}
     )
@@ -126,7 +127,8 @@ def test_a_storage_larger_than_a_window_comes_in_several(
     with locked_while_copying() as seen:
         qmove.restore(model)
     copied = [direction for direction, *_ in seen].count("h2d")
-    assert copied == -(-megabytes * MIB // WINDOW) and contents(model) == before
+    slot = min(MIB, round_to_pages(-(-megabytes * MIB // ring.SLOTS)))
+    assert copied == -(-megabytes * MIB // slot) and contents(model) == before
     assert qmove.park(model).copied_bytes == 0
 
 

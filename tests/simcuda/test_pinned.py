@@ -25,6 +25,8 @@ def block():
 def clear_error():
     with contextlib.suppress(torch.AcceleratorError):
         torch.zeros(1, device="cuda")
+    with contextlib.suppress(torch.AcceleratorError):
+        torch.cuda.synchronize()
     assert simcuda.last_error() == 0
 
 
@@ -81,7 +83,10 @@ def test_a_failed_pin_sticks_until_an_operator_raises_it(block):
     assert runtime.cudaHostRegister(block.data_ptr(), 64, 0) != 0
     assert simcuda.last_error() == 712
     block.to("cuda")  # a plain copy does not look
+    with pytest.raises(torch.AcceleratorError, match="already mapped"):
+        torch.cuda.synchronize()  # drivers queue it on the device besides
     torch.cuda.synchronize()
+    assert simcuda.last_error() == 712
     with pytest.raises(torch.AcceleratorError, match="already mapped"):
         torch.ones(1, device="cuda")
     assert torch.ones(1, device="cuda").item() == 1, "raised once, then gone"

@@ -10,7 +10,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, blocks
+from qmove_core.memory import arena
 from qmove_core.transfer import copies as engine
 from tests.builders.byte_tensors import MIB, equal, on_host, tensors
 from tests.builders.device import GPU
@@ -230,24 +230,6 @@ def test_from_and_to_pageable_memory_all_is_right(gpu: GPU, stream: bool) -> Non
             assert equal(model, expected)
     assert not any(notice.pinned for notice in seen if notice.nbytes >= MIB)
     assert simcuda.host_counters().pins == 0
-
-
-@pytest.mark.usefixtures("scaled_down")
-@pytest.mark.parametrize("stream", [False, True])
-def test_where_only_a_part_can_be_pinned_all_is_right(gpu: GPU, stream: bool) -> None:
-    model = tensors(*SIZES)
-    expected = on_host(model)
-    try:
-        simcuda.set_pinned_limit(simcuda.host_counters().pinned + blocks.PIECE)
-        with copies() as seen:
-            qmove.park(model)
-            assert equal(model, expected)
-            qmove.restore(model, stream=stream)
-        assert equal(model, expected)
-        assert {notice.pinned for notice in seen if notice.nbytes >= MIB} == {True, False}
-        assert simcuda.last_error() == 0
-    finally:
-        simcuda.set_pinned_limit(None)
 
 
 @pytest.mark.usefixtures("no_digests", "scaled_down")

@@ -139,7 +139,7 @@ def begin(name: str, op: Operation, folder: Path) -> tuple[Memory, Subject]:
     """
     gc.collect()
     qmove.trim()
-    pages._touchers = None
+    pages._workers = None
     base = Memory.now()
     place = folder / str(next(_folders))
     place.mkdir()
