@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class NotEnoughDeviceMemory(NotEnoughMemory, torch.OutOfMemoryError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, in any of its faces, says that an accelerator has no room.
+    """Whether an error, in any of its faces, says that an accelerator has no room. (That the host
+    has none is another thing: parking makes that worse. See `is_out_of_host_memory`.)
 
     PyTorch raises `OutOfMemoryError` from its own allocator; what the driver refuses comes as an
     AcceleratorError (from 2.8) or a RuntimeError, and what a library of it refuses with its own
@@ -75,6 +77,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "alloc_failed" in text
 
 
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether an error says that the system gives no more RAM: Python's own, that of a map, on
+    Windows also that the commit limit is reached, and what PyTorch's CPU allocator raises."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or getattr(error, "winerror", None) in _NO_RAM_ON_WINDOWS
+    if isinstance(error, RuntimeError) and not isinstance(error, QMoveError):
+        return "defaultcpuallocator" in str(error).lower()
+    return isinstance(error, MemoryError)
+
+
+# ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT ("the paging file is too small")
+_NO_RAM_ON_WINDOWS = (8, 14, 1455)
 _MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and HIP's of the same meaning
 
 

@@ -4,7 +4,7 @@ it or none."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -86,6 +86,20 @@ def make_room(needed: Mapping[torch.device, int]) -> bool:
     return bool(lacking)
 
 
+def make_more_room(arriving: Mapping[torch.device, int], leaving: Iterable[torch.device]) -> None:
+    """After an allocation failed although the figures said that it fits: gives unused memory of
+    these devices back to the driver, and asks the host of this program for as much beside what
+    seems to be free.
+
+    Args:
+        arriving: bytes that are needed, by device.
+        leaving: other devices that are involved.
+    """
+    devices.release_cached({*arriving, *leaving})
+    for device, nbytes in arriving.items():
+        hosting.ask_for_room(device, nbytes + (devices.free_memory(device) or 0))
+
+
 def has_room(needed: Mapping[torch.device, int]) -> bool:
     """Whether the bytes needed on each accelerator are free there now."""
     return all(
@@ -113,6 +127,14 @@ def out_of_memory(
     return NotEnoughDeviceMemory(action, str(device), needed, free, IN_PIECES, advice)
 
 
+def out_of_host_memory(action: Action, needed: int, error: BaseException) -> NotEnoughMemory:
+    """The error for host memory that the system did not give although the figures said so."""
+    free = max(0, room(settings.ram_limit, arena.bytes_held()).free)
+    advice = "Close other programs, or raise the limit on this process's memory."
+    limit = f"what the system gives ({error})"
+    return NotEnoughMemory(action, "cpu", needed, free, limit, advice)
+
+
 def allocate(
     action: Action, wanted: Sequence[tuple[int, torch.device]], device_advice: str
 ) -> list[torch.UntypedStorage]:
@@ -125,11 +147,7 @@ def allocate(
     try:
         on_host = iter(arena.allocate(sizes, homes.forget))
     except (MemoryError, OSError) as error:  # a limit that nobody tells: on maps, on commit
-        free = max(0, room(settings.ram_limit, arena.bytes_held()).free)
-        advice = "Close other programs, or raise the limit on this process's memory."
-        raise NotEnoughMemory(
-            action, "cpu", arena.bytes_for(sizes), free, f"what the system gives ({error})", advice
-        ) from error
+        raise out_of_host_memory(action, arena.bytes_for(sizes), error) from error
     giving_back.watch.start()
     storages: list[torch.UntypedStorage] = []
     try:

@@ -15,7 +15,7 @@ import torch
 
 from .. import devices, homes, hosting
 from ..devices import Device, DeviceMap
-from ..errors import first_of, readable_bytes
+from ..errors import NotEnoughDeviceMemory, first_of, readable_bytes
 from ..memory import arena, budget, mirrors
 from ..model.holders import Straggler
 from ..model.inventory import inventory
@@ -139,20 +139,25 @@ def park(
     """
     started = time.perf_counter()
     where = disk.target(to, folder)
-    plan = plans.to_park(
-        model,
-        wake,
-        extra,
-        allow_live_graph=allow_live_graph,
-        strict=strict,
-        free=free,
-        goes_along=None if where is None else where.goes_along,
-    )
-    with in_use.kept_still(plan):
-        if where is None:
-            done = carry_out(plan, progress)
-        else:
-            done = disk.carry_out(model, plan, where, progress)
+
+    def make_plan() -> MovePlan:
+        return plans.to_park(
+            model,
+            wake,
+            extra,
+            allow_live_graph=allow_live_graph,
+            strict=strict,
+            free=free,
+            goes_along=None if where is None else where.goes_along,
+        )
+
+    def act(plan: MovePlan) -> Done:
+        with in_use.kept_still(plan):
+            if where is None:
+                return carry_out(plan, progress)
+            return disk.carry_out(model, plan, where, progress)
+
+    plan, done = _with_room(make_plan, act)
     return parked_result(model, plan, done, time.perf_counter() - started)
 
 
@@ -184,11 +189,13 @@ def restore(
         UnknownDevice: there is no such device.
     """
     started = time.perf_counter()
-    plan = _with_room(lambda: plans.to_restore(model, device))
-    if stream and progress is None and plan.moves and streaming.can_stream(plan):
-        done = _restore_streaming(plan)
-    else:
-        done = carry_out(plan, progress)
+
+    def act(plan: MovePlan) -> Done:
+        if stream and progress is None and plan.moves and streaming.can_stream(plan):
+            return _restore_streaming(plan)
+        return carry_out(plan, progress)
+
+    plan, done = _with_room(lambda: plans.to_restore(model, device), act)
     return restored_result(model, plan, done, time.perf_counter() - started)
 
 
@@ -258,9 +265,15 @@ def move(
         reasons; Pinned also where only a part of it is pinned to another place.
     """
     started = time.perf_counter()
-    plan = _with_room(lambda: plans.to_move(model, device, allow_live_graph=allow_live_graph))
-    with in_use.kept_still(plan, wakes=False):
-        done = carry_out(plan, progress)
+
+    def make_plan() -> MovePlan:
+        return plans.to_move(model, device, allow_live_graph=allow_live_graph)
+
+    def act(plan: MovePlan) -> Done:
+        with in_use.kept_still(plan, wakes=False):
+            return carry_out(plan, progress)
+
+    plan, done = _with_room(make_plan, act)
     seconds = time.perf_counter() - started
     moved = _result(Moved, plan, done, seconds, plan.targets)
     _report(f"moved to {devices.resolve(device)}:", model, moved)
@@ -473,13 +486,27 @@ def wake(model: object, *, stream: bool) -> None:
     restore(model, stream=stream)
 
 
-def _with_room(make_plan: Callable[[], MovePlan]) -> MovePlan:
-    """A plan for which there is room, if a host such as ComfyUI can make some.
+def _with_room(
+    make_plan: Callable[[], MovePlan], act: Callable[[MovePlan], Done]
+) -> tuple[MovePlan, Done]:
+    """Carries out a plan for which there is room, if a host such as ComfyUI can make some.
 
     It parks other models for it, which may share weights with this one: so the plan is made again.
+    Where an allocation fails although the figures said that it fits (what is free lies in pieces,
+    or the figure was wrong), the host is asked for as much again, and it is tried once more.
     """
     plan = make_plan()
-    return make_plan() if budget.make_room(plan.arriving) else plan
+    if budget.make_room(plan.arriving):
+        plan = make_plan()
+    try:
+        return plan, act(plan)
+    except NotEnoughDeviceMemory as error:
+        if error.limit != budget.IN_PIECES:
+            raise
+        log.info("%s Once more, after all unused memory was given back.", str(error))
+    budget.make_more_room(plan.arriving, {move.came_from for move in plan.moves})
+    plan = make_plan()
+    return plan, act(plan)
 
 
 def _restore_streaming(plan: MovePlan) -> Done:

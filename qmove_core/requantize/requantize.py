@@ -20,7 +20,7 @@ from ..actions import Action
 from ..attributes import Undo
 from ..class_variants import own_class
 from ..devices import Device
-from ..errors import CannotMove, readable_bytes
+from ..errors import CannotMove, is_out_of_host_memory, is_out_of_memory, readable_bytes
 from ..interrupts import all_or_nothing, interrupts_deferred, not_a_failure
 from ..memory import budget
 from ..model.holdings import Inventory
@@ -261,7 +261,9 @@ def _transform(
             new_data = [(tensor, tensor.data.to(target, dtype)) for tensor, dtype in casts]
     except BaseException as error:
         made.clear()
-        if not isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_host_memory(error):
+            raise budget.out_of_host_memory(action, needed, error) from error
+        if not is_out_of_memory(error):
             raise
         advice = "Park another model first, or choose another device."
         raise budget.out_of_memory(action, target, needed, advice) from error
@@ -293,9 +295,9 @@ def _made(item: _Work, action: Action, made: dict[int, nn.Parameter]) -> Change:
     """The change of one layer, with the layer's name in what making it raises."""
     try:
         return item.change(made)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # another library's code may raise anything; nothing has changed yet
+        if is_out_of_memory(error) or is_out_of_host_memory(error):
+            raise
         raise CannotMove(action, [(item.name, f"{type(error).__name__}: {error}")]) from error
 
 

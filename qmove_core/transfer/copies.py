@@ -317,6 +317,7 @@ class Transfer:
                 self._let_finish(0)
                 read_together(self._pending)
                 self._pending.clear()
+                devices.release_cached([job.device])
                 job.target = _storage_on(job.device, job.nbytes)
             self._unallocated[job.device] -= job.nbytes
         return job.target

@@ -18,7 +18,13 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, hosting
 from ..collector import collection_deferred
-from ..errors import CapturingGraph, CorruptedCopy, DeviceLost, is_out_of_memory
+from ..errors import (
+    CapturingGraph,
+    CorruptedCopy,
+    DeviceLost,
+    NotEnoughMemory,
+    is_out_of_memory,
+)
 from ..interrupts import Later, all_or_nothing, interrupts_deferred, not_a_failure
 from ..memory import budget, mirrors, sharing
 from ..memory.blocks import place_of
@@ -29,7 +35,7 @@ from ..model.holders import Straggler, holders_of, tensors_on
 from ..settings import settings
 from ..storages import EMPTY, rebind, rebind_all
 from ..tracebacks import clear_own_frames
-from .copies import CopyJob, Progress, Transfer, bytes_of
+from .copies import STAGING, CopyJob, Progress, Transfer, bytes_of
 from .moves import Done, MovePlan, StorageMove
 from .verification import prove
 
@@ -213,10 +219,17 @@ class MoveTransaction:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            full = next(m for m in moves if m.device.type != "cpu" and m.target is None)
-            nbytes = bytes_of(move for move in moves if move.device == full.device)
-            action = next(plan.action for plan in self.plans if full in plan.moves)
-            raise budget.out_of_memory(action, full.device, nbytes, DEVICE_ADVICE) from error
+            raise self._out_of_memory(moves) from error
+
+    def _out_of_memory(self, moves: Sequence[StorageMove]) -> NotEnoughMemory:
+        """The error for a device that had no room after all: for a target, or for what the driver
+        takes by itself (a stream, the code of a kernel)."""
+        coming = [move for move in moves if move.device.type != "cpu"]
+        full = next((m for m in coming if m.target is None), (coming or moves)[0])
+        device = full.device if coming else full.came_from
+        nbytes = bytes_of(move for move in coming if move.device == device) or STAGING
+        action = next(plan.action for plan in self.plans if full in plan.moves)
+        return budget.out_of_memory(action, device, nbytes, DEVICE_ADVICE)
 
     def verify(self) -> bool:
         """Compares digests of what was sent with what arrived.
