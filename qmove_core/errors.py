@@ -87,7 +87,7 @@ def is_out_of_host_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-# ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT ("the paging file is too small")
+# ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT ("the paging file is too ...")
 _NO_RAM_ON_WINDOWS = (8, 14, 1455)
 _MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and HIP's of the same meaning
 

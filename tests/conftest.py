@@ -64,7 +64,7 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     import qmove_core as qmove
     from qmove_core import hosting
     from qmove_core.digests import choosing
-    from qmove_core.memory import arena, giving_back
+    from qmove_core.memory import arena, giving_back, unlocking
     from qmove_core.parking import pins, streaming
     from tests.builders import dispatched_models
 
@@ -95,6 +95,7 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     )
     qmove.trim()
     if SIMULATED:
+        unlocking.wait()
         locked = sum(block.pinned_bytes for block in list(arena._blocks.values()))
         left = simcuda.host_counters().registered - locked
         assert left == 0, f"{left} bytes are page-locked that qmove no longer has"

@@ -11,8 +11,8 @@ What becomes of a block when its last slice dies:
   pinned memory. A swap of two models so finds both blocks again, and a model that is gone for good
   does not keep its RAM.
 
-Unlocking is left to whoever allocates or trims, and to the thread that looks for idle spares
-(`giving_back.py`).
+What was pinned is unlocked in the background (`unlocking.py`); who needs that very memory, or
+room under a limit, waits for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from ..interrupts import all_or_nothing, interrupts_deferred
 from ..settings import settings
-from . import pinning
+from . import pinning, unlocking
 from .blocks import ALIGNMENT, Block, Released
 from .shared import WrittenOnce
 
@@ -37,7 +37,6 @@ log = logging.getLogger("qmove")
 
 IDLE_SECONDS = 600.0  # how long a spare may wait for the next park
 FULL_ENOUGH = 0.75  # of a spare: what an allocation must fill to get it, so that no RAM is wasted
-EXIT_SECONDS = 1.0  # how long the end of the process waits for a thread that is locking a piece
 
 # Of whoever takes or gives back a spare, or makes a block; never taken by a finalizer.
 _lock = threading.RLock()
@@ -128,9 +127,12 @@ def prepare(nbytes: int) -> int:
         return block.nbytes
 
 
-def trim(keep: int = 0) -> int:
+def trim(keep: int = 0, *, wait: bool = True) -> int:
     """Gives spare blocks back to the system until at most `keep` bytes of them are left, the
     longest idle first.
+
+    Args:
+        wait: until they are unlocked, and the system has them.
 
     Returns:
         The bytes given back.
@@ -141,7 +143,9 @@ def trim(keep: int = 0) -> int:
             if given_back >= excess:
                 break
             given_back += _give_back(block)
-        return given_back
+    if wait:
+        unlocking.wait()
+    return given_back
 
 
 def give_back_idle(idle_seconds: float = IDLE_SECONDS) -> int:
@@ -186,8 +190,13 @@ def spare_bytes() -> int:
 
 
 def bytes_held() -> int:
-    """Bytes of all blocks, in use or spare: what the arena takes from the system."""
+    """Bytes of all blocks, in use or spare."""
     return bytes_in_use() + spare_bytes()
+
+
+def bytes_taken() -> int:
+    """Bytes that the arena takes from the system: also those on their way back."""
+    return bytes_held() + unlocking.pending()
 
 
 def _spares() -> list[Block]:
@@ -234,15 +243,21 @@ def _make_way(nbytes: int) -> None:
             _give_back(block)
     needed = bytes_in_use() + nbytes
     limits = [_most_held, pinning.pin_limit().nbytes, settings.ram_limit]
-    trim(max(0, min(limit for limit in limits if limit is not None) - needed))
+    trim(max(0, min(limit for limit in limits if limit is not None) - needed), wait=False)
+    if settings.ram_limit is not None and bytes_taken() + nbytes > settings.ram_limit:
+        unlocking.wait()
 
 
 def _give_back(block: Block) -> int:
-    """Bytes given back. With the lock held."""
+    """Bytes given back, in the background where they are locked. With the lock held."""
 
     def release() -> int:
         _blocks.pop(id(block), None)  # nobody knows of it now: so it is released, or begun anew
-        block.release()
+        block.stop_pinning()
+        if block.worth_keeping:
+            unlocking.begin(block, block.nbytes, block.release)
+        else:
+            block.release()
         return block.nbytes
 
     with interrupts_deferred():
@@ -280,7 +295,8 @@ def _at_exit() -> None:
     for block in list(_blocks.values()):
         block.stop_pinning()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(block))
-    last = time.monotonic() + EXIT_SECONDS
+    last = time.monotonic() + unlocking.EXIT_SECONDS
+    unlocking.end()
     for thread in list(_preparers):
         thread.join(max(0.0, last - time.monotonic()))
 
@@ -291,6 +307,7 @@ def _in_forked_child() -> None:
     _lock = threading.RLock()
     _preparers.clear()
     pinning.forget_in_child()
+    unlocking.forget_in_child()
     for block in list(_blocks.values()):
         block.forget_pins()
     for spare in _spares():

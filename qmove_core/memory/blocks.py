@@ -296,14 +296,22 @@ class Block(HostBlock):
         """Lets threads that are pinning it end after the piece they are at."""
         self._refused = True
 
-    def release(self) -> None:
-        """Unlocks it and gives it back to the system. Only for a block that is not in use."""
+    def release(self, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Unlocks it and gives it back to the system. Only for a block that is not in use.
+
+        Args:
+            goes_on: asked before each piece; after a False the rest stays as it is.
+        """
         self.stop_pinning()
         with interrupts_deferred():
-            all_or_nothing(self._release)
+            all_or_nothing(lambda: self._release(goes_on))
 
-    def _release(self) -> None:
-        given_back = [self._unpin_piece(index) for index in range(len(self._locks))]
+    def _release(self, goes_on: Callable[[], bool]) -> None:
+        given_back = []
+        for index in range(len(self._locks)):
+            if not goes_on():
+                return
+            given_back.append(self._unpin_piece(index))
         if all(given_back):
             self._map = None  # a thread that still touches pages keeps it for that long
         else:

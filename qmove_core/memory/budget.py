@@ -13,7 +13,7 @@ from ..actions import Action
 from ..errors import NotEnoughDeviceMemory, NotEnoughMemory, is_out_of_memory
 from ..settings import settings
 from ..storages import empty
-from . import arena, giving_back
+from . import arena, giving_back, unlocking
 from .limits import room
 
 IN_PIECES = "free VRAM, in pieces"  # the limit where an allocation fails that the figures allow
@@ -42,10 +42,11 @@ def require_host(action: Action, nbytes: int, ram_limit: int | None, advice: str
     What qmove holds there only to be faster next time is given back first, as far as it is needed;
     then the host of this program lets go of models that it only keeps.
     """
-    tightest = room(ram_limit, arena.bytes_held())
+    tightest = room(ram_limit, arena.bytes_taken())
     if nbytes > max(0, tightest.free):
         giving_back.make_room(nbytes - tightest.free)
-        tightest = room(ram_limit, arena.bytes_held())
+        unlocking.wait()
+        tightest = room(ram_limit, arena.bytes_taken())
     free = max(0, tightest.free)
     if nbytes > free:
         advice = (
@@ -115,7 +116,7 @@ def _obtainable(device: torch.device) -> int | None:
 
 def has_room_on_host(nbytes: int) -> bool:
     """Whether `nbytes` more of host memory may be taken under every limit now."""
-    return nbytes <= max(0, room(settings.ram_limit, arena.bytes_held()).free)
+    return nbytes <= max(0, room(settings.ram_limit, arena.bytes_taken()).free)
 
 
 def out_of_memory(
@@ -129,7 +130,7 @@ def out_of_memory(
 
 def out_of_host_memory(action: Action, needed: int, error: BaseException) -> NotEnoughMemory:
     """The error for host memory that the system did not give although the figures said so."""
-    free = max(0, room(settings.ram_limit, arena.bytes_held()).free)
+    free = max(0, room(settings.ram_limit, arena.bytes_taken()).free)
     advice = "Close other programs, or raise the limit on this process's memory."
     limit = f"what the system gives ({error})"
     return NotEnoughMemory(action, "cpu", needed, free, limit, advice)

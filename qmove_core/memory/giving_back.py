@@ -20,7 +20,7 @@ import psutil
 from .. import homes, hosting
 from ..errors import readable_bytes
 from ..moving import moving
-from . import arena, limits, mirrors
+from . import arena, limits, mirrors, unlocking
 
 log = logging.getLogger("qmove")
 
@@ -32,7 +32,6 @@ ENOUGH = 2 << 30  # bytes to keep free, however small that share is
 SMALL_SHARE = 1 / 8  # unless they would be more than this share: of 4 GiB 512 MiB are kept free
 
 
-@moving()
 def trim(nbytes: int | None = None) -> int:
     """Gives host memory back to the system that no parked model lies in; the next parks are slower
     for it.
@@ -46,26 +45,35 @@ def trim(nbytes: int | None = None) -> int:
     Returns:
         Bytes given back; less than asked if there are no more.
     """
+    given = _begin_to_trim(nbytes)
+    unlocking.wait()  # under no lock: moves that need none of it go on
+    return given
+
+
+@moving()
+def _begin_to_trim(nbytes: int | None) -> int:
+    """`trim`, but what was locked is unlocked in the background."""
     for end in under_way:
         end()
     before = arena.bytes_held()
     wanted = arena.spare_bytes() + mirrors.nbytes() if nbytes is None else nbytes
-    arena.trim(max(0, arena.spare_bytes() - wanted))
+    arena.trim(max(0, arena.spare_bytes() - wanted), wait=False)
     missing = wanted - (before - arena.bytes_held())
     if missing > 0:
         mirrors.release(missing)  # memory that was never pinned goes back by itself
         missing = wanted - (before - arena.bytes_held())
-        arena.trim(max(0, arena.spare_bytes() - max(0, missing)))
+        arena.trim(max(0, arena.spare_bytes() - max(0, missing)), wait=False)
     return before - arena.bytes_held()
 
 
 def make_room(nbytes: int) -> int:
     """Trims `nbytes`; where that is not enough, the host of this program is asked to let go of
-    models that it keeps. Returns the bytes that this process's own memory gave back."""
-    given = trim(nbytes)
+    models that it keeps. Returns the bytes that this process's own memory gave back, or
+    will when it is unlocked."""
+    given = _begin_to_trim(nbytes)
     if given < nbytes:
         hosting.ask_for_ram(nbytes - given)
-        given += trim(nbytes - given)  # where its models lay is spare now
+        given += _begin_to_trim(nbytes - given)  # where its models lay is spare now
     return given
 
 
@@ -141,7 +149,7 @@ class Watch:
         """Ends it; it starts no more."""
         self._ending.set()
         if self.thread is not None:
-            self.thread.join(arena.EXIT_SECONDS)
+            self.thread.join(unlocking.EXIT_SECONDS)
 
     def forget(self) -> None:
         """In a forked child, which has no such thread."""

@@ -29,6 +29,7 @@ import torch
 from .. import devices
 from ..errors import readable_bytes
 from ..settings import settings
+from . import unlocking
 
 log = logging.getLogger("qmove")
 
@@ -155,7 +156,10 @@ def register(address: int, nbytes: int) -> bool:
     if address in _registered:
         return True
     limit = pin_limit()
-    if not _count(address, nbytes, limit.nbytes):
+    is_counted = _count(address, nbytes, limit.nbytes)
+    while not is_counted and unlocking.wait_for_some():
+        is_counted = _count(address, nbytes, limit.nbytes)
+    if not is_counted:
         if limit.nbytes > 0:
             _say_once(
                 logging.WARNING,
@@ -172,6 +176,9 @@ def register(address: int, nbytes: int) -> bool:
             runtime = torch.cuda.cudart()
             again = _begin(address)
             code = runtime.cudaHostRegister(address, nbytes, PORTABLE)
+            while int(code) not in (0, _IS_REGISTERED) and unlocking.wait_for_some():
+                _clear_error(index)  # and again, now that there is more room
+                code = runtime.cudaHostRegister(address, nbytes, PORTABLE)
             accepted = int(code) == 0 or (again and int(code) == _IS_REGISTERED)
             if accepted:
                 _registered[address] = index

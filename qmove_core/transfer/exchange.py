@@ -242,7 +242,7 @@ _HOST_ADVICE = "Restore or delete another parked model, close other programs, or
 
 
 def _free_on_host() -> int:
-    return max(0, room(settings.ram_limit, arena.bytes_held()).free)
+    return max(0, room(settings.ram_limit, arena.bytes_taken()).free)
 
 
 def _block_of(storage: torch.UntypedStorage) -> HostBlock | None:

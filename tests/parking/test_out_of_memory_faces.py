@@ -39,7 +39,9 @@ FACES: dict[str, Callable[[], BaseException]] = {
     "OutOfMemoryError": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."),
     "AcceleratorError": lambda: accelerator_error("CUDA error: out of memory", 2),
     "AcceleratorError by its code": lambda: accelerator_error("cudaErrorMemoryAllocation", 2),
-    "RuntimeError of the driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel ..."),
+    "RuntimeError of the driver": lambda: RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel ..."
+    ),
     "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."),
     "HIP": lambda: RuntimeError("HIP out of memory. Tried to allocate 2 GiB"),
     "MPS": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
