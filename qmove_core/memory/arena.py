@@ -161,7 +161,9 @@ def give_back_idle(idle_seconds: float = IDLE_SECONDS) -> int:
             for spare in _spares()
             if now - spare.idle_since >= idle_seconds or not spare.is_reusable
         ]
-        return sum(_give_back(spare) for spare in idle if not spare.preparing)
+        given_back = sum(_give_back(spare) for spare in idle if not spare.preparing)
+    unlocking.wait()
+    return given_back
 
 
 def spare_for(nbytes: int) -> int:

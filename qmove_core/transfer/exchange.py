@@ -21,7 +21,7 @@ import torch
 from .. import devices, homes
 from ..errors import NotEnoughMemory
 from ..interrupts import interrupts_deferred
-from ..memory import arena, budget, mirrors
+from ..memory import arena, budget, mirrors, unlocking
 from ..memory.blocks import ALIGNMENT, HostBlock, gaps_in, place_of
 from ..memory.limits import room
 from ..settings import settings
@@ -156,6 +156,7 @@ class _Swap:
         Raises:
             NotEnoughMemory: the swap could not go on to its end.
         """
+        unlocking.wait()  # every byte counts
         self._coming = sorted(self._coming, key=_address)  # so that gaps grow
         # A part of the leaving model may lie on the host as well: on the way back of such a swap.
         on_host = [h.storage for h in leaving.held.holdings if h.device.type == "cpu"]

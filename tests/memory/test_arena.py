@@ -17,7 +17,7 @@ import torch
 import qmove_core as qmove
 import simcuda
 from qmove_core import homes
-from qmove_core.memory import arena, blocks, giving_back, pinning
+from qmove_core.memory import arena, blocks, giving_back, pinning, unlocking
 from qmove_core.storages import as_bytes
 from tests.builders.arena import MIB, block_of, is_mapped, nothing, operator_works, pinned_storage
 
@@ -145,6 +145,7 @@ class TestSpares:
         del storage, block
         (small,) = arena.allocate([3 * MIB], nothing)
         assert arena.spare_bytes() == 0, "8 MiB is the most that was needed, and 3 + 8 is more"
+        unlocking.wait()
         assert simcuda.host_counters().registered == 0
         del small
 
@@ -219,8 +220,8 @@ class TestSpares:
         watch = giving_back.Watch(idle_seconds=0.01)
         release = blocks.Block.release
 
-        def release_and_tell(block: blocks.Block) -> None:
-            release(block)
+        def release_and_tell(block: blocks.Block, *options: Callable[[], bool]) -> None:
+            release(block, *options)
             given_back.set()
 
         monkeypatch.setattr(blocks.Block, "release", release_and_tell)
