@@ -49,6 +49,7 @@ from .blocks import HostBlock, Released
 
 log = logging.getLogger("qmove")
 
+WINDOW = 16 << 20  # bytes that are read and checked at a time where no ring is
 _SETTLED = 2 * 10**9  # nanoseconds after which a change has another time, on every file system
 
 _Stamp = tuple[int, int, int]  # size, and times of the last change: of the content, of anything

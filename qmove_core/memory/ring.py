@@ -20,7 +20,8 @@ from .blocks import Block
 
 SLOT = 32 << 20  # bytes of a slot; a quarter, and a quarter of that, where so much is refused
 SLOTS = 4
-WORTH_IT = 1 << 20  # bytes in all from which on the ring is made for what is in RAM
+MIB = 1 << 20
+WORTH_IT = MIB  # bytes in all from which on the ring is made for what is in RAM
 
 Read = Callable[[int, torch.Tensor], object]  # fills a slot with what begins so many bytes in
 
@@ -61,6 +62,13 @@ class Ring:
         self._is_refused = True
         return False
 
+    def open(self) -> int:
+        """Makes it, unlocked where nothing may be locked, unless it is there; returns the bytes of
+        a slot, whole MiB."""
+        if not self._slots and not self._make(SLOT, locked=True):
+            self._make(SLOT // 4, locked=False)
+        return self._slots[0].nbytes
+
     def bring(self, stream: Any, read: Read, target: torch.Tensor) -> Any:
         """Fills slots by `read` and queues their copies to `target`, on a device.
 
@@ -69,8 +77,7 @@ class Ring:
         Returns:
             An event after the last copy.
         """
-        if not self._slots and not self._make(SLOT, locked=True):
-            self._make(SLOT // 4, locked=False)
+        self.open()
         event: Any = None
         for start, end in self._parts(len(target)):
             slot = self._turn()
@@ -121,7 +128,7 @@ class Ring:
 
     def _size(self, slot: int) -> int:
         """Bytes of each slot: no more than all of them together can use."""
-        return min(slot, blocks.PIECE, pages.round_to_pages(-(-self._nbytes // SLOTS)))
+        return min(slot, blocks.PIECE, max(1, -(-self._nbytes // (SLOTS * MIB))) * MIB)
 
     def _parts(self, nbytes: int) -> list[tuple[int, int]]:
         size = self._slots[0].nbytes

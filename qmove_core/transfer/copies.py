@@ -179,6 +179,8 @@ class Transfer:
             limit = self._staging
             if job.device.type != "cpu":
                 limit = min(limit, self._unallocated[job.device] // 2)
+            if job.place is not None and job.place[0].is_file:
+                limit = min(limit, self._ring.open())  # it is proved slot by slot
             if batch and not _fits_behind(job, batch, limit):
                 yield batch
                 batch = []
@@ -232,7 +234,8 @@ class Transfer:
             out = job.device.type == "cpu"
             source, target = as_bytes(job.source), as_bytes(job.target)
             on_host, on_device = (target, source) if out else (source, target)
-            for start, end in _pieces(job):
+            step = self._ring.open() if job.place is not None and job.place[0].is_file else None
+            for start, end in _pieces(job, step):
                 place = None if job.place is None else (job.place[0], job.place[1] + start)
                 event = self._cross(stream, place, on_host[start:end], on_device[start:end], out)
                 self._queued(event, [job], end - start, is_last=end == job.nbytes)
@@ -448,14 +451,16 @@ def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor
     return [staging[start : start + job.nbytes] for start, job in zip(starts, batch, strict=True)]
 
 
-def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
+def _pieces(job: CopyJob, step: int | None = None) -> Iterator[tuple[int, int]]:
     """The parts of a job that one copy may cover, as (start, end).
 
-    None crosses the border of two registrations of host memory.
+    None crosses the border of two registrations of host memory; of a file each begins a `step` of
+    bytes behind the last one.
     """
     offset = 0 if job.place is None else job.place[1]
     start = 0
     while start < job.nbytes:
-        end = min(job.nbytes, start + blocks.PIECE - (offset + start) % blocks.PIECE)
+        until_border = blocks.PIECE - (offset + start) % blocks.PIECE
+        end = min(job.nbytes, start + (until_border if step is None else step))
         yield start, end
         start = end

@@ -10,8 +10,10 @@ import torch
 
 from .. import devices
 from ..memory.blocks import Block, place_of
-from ..memory.mapped_files import WINDOW, WINDOWS, FileReader, MappedFile
+from ..memory.mapped_files import WINDOW, FileReader, MappedFile
 from ..storages import as_bytes
+
+WINDOWS = 2  # one is looked at while the other one is on its way
 
 
 @dataclass(slots=True)
@@ -60,7 +62,6 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
                 yield waiting[0]
     finally:
         windows.end()
-        reader.end()
 
 
 def _begin(
@@ -73,7 +74,9 @@ def _begin(
         return windows.copy(storage, start, end)
     place = place_of(storage)
     if place is not None and isinstance(place[0], MappedFile):
-        return reader.read(place[0], place[1] + start, place[1] + end), _nothing
+        content = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+        reader.read(place[0], place[1] + start, content)
+        return content, _nothing
     return as_bytes(storage)[start:end], _nothing
 
 
