@@ -155,6 +155,22 @@ def test_a_model_comes_home_though_the_figure_stays_low_whatever_comfyui_does(
     assert not qmove.is_parked(ours)
 
 
+def test_where_pages_do_not_go_by_themselves_comfyui_is_asked_for_them(
+    host: FakeHost, card: DynamicCard, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is not hooked: the allocation fails, and is tried again."""
+    waking = model_of(80)
+    residency.park(residency.take_in([waking]))
+    dynamic = card.load(400)
+    monkeypatch.setattr(card, "_evict", lambda nbytes: None)
+
+    qmove.restore(waking)
+
+    assert not qmove.is_parked(waking)
+    assert dynamic.asked_to_yield
+    assert not qmove.is_parked(ours)
+
+
 def test_a_model_that_computes_with_pages_keeps_them(
     host: FakeHost, card: DynamicCard, ours: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
