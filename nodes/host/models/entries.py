@@ -1,9 +1,9 @@
 """Entries: an adopted model on one device, as ComfyUI's model management sees it.
 
-ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Asked for
-less than a model's bytes it is parked in part (`partially_unload`): the entry stays in the list with
-what is left on the device. Otherwise ComfyUI detaches the entry, which parks the whole model, drops
-it and empties the allocator's cache.
+ComfyUI asks an entry for its sizes, makes it load, and detaches it when it needs the VRAM. Asked
+for less than a model's bytes it is parked in part (`partially_unload`): the entry stays in the list
+with what is left on the device. Otherwise ComfyUI detaches the entry, which parks the whole model,
+drops it and empties the allocator's cache.
 """
 
 from __future__ import annotations
