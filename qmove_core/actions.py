@@ -14,6 +14,7 @@ Verb = Literal[
     "requantize",
     "rebuild",
     "attach",
+    "stream",
 ]
 
 # For each verb: its gerund, and what did not happen to the model if the action is refused.
@@ -27,6 +28,7 @@ FORMS: dict[Verb, tuple[str, str]] = {
     "requantize": ("Requantizing", "changed"),
     "rebuild": ("Rebuilding", "changed"),
     "attach": ("Attaching", "changed"),
+    "stream": ("Streaming", "moved"),
 }
 
 

@@ -69,6 +69,14 @@ def require_device(action: Action, nbytes: int, device: torch.device, advice: st
         raise NotEnoughDeviceMemory(action, str(device), nbytes, free, "free VRAM", advice)
 
 
+def no_room_within(action: Action, device: torch.device, nbytes: int, free: int) -> NotEnoughMemory:
+    """The error for what does not fit into a limit of the caller's own on VRAM."""
+    advice = "What it uses at once takes more than the limit leaves: raise the limit."
+    return NotEnoughDeviceMemory(
+        action, str(device), nbytes, max(0, free), "at_most of qmove.resident", advice
+    )
+
+
 def make_room(needed: Mapping[torch.device, int]) -> bool:
     """Asks the host of this program for room on the accelerators that have too little.
 

@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import devices, homes
-from ..digests.digest import Digest, digest_storages
+from ..digests.digest import Digest, digest_storages, queue_digests
+from ..digests.gathering import STAGING
 from ..errors import readable_bytes
 from ..interrupts import interrupts_deferred
 from ..storages import EMPTY
@@ -85,9 +86,15 @@ def put_back(storages: Sequence[torch.UntypedStorage], mirrors: Sequence[Mirror 
             _mirrors[storage] = mirror
 
 
-def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | None]:
+def current_digests(
+    storages: Sequence[torch.UntypedStorage], *, at_most: int | None = None
+) -> list[Digest | None]:
     """The digests of storages on accelerators, behind all work queued on them; None where they
-    could not be computed."""
+    could not be computed.
+
+    Args:
+        at_most: bytes of staging that may be taken there; None: what makes it fast.
+    """
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, storage in enumerate(storages):
         by_device[storage.device].append(index)
@@ -96,7 +103,8 @@ def current_digests(storages: Sequence[torch.UntypedStorage]) -> list[Digest | N
         stream = devices.own_stream(device, "digest")
         devices.wait_for_work(stream, device)
         with devices.on_stream(stream, device):
-            found = digest_storages([storages[index] for index in indices])
+            chosen = [storages[index] for index in indices]
+            found = queue_digests(chosen, at_most=at_most or STAGING).values()
         for index, digest in zip(indices, found, strict=True):
             digests[index] = digest
     return digests

@@ -41,11 +41,12 @@ class _WaitForMove:
 
 
 @contextmanager
-def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
+def kept_still(plan: MovePlan, *, wakes: bool = True, heeds_pins: bool = True) -> Iterator[None]:
     """Keeps other threads from using what is about to move; what fails leaves no trace of it.
 
     Args:
         wakes: whether the model wakes when it is used after the move.
+        heeds_pins: whether it stays for another thread that keeps it home.
 
     Raises:
         InUse: another thread pins it, or has not left it in time. Nothing has moved.
@@ -53,7 +54,7 @@ def kept_still(plan: MovePlan, *, wakes: bool = True) -> Iterator[None]:
     if not any(move.came_from.type != "cpu" for move in plan.moves):
         yield
         return
-    pin = pins.held_by_another_thread(plan.held)
+    pin = pins.held_by_another_thread(plan.held) if heeds_pins else None
     if pin is not None and pin.thread is not None:
         raise InUse(plan.action, pin.thread.name, "keeps it home (qmove.resident)")
     modules, waiting = list(plan.held.modules.values()), _WaitForMove()

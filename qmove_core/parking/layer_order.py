@@ -33,11 +33,13 @@ class LayerGroup:
     name: of its topmost module; "" for what no module holds.
     modules: the topmost first.
     holdings: what the modules hold; one that several groups share is in each of them.
+    is_layer: whether it is a layer.
     """
 
     name: str
     modules: list[nn.Module] = field(default_factory=list)
     holdings: list[Holding] = field(default_factory=list)
+    is_layer: bool = False
 
 
 def note_use(topmost: nn.Module) -> None:
@@ -55,9 +57,8 @@ def groups_of(held: Inventory) -> list[LayerGroup]:
     layers = _layers(held)
     for name, module in _in_order(held.modules):
         layer = _prefix_in(name, layers)
-        group = groups.setdefault(
-            name if layer is None else layer, LayerGroup(name if layer is None else layer)
-        )
+        key = name if layer is None else layer
+        group = groups.setdefault(key, LayerGroup(key, is_layer=layer is not None))
         group.modules.append(module)
     for holding in held.holdings:
         owners = {_prefix_in(name, groups) for name in holding.names}

@@ -32,6 +32,7 @@ class Pin:
         device: the one it is kept on; None for wherever it is home.
         parks_after: whether somebody has to park it when the thread lets it go.
         extra: what is parked with it then.
+        frees: bytes that are parked then of each device; None: all.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Pin:
         self.thread, self.device = thread, device
         self.parks_after = False
         self.extra: list[object] = []
+        self.frees: dict[torch.device, int] | None = None
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property

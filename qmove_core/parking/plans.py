@@ -91,7 +91,7 @@ def to_park(
     accelerate_dispatch.refuse_lost(action, everything)
     _refuse_immovable(action, held, devices.CPU, left_alone=not strict)
     if not allow_live_graph:
-        _refuse_live_graph(action, held if wanted is None else replace(held, holdings=away))
+        refuse_live_graph(action, held if wanted is None else replace(held, holdings=away))
     if before is not None:  # parked already, and something has come onto a device since
         extra = (*before.extra, *extra)
     record = Record(model, extra, wake)
@@ -113,7 +113,7 @@ def to_park(
         held,
         [*moves, *parked],
         lambda: fall_asleep(record, held, moves),
-        lambda: _look_after_outsiders(moves),
+        lambda: look_after_outsiders(moves),
     )
 
 
@@ -159,7 +159,7 @@ def to_move(model: object, device: Device, *, allow_live_graph: bool = False) ->
     ]
     pins.refuse(action, (holding for holding, _target in goals), target)
     if not allow_live_graph and any(holding.device != target for holding, _target in goals):
-        _refuse_live_graph(action, held)
+        refuse_live_graph(action, held)
     return _to_bring(action, held, goals)
 
 
@@ -251,8 +251,17 @@ def sleep_again(moves: Sequence[StorageMove]) -> Callable[[], None]:
     return sleep
 
 
-def fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -> None:
-    """Lets a model that was just parked wake when it is used."""
+def fall_asleep(
+    record: Record,
+    held: Inventory,
+    moves: Sequence[StorageMove],
+    waker: sleeping.Waker | None = None,
+) -> None:
+    """Lets a model that was just parked wake when it is used.
+
+    Args:
+        waker: what its modules call; None: what wakes the model that they are in.
+    """
     record.register()
     entrances.guard()
     owners = _Owners(held.modules)
@@ -274,7 +283,7 @@ def fall_asleep(record: Record, held: Inventory, moves: Sequence[StorageMove]) -
     ids = {id(module) for module in held.modules.values()}  # not those of a pinned part
     for top in tops:
         own = [module for module in top.modules() if id(module) in ids]
-        sleeping.put_to_sleep(own, _WakeModel(record, None if wakes_whole else top))
+        sleeping.put_to_sleep(own, waker or _WakeModel(record, None if wakes_whole else top))
 
 
 def _note_parts(
@@ -292,7 +301,7 @@ def _note_parts(
         origin.parts += tuple(weakref.ref(top) for key, top in found.items() if key not in known)
 
 
-def _look_after_outsiders(moves: Iterable[StorageMove]) -> None:
+def look_after_outsiders(moves: Iterable[StorageMove]) -> None:
     """Lets the tensors outside of a parked model that moved with it come home by themselves too."""
     for move in moves:
         if move.origin is not None and len(move.origin.tensors) > len(move.holding.tensors):
@@ -463,7 +472,8 @@ def emptied(plan: MovePlan) -> list[str]:
     return [holding.name for holding in plan.held.holdings if _is_emptied(holding)]
 
 
-def _refuse_live_graph(action: Action, held: Inventory) -> None:
+def refuse_live_graph(action: Action, held: Inventory) -> None:
+    """Raises LiveAutogradGraph if a graph still needs one of these."""
     names = live_graph.tensors_in_live_graph(held)
     if names:
         raise LiveAutogradGraph(action, names)

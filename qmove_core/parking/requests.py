@@ -14,17 +14,30 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .. import devices, homes, hosting
+from ..actions import Action
 from ..devices import Device, DeviceMap
-from ..errors import NotEnoughDeviceMemory, first_of, readable_bytes
+from ..errors import CannotMove, NotEnoughDeviceMemory, first_of, readable_bytes
 from ..memory import arena, budget, mirrors
 from ..model.holders import Straggler
+from ..model.holdings import Inventory
 from ..model.inventory import inventory
 from ..moving import moving
 from ..settings import settings
 from ..transfer.copies import Progress
 from ..transfer.moves import Done, MovePlan
 from ..transfer.transaction import carry_out
-from . import attaching, disk, in_use, pins, plans, records, sleeping, stats, streaming
+from . import (
+    attaching,
+    disk,
+    in_use,
+    pins,
+    plans,
+    records,
+    rolling,
+    sleeping,
+    stats,
+    streaming,
+)
 
 log = logging.getLogger("qmove")
 
@@ -329,34 +342,88 @@ def parked(model: object, **options: Any) -> Iterator[Parked]:
 
 
 @contextmanager
-def resident(model: object) -> Iterator[Restored]:
+def resident(model: object, *, at_most: int | None = None) -> Iterator[Restored]:
     """Keeps `model` home inside the body; if it was parked before, it is parked again after it.
 
     Other threads cannot park or move it meanwhile. Where bodies overlap, the last one parks it.
 
+    Args:
+        at_most: bytes of VRAM that it may take, on each device, if that is less than the model:
+            then as many of its layers as fit stay home, and in each forward the others come in
+            ahead of their use and go after it. A layer that goes is copied out only if it was
+            changed. What the model computes takes VRAM beside that. With a limit below 64 MiB so
+            does a MiB for digests. Of bodies inside each other the smallest limit holds. What the
+            body itself restores stays until it is parked.
+
     Raises:
         As `restore`. Another thread that parks or moves it gets InUse.
+        ValueError: `at_most` is negative.
+        NotEnoughMemory: also where a layer is larger than the limit. Nothing was moved.
+        CannotMove: it would have to stream, and a part of it is compiled.
+        InUse: another thread keeps it home, without a limit.
+        LiveAutogradGraph: from a forward with a limit that records a graph for gradients.
     """
+    if at_most is not None and at_most < 0:
+        raise ValueError(f"at_most is a number of bytes, not {at_most}; None means no limit.")
     pin = pins.Pin(model, thread=threading.current_thread())
+    rolls: list[rolling.Rolling] = []
 
     def end() -> None:
         pins.let_go(pin)
+        comes_home = bool(rolls) and rolls[0].leave(pin)
+        rolls.clear()
         if pin.parks_after:
             pin.parks_after = False
             if not is_pinned(model):
-                park(model, extra=pin.extra)
+                _park_again(model, pin)
+        elif comes_home:
+            restore(model)
 
     try:  # twice: an interrupt may come between the body and the first one
         try:
             with moving():
-                pin.parks_after, record = is_parked(model), records.record_of(model)
+                held, record = inventory(model), records.record_of(model)
+                running = rolling.of(held)
+                if running is not None and not running.has_all(held):
+                    reason = "a part of it runs in a body of resident(at_most=...); end that first"
+                    raise CannotMove(Action("stream", model), [(type(model).__name__, reason)])
+                pin.parks_after = is_parked(model) and running is None
+                is_in_part = any(holding.device.type != "cpu" for holding in held.holdings)
+                pin.frees = _parked_bytes(held) if is_in_part else None
                 pin.extra = record.extra if record else []
                 pins.hold(pin)
-            yield restore(model)
+                if running is None and at_most is not None:
+                    running = rolling.Rolling(model, pin.extra, wake)
+                if running is not None:
+                    rolls.append(running)
+            yield restore(model) if running is None else _roll(running, model, pin, at_most)
         finally:
             end()
     finally:
         end()
+
+
+@moving()
+def _roll(running: rolling.Rolling, model: object, pin: pins.Pin, at_most: int | None) -> Restored:
+    started = time.perf_counter()
+    plan, done = running.enter(pin, at_most)
+    return restored_result(model, plan, done, time.perf_counter() - started)
+
+
+def _parked_bytes(held: Inventory) -> dict[torch.device, int]:
+    """Bytes of a model that are parked, by their home."""
+    away = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
+    return budget.bytes_by_device([(o.nbytes, o.home) for o in away if o and o.is_parked])
+
+
+def _park_again(model: object, pin: pins.Pin) -> None:
+    """Parks what was parked before a body: of what was home in part so much that no more takes
+    VRAM than did."""
+    free: dict[Device, int] | None = None
+    if pin.frees is not None:
+        parked = _parked_bytes(inventory(model))
+        free = {d: max(0, nbytes - parked.get(d, 0)) for d, nbytes in pin.frees.items()}
+    park(model, extra=pin.extra, free=free)
 
 
 def pin(model: object, device: Device | None = None) -> Moved:
@@ -483,7 +550,8 @@ def wake(model: object, *, stream: bool) -> None:
 
     A model that streams begins to run when its first layer is there.
     """
-    restore(model, stream=stream)
+    if not rolling.takes(model):
+        restore(model, stream=stream)
 
 
 def _with_room(

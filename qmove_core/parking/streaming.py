@@ -55,7 +55,7 @@ _under_way: list[StreamingRestore] = []
 def can_stream(plan: MovePlan) -> bool:
     """Whether a restore can stream: what uses the weights must do it where Python sees it."""
     held = plan.held
-    if settings.verify or held.wrappers or any(map(_is_compiled, held.modules.values())):
+    if settings.verify or held.wrappers or any(map(is_compiled, held.modules.values())):
         return False
     if any(move.holding.kind == OUTSIDE for move in plan.moves) or not _are_waited_for(plan):
         return False
@@ -80,7 +80,8 @@ def _are_waited_for(plan: MovePlan) -> bool:
     )
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it uses its weights where Python does not see it."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     if getattr(module, "_compiled_call_impl", None) is not None:
@@ -88,18 +89,24 @@ def _is_compiled(module: nn.Module) -> bool:
     return any(cls.__name__ == "OptimizedModule" for cls in type(module).__mro__)
 
 
-def restore_streaming(plan: MovePlan, sleep_again: Callable[[], None]) -> None:
+def restore_streaming(
+    plan: MovePlan, sleep_again: Callable[[], None], *, rolls: bool = False
+) -> None:
     """Queues the copies of a plan, and lets its tensors wait for them.
 
     Args:
         sleep_again: puts the model to sleep, should a copy fail on its way.
+        rolls: it is a part of a model that goes again soon (`rolling.py`), which wakes it: host
+            copies stay whatever the settings say, and memory stays with the allocator.
     """
-    arriving = StreamingRestore(plan, sleep_again)
-    groups = layer_order.groups_of(plan.held)
+    arriving = StreamingRestore(plan, sleep_again, rolls=rolls)
+    groups = [] if rolls else layer_order.groups_of(plan.held)
     try:
         with MoveTransaction(plan) as transaction:
             transaction.allocate_on_host()
-            with Transfer(plan.nbytes, wait=False, digests=settings.keep_mirrors) as transfer:
+            with Transfer(
+                plan.nbytes, wait=False, digests=rolls or settings.keep_mirrors
+            ) as transfer:
                 transaction.start(transfer, plan.moves)
                 with interrupts_deferred():
                     arriving.begin(plan, groups)
@@ -204,8 +211,10 @@ class _Part(CopyJob):
 class StreamingRestore:
     """One restore whose bytes are arriving. It holds the model weakly, and its storages."""
 
-    def __init__(self, plan: MovePlan, sleep_again: Callable[[], None]) -> None:
-        self._action = plan.action
+    def __init__(
+        self, plan: MovePlan, sleep_again: Callable[[], None], *, rolls: bool = False
+    ) -> None:
+        self._action, self._rolls = plan.action, rolls
         self._parts = [_Part(self, move) for move in plan.moves]
         self._devices = {move.device for move in plan.moves}
         self._groups: list[_Group] = []
@@ -277,9 +286,10 @@ class StreamingRestore:
         there = [p for p, is_alone in alone if is_alone and p.was_unshared and p.target]
         for part in there:
             part.digest = part.read_digest()
-        keep_as_mirrors(there)
+        keep_as_mirrors(there, always=self._rolls)
         self.forget()
-        devices.release_cached(self._devices)
+        if not self._rolls:
+            devices.release_cached(self._devices)
 
     def _be_there(self, parts: Iterable[_Part]) -> None:
         new = [part for part in parts if part.came_to is None]

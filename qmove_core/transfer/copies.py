@@ -102,6 +102,7 @@ class Transfer:
         digests: take the digest of what arrives on a device before anybody can change it.
         ring: for what does not lie in page-locked memory; the caller ends it. None: one of its
             own.
+        staging: bytes of VRAM for a batch of small storages; None: STAGING.
     """
 
     def __init__(
@@ -112,12 +113,13 @@ class Transfer:
         wait: bool = True,
         digests: bool = False,
         ring: Ring | None = None,
+        staging: int | None = None,
     ) -> None:
         self._copied = 0
         self._total, self._progress, self._wait, self._digests = total, progress, wait, digests
         self._under_way: deque[tuple[Any, int]] = deque()  # event after a copy, bytes
         self._streams: dict[int, Any] = {}
-        self._staging = STAGING
+        self._staging = STAGING if staging is None else staging
         self._pending: list[Pending] = []
         self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets to come
         self._reader = FileReader()

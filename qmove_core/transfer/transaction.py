@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import devices, hosting
 from ..collector import collection_deferred
+from ..digests.gathering import LEAST_STAGING
 from ..errors import (
     CapturingGraph,
     CorruptedCopy,
@@ -44,11 +45,13 @@ log = logging.getLogger("qmove")
 DEVICE_ADVICE = "Free memory there first, for example qmove.park() another model."
 
 
-def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
+def carry_out(plan: MovePlan, progress: Progress | None = None, *, tight: bool = False) -> Done:
     """Moves every storage of a plan, or none.
 
     Args:
         progress: called as (bytes copied, bytes in all); what it raises undoes the move.
+        tight: there is hardly any room on the device, and what is freed there is used again at
+            once: little staging, and memory stays with the allocator.
 
     Raises:
         NotEnoughMemory: checked before the first byte moves.
@@ -56,7 +59,7 @@ def carry_out(plan: MovePlan, progress: Progress | None = None) -> Done:
 
     What fails after the commit is logged. An interrupt that comes then is raised when all is done.
     """
-    with MoveTransaction(plan) as transaction:
+    with MoveTransaction(plan, tight=tight) as transaction:
         with collection_deferred():
             transaction.use_mirrors()
             transaction.share_with_others()
@@ -83,7 +86,8 @@ class MoveTransaction:
         DeviceLost: on leaving it, in place of the driver's error.
     """
 
-    def __init__(self, *plans: MovePlan) -> None:
+    def __init__(self, *plans: MovePlan, tight: bool = False) -> None:
+        self._tight = tight
         self.plans = plans
         self.moves = [move for plan in plans for move in plan.moves]
         self._watched: dict[StorageMove, StorageWeakRef] = {}  # of what was dropped
@@ -136,7 +140,7 @@ class MoveTransaction:
         for move, mirror in zip(leaving, mirrors.take([m.source for m in leaving]), strict=True):
             move.mirror = mirror
         asked = [move for move in leaving if settings.verify or move.mirror is not None]
-        digests = mirrors.current_digests([move.source for move in asked])
+        digests = mirrors.current_digests([m.source for m in asked], at_most=self._staging)
         for move, digest in zip(asked, digests, strict=True):
             move.digest = digest
         for move in leaving:
@@ -147,6 +151,10 @@ class MoveTransaction:
                 move.target = move.mirror.host  # one that is no longer true is written over
             else:
                 move.mirror = None  # a file is never written to
+
+    @property
+    def _staging(self) -> int | None:
+        return LEAST_STAGING if self._tight else None
 
     def share_with_others(self) -> None:
         """Finds what is in host memory already, for another model: nothing to copy there either.
@@ -202,7 +210,9 @@ class MoveTransaction:
         """Copies, and returns when every byte is there. Digests are taken where they are of use."""
         if digests is None:
             digests = settings.keep_mirrors or settings.verify
-        with Transfer(bytes_of(moves), progress, digests=digests, ring=self._ring) as transfer:
+        with Transfer(
+            bytes_of(moves), progress, digests=digests, ring=self._ring, staging=self._staging
+        ) as transfer:
             self.start(transfer, moves)
         for move in moves:
             if move.device.type != "cpu":
@@ -316,7 +326,7 @@ class MoveTransaction:
         with not_a_failure(later, "look for what stayed behind"):
             stragglers = all_or_nothing(self._look_outside)
         with not_a_failure(later, "give unused memory back to the driver"):
-            involved = self._accelerators()
+            involved = set() if self._tight else self._accelerators()
             if devices.release_cached(involved):
                 self.reserved_after = devices.unreturned(involved)
         if self.moves:
@@ -336,9 +346,13 @@ class MoveTransaction:
             move.source, move.mirror = EMPTY, None
 
 
-def keep_as_mirrors(jobs: Sequence[CopyJob]) -> None:
-    """Keeps the arena's storages that were restored from, and that nobody else looks into."""
-    if not settings.keep_mirrors:
+def keep_as_mirrors(jobs: Sequence[CopyJob], *, always: bool = False) -> None:
+    """Keeps the arena's storages that were restored from, and that nobody else looks into.
+
+    Args:
+        always: whatever the settings say.
+    """
+    if not (settings.keep_mirrors or always):
         return
     restored = [
         job
