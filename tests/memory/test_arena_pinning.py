@@ -11,7 +11,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import arena, blocks, pages, pinning
+from qmove_core.memory import arena, blocks, pages, pinning, unlocking
 from qmove_core.memory.blocks import PIECE
 from qmove_core.memory.pages import PAGE
 from qmove_core.storages import as_bytes
@@ -119,6 +119,7 @@ class TestPinning:
             except KeyboardInterrupt:
                 storages.clear()
             assert arena.bytes_in_use() == 0, number
+            unlocking.wait()  # Ctrl-C ended the wait for it, not what is under way
             assert pinning.registered_bytes() == simcuda.host_counters().registered, number
             arena.trim()
             assert simcuda.host_counters().registered == 0, number
