@@ -86,7 +86,7 @@ def let_go(pin: Pin) -> None:
         elif pin.parks_after:
             other = _held_by_thread(inventory(model), of_others=False, but=pin)
             if other is not None:
-                other.parks_after, pin.parks_after = True, False
+                other.parks_after, other.frees, pin.parks_after = True, pin.frees, False
         if pin in _pins:
             _pins.remove(pin)
 
