@@ -150,7 +150,7 @@ int host_register(char* ptr, size_t nbytes, int64_t flags) {
   int code = try_register(ptr, nbytes, flags);
   if (code != kSuccess) {
     set_last_error(code);
-    leave_for_next_wait(current_device(), code);
+    if (code != kCaptureUnsupported) leave_for_next_wait(current_device(), code);
   }
   return code;
 }

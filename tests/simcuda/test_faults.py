@@ -82,6 +82,8 @@ def test_pins_fail():
     assert fault.fired == 1 and simcuda.last_error() == 2 and not host.is_pinned()
     with pytest.raises(torch.AcceleratorError):
         torch.ones(1, device="cuda")
+    with pytest.raises(torch.AcceleratorError, match="a refused registration left"):
+        torch.cuda.synchronize()
     with simcuda.fail("pin", error=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
     with simcuda.fail("pinned_alloc"), pytest.raises(torch.AcceleratorError, match="out of memory"):
