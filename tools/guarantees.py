@@ -121,6 +121,9 @@ PROMISES = (
                 "same_weights_twice",
                 "same_weights_writes",
                 "resized_storages",
+                "park_in_part",
+                "rolling",
+                "rolling_kinds",
             ),
         ),
     ),
@@ -136,7 +139,10 @@ PROMISES = (
     Promise(
         "Memory",
         "Over many cycles VRAM, RAM, descriptors, maps and qmove's own books are flat, and RAM goes back to the system.",
-        (*_files("faults", "memory"), *_files("memory", "arena", "arena_pinning")),
+        (
+            *_files("faults", "memory"),
+            *_files("memory", "arena", "arena_pinning", "refused_pins", "unlocking"),
+        ),
     ),
     Promise(
         "Files",
@@ -150,10 +156,27 @@ PROMISES = (
         ),
     ),
     Promise(
+        "Parked on disk",
+        "Killed at any write, on a full disk, in a harmed folder: the model is whole where it was, or an error names "
+        "what is wrong; what comes back is what was parked, byte for byte.",
+        (*_files("parking", "disk", "disk_killed", "attach"), *_files("memory", "disk_files")),
+    ),
+    Promise(
+        "Loaded once",
+        "In ComfyUI a loader with equal inputs and unchanged files does not run again, in any workflow, within a budget "
+        "of RAM.",
+        (
+            *_files("nodes/pool", "staying_loaded", "budget", "contract"),
+            *_files("nodes/real", "models_stay_loaded"),
+        ),
+    ),
+    Promise(
         "Hostile requests",
         "Whatever is sent to a route of the pack is answered or refused in JSON, with a reason; no page of another "
         "site and no GET changes anything; waiting requests take nothing from others.",
-        _files("nodes/routes", "hostile_requests", "other_sites", "waiting_requests"),
+        _files(
+            "nodes/routes", "hostile_requests", "other_sites", "waiting_requests", "lending_routes"
+        ),
     ),
     Promise(
         "No foreign code",
