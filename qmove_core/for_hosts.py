@@ -22,7 +22,7 @@ from .devices import (
 from .devices import known as known_devices
 from .errors import first_of, is_out_of_memory, readable_bytes
 from .homes import lock, nothing_away, parked_home
-from .hosting import on_move, on_ram_shortage, on_shortage, on_yielding
+from .hosting import on_move, on_page_locking, on_ram_shortage, on_shortage, on_yielding
 from .integrations.description import Description, describe
 from .memory.blocks import ram_bytes
 from .memory.budget import has_room_on_host
@@ -59,6 +59,7 @@ __all__ = [
     "memory_without_context",
     "nothing_away",
     "on_move",
+    "on_page_locking",
     "on_ram_shortage",
     "on_shortage",
     "on_yielding",

@@ -1,5 +1,5 @@
 """Callbacks of a program that hosts models (ComfyUI): for what yields to an allocation, when a move
-lacks room, when RAM is short, after each move."""
+lacks room, when RAM is short, for what it has page-locked, after each move."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 AskForRoom = Callable[[torch.device, int], None]  # device, bytes that should be free on it
 Yielding = Callable[[torch.device], int]  # bytes
 GiveUp = Callable[[int], None]  # bytes of RAM that are lacking
+PageLocked = Callable[[], int]  # bytes
 Moved = Callable[[], None]
 
 _yielding: list[Yielding] = []
 _ask_for_room: list[AskForRoom] = []
 _give_up: list[GiveUp] = []
+_page_locked: list[PageLocked] = []
 _moved: list[Moved] = []
 
 
@@ -45,6 +47,16 @@ def on_ram_shortage(give_up: GiveUp) -> None:
         _give_up.append(give_up)
 
 
+def on_page_locking(page_locked: PageLocked) -> None:
+    """Registers `page_locked`, which says how many bytes of RAM the host of this program has
+    page-locked itself, without qmove's and PyTorch's. qmove locks so much less.
+
+    It is called before each piece is locked, in any thread, and must not move anything.
+    """
+    if page_locked not in _page_locked:
+        _page_locked.append(page_locked)
+
+
 def on_move(moved: Moved) -> None:
     """Registers `moved`, called after each move (waking too) and pin in the thread that made it."""
     if moved not in _moved:
@@ -54,6 +66,11 @@ def on_move(moved: Moved) -> None:
 def yielding_bytes(device: torch.device) -> int:
     """What `on_yielding` registered says."""
     return sum(callback(device) for callback in _yielding)
+
+
+def page_locked_bytes() -> int:
+    """What `on_page_locking` registered says."""
+    return sum(callback() for callback in _page_locked)
 
 
 def ask_for_room(device: torch.device, nbytes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,10 @@ def _no_test_leaves_anything_behind() -> Iterator[None]:
     for device, _way in choosing._failed:  # a fault of an earlier test made digests slower
         choosing._chosen.pop(device, None)
     choosing._failed.clear()
-    callbacks = [hosting._moved, hosting._ask_for_room, hosting._give_up, hosting._yielding]
+    callbacks: list[list[Any]] = [
+        *(hosting._moved, hosting._ask_for_room, hosting._give_up),
+        *(hosting._yielding, hosting._page_locked),
+    ]
     kept = [list(some) for some in callbacks]
     with hostile():
         yield

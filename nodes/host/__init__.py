@@ -33,6 +33,7 @@ def listen_to_core() -> None:
     for_hosts.on_move(events.model_moved)
     for_hosts.on_move(page_locks.book)
     for_hosts.on_move(idle.watch.note_use)
+    for_hosts.on_page_locking(page_locks.hosts_own)
     for_hosts.on_yielding(auto_parking.yielding_bytes)
     for_hosts.on_shortage(auto_parking.give_room)
     residency.keep_listed()

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .. import devices
+from .. import devices, hosting
 from ..errors import readable_bytes
 from ..settings import settings
 from . import unlocking
@@ -46,11 +46,16 @@ _IS_REGISTERED, _IS_NOT_REGISTERED = 712, 713  # cudaErrorHostMemoryAlreadyRegis
 @dataclass(frozen=True)
 class PinLimit:
     """Bytes that may be page-locked in all, what that limit is called, and what a user can do about
-    it."""
+    it.
+
+    Attributes:
+        others: bytes that others in this process have locked, which are taken off already.
+    """
 
     nbytes: int
     name: str
     advice: str
+    others: int = 0
 
 
 def pin_limit(
@@ -59,20 +64,25 @@ def pin_limit(
     windows: bool | None = None,
     wsl: bool | None = None,
     ram: int | None = None,
+    others: int | None = None,
 ) -> PinLimit:
-    """The limit that holds for page-locked memory.
+    """The limit that holds for what qmove page-locks: what the system allows less what others in
+    this process have locked, and what the user has set.
 
     Args:
         chosen: bytes (`qmove.configure(pin_limit=...)`); it takes the place of what is known of
             Windows and WSL. None: as set.
         windows, wsl, ram: the system, and its RAM in bytes; None: as found here.
+        others: bytes that others in this process have page-locked; None: as found here.
     """
     chosen = settings.pin_limit if chosen is None else chosen
     windows = sys.platform == "win32" if windows is None else windows
     wsl = is_wsl() if wsl is None else wsl
     ram = psutil.virtual_memory().total if ram is None else ram
+    others = locked_by_others() if others is None else others
     limits = [
-        PinLimit(
+        _less(
+            others,
             int(ram * SYSTEM_SHARE),
             f"{SYSTEM_SHARE:.0%} of RAM, so that the system can go on",
             "Park fewer models at a time, or add RAM.",
@@ -88,10 +98,11 @@ def pin_limit(
         )
     elif windows:
         share = f"{WINDOWS_SHARE:.0%} of RAM, about what Windows allows"
-        limits.append(PinLimit(int(ram * WINDOWS_SHARE), share, _TRY_MORE))
+        limits.append(_less(others, int(ram * WINDOWS_SHARE), share, _TRY_MORE))
     elif wsl:
         limits.append(
-            PinLimit(
+            _less(
+                others,
                 WSL_BYTES,
                 "about what WSL allows",
                 f"Linux or Windows without WSL allow far more. {_TRY_MORE}",
@@ -100,6 +111,37 @@ def pin_limit(
     return min(limits, key=lambda limit: limit.nbytes)
 
 
+def _less(others: int, nbytes: int, name: str, advice: str) -> PinLimit:
+    """A limit of the system, which holds for all that this process locks."""
+    if others <= 0:
+        return PinLimit(nbytes, name, advice)
+    name += ", less what PyTorch and the program around qmove have locked"
+    return PinLimit(max(0, nbytes - others), name, f"{_LOCK_LESS} {advice}", others)
+
+
+def locked_by_others() -> int:
+    """Bytes that others in this process have page-locked: PyTorch's allocator of pinned memory,
+    with what it only keeps, where it says so (from 2.7 on), and the host of this program."""
+    return _locked_by_pytorch() + max(0, hosting.page_locked_bytes())
+
+
+def _locked_by_pytorch() -> int:
+    statistics = getattr(torch.cuda, "host_memory_stats", None)  # empty without a context
+    if statistics is None:
+        return 0
+    try:
+        found = statistics()
+    except RuntimeError as error:  # an allocator of the user's own may not count
+        log.debug("PyTorch does not say what it has page-locked: %s", str(error))
+        return 0
+    # The names of 2.7, and of later ones, for what it has from the driver.
+    return max(int(found.get(f"{name}.current", 0)) for name in _FROM_THE_DRIVER)
+
+
+_FROM_THE_DRIVER = ("reserved_bytes", "allocated_bytes")
+_LOCK_LESS = (
+    "Let others lock less (pin_memory=True of data loaders; ComfyUI: --disable-pinned-memory)."
+)
 _TRY_MORE = "If this machine allows more: qmove.configure(pin_limit=bytes)."
 
 
@@ -160,13 +202,14 @@ def register(address: int, nbytes: int) -> bool:
     while not is_counted and unlocking.wait_for_some():
         is_counted = _count(address, nbytes, limit.nbytes)
     if not is_counted:
-        if limit.nbytes > 0:
+        others = f", and {readable_bytes(limit.others)} by others" if limit.others else ""
+        if settings.pin_limit != 0:
             _say_once(
                 logging.WARNING,
                 limit.name,
-                f"{readable_bytes(registered_bytes())} of host memory are page-locked, and no more "
-                "may be: the limit is "
-                f"{readable_bytes(limit.nbytes)} ({limit.name}). {_COST} {limit.advice}",
+                f"{readable_bytes(registered_bytes())} of host memory are page-locked{others}, and "
+                f"no more may be: the limit is {readable_bytes(limit.nbytes)} ({limit.name}). "
+                f"{_COST} {limit.advice}",
             )
         return False
     accepted = False

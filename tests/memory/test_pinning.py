@@ -10,14 +10,17 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import pinning
+from qmove_core import hosting
+from qmove_core.memory import arena, pinning
+from qmove_core.memory.blocks import place_of
 
 GIB = 1 << 30
 
 
 def limit(**system: object) -> pinning.PinLimit:
-    """The limit of a Linux machine of 64 GiB, apart from what is named."""
-    return pinning.pin_limit(**({"windows": False, "wsl": False, "ram": 64 * GIB} | system))  # type: ignore[arg-type]
+    """The limit of a Linux machine of 64 GiB where nobody else locks, apart from what is named."""
+    usual = {"windows": False, "wsl": False, "ram": 64 * GIB, "others": 0}
+    return pinning.pin_limit(**(usual | system))  # type: ignore[arg-type]
 
 
 def test_linux_leaves_the_system_a_tenth_of_ram() -> None:
@@ -54,6 +57,73 @@ def test_the_setting_is_asked() -> None:
         assert pinning.pin_limit().nbytes == limit().nbytes == 12345
     finally:
         qmove.configure(pin_limit=None)
+
+
+@pytest.mark.parametrize("system", [{}, {"windows": True}, {"wsl": True}], ids=str)
+def test_what_others_have_locked_is_taken_off_what_a_system_allows(
+    system: dict[str, object],
+) -> None:
+    alone, shared = limit(**system), limit(**system, others=GIB // 2)
+
+    assert shared.nbytes == alone.nbytes - GIB // 2
+    assert "less what PyTorch and the program around qmove have locked" in shared.name
+    assert "--disable-pinned-memory" in shared.advice and alone.advice in shared.advice
+    assert limit(**system, others=65 * GIB).nbytes == 0
+
+
+def test_what_others_have_locked_is_not_taken_off_what_is_configured() -> None:
+    assert limit(chosen=5 * GIB, others=GIB).nbytes == 5 * GIB
+    found = limit(chosen=50 * GIB, others=20 * GIB)
+    assert found.nbytes == int(0.9 * 64 * GIB) - 20 * GIB, "never more than RAM allows"
+
+
+@pytest.mark.simulated
+class TestOthers:
+    def test_what_pytorch_has_locked_counts(self) -> None:
+        before = pinning.locked_by_others()
+        kept = torch.empty(3 << 20, dtype=torch.uint8, pin_memory=True)
+        taken = pinning.locked_by_others() - before
+        assert taken >= kept.nbytes
+        assert pinning.pin_limit(ram=GIB).nbytes == int(0.9 * GIB) - before - taken
+
+    @pytest.mark.parametrize(
+        ("said", "expected"),
+        [
+            ({"reserved_bytes.current": 8, "allocated_bytes.current": 5}, 8),  # 2.7
+            ({"active_bytes.current": 5, "allocated_bytes.current": 8}, 8),  # later ones
+            ({}, 0),  # nothing uses CUDA yet
+        ],
+    )
+    def test_what_pytorch_only_keeps_counts_too(
+        self, said: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: said)
+        assert pinning.locked_by_others() == expected
+
+    def test_an_allocator_that_does_not_count_takes_nothing_off(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse() -> dict[str, int]:
+            raise RuntimeError("not supported")
+
+        monkeypatch.setattr(torch.cuda, "host_memory_stats", refuse)
+        assert pinning.locked_by_others() == 0
+        monkeypatch.delattr(torch.cuda, "host_memory_stats")  # 2.6
+        assert pinning.locked_by_others() == 0
+
+    def test_where_the_host_has_locked_all_of_it_nobody_is_asked_and_it_is_said(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pinning, "_said", set())
+        hosting.on_page_locking(lambda: 1 << 50)
+        (storage,) = arena.allocate([1 << 20], lambda _cdata: None)
+        place = place_of(storage)
+        assert place is not None
+        with simcuda.fail("pin", error=AssertionError("the driver was asked")):
+            assert not place[0].pin(0, 1 << 20)
+        (record,) = caplog.records
+        assert "and 1024.00 TiB by others" in record.getMessage()
+        assert "the program around qmove" in record.getMessage()
 
 
 def test_the_memlock_limit_does_not_bind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from qmove_pack.nodes.host.models import page_locks, residency
 
 import qmove_core as qmove
 import simcuda
+from qmove_core.memory import pinning
 from tests.nodes.builders import careless_nodes
 from tests.nodes.builders.careless_nodes import MIB, model_of, node
 from tests.nodes.builders.fake_host import FakeHost
@@ -108,6 +109,16 @@ def test_comfyuis_own_counting_goes_on_beside_it(books: Books) -> None:
 
     assert books.own == 150 * MIB
     assert books.total == books.own + locked()
+
+
+def test_comfyuis_own_pins_are_taken_off_what_qmove_may_lock(books: Books) -> None:
+    residency.park(residency.take_in([_model := model_of(64)]))
+    before = pinning.pin_limit(others=0, ram=LIMIT).nbytes
+    limit = pinning.pin_limit(ram=LIMIT)
+
+    assert locked() > 0, "and what qmove itself has in those books is not taken off again"
+    assert limit.nbytes == before - limit.others
+    assert limit.others == books.own + pinning._locked_by_pytorch()
 
 
 def test_both_together_keep_to_comfyuis_limit(books: Books) -> None:
