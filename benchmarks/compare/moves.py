@@ -1,5 +1,5 @@
 """qmove's single moves on one link, in a fresh process: first park, restore, second park, streaming
-restore and a forward."""
+restore and a forward, a forward of a model that is larger than the VRAM it may take."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         result["seconds_for"] = {name: first.nbytes / rate for name, rate in rates.items()}
         if meter.SIMULATED:
             result["streaming"] = [_stream(qmove, model, x, share, result) for share in COMPUTE]
+            result["rolling"] = [
+                _roll(qmove, model, x, share, result, first.nbytes // 3) for share in COMPUTE
+            ]
         result["wrong"] = workloads.differing(model, workload, folder, 0)
     result["nbytes"] = first.nbytes
     return result
@@ -74,6 +77,38 @@ def _stream(
         "share": share,
         "transfer": transfer,
         "compute": compute,
+        "both": float(both.link or 0.0),
+    }
+
+
+def _roll(
+    qmove: Any,
+    model: Any,
+    x: torch.Tensor,
+    share: float,
+    result: dict[str, Any],
+    at_most: int,
+) -> dict[str, float]:
+    """A forward inside `resident(model, at_most=...)`, as `_stream` measures it; the first forward
+    there, which learns the order of use, is apart.
+
+    "transfer" is what the bytes that came in take at the bare rate.
+    """
+    transfer = result["seconds_for"]["in"]
+    with virtual_kernels(share * transfer / len(model.layers)):
+        with meter.measured() as alone:
+            model(x)
+        with qmove.resident(model, at_most=at_most):
+            model(x)
+            with meter.measured() as both:
+                model(x)
+    came = both.as_dict()["h2d_bytes"]
+    return {
+        "share": share,
+        "at_most": at_most,
+        "h2d_bytes": came,
+        "transfer": transfer * came / result["first park"]["copied_bytes"],
+        "compute": float(alone.link or 0.0),
         "both": float(both.link or 0.0),
     }
 

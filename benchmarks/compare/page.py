@@ -31,7 +31,8 @@ REACHED = """\
 Bold is what was not reached. "Link" and "pinning" are the bytes at the bare rate of one large pinned copy, and of locking memory
 that was touched before. The second park copies none of the model; its digests, 32 bytes for each 512 KiB or smaller storage, do
 cross the link. "Streaming" is a restore with `stream=True` and the first forward, whose kernels take so many times the transfer;
-"compute" is that forward on a resident model, with its launches.
+"compute" is that forward on a resident model, with its launches. "In a third of its VRAM" is a forward inside of
+`resident(model, at_most=...)`, the second one there; "transfer" is then what the bytes that came in take.
 """
 
 

@@ -70,6 +70,10 @@ def _moves(workload: dict[str, Any], link: str | None, where: str) -> Iterator[T
         best = max(stream["transfer"], stream["compute"])
         what = f"streaming, kernels {stream['share']:g} x / max(transfer, compute)"
         yield Target(what, 1.1, stream["both"] / best, where=where)
+    for forward in moves.get("rolling", []):
+        best = max(forward["transfer"], forward["compute"])
+        what = f"in a third of its VRAM, kernels {forward['share']:g} x / max(transfer, compute)"
+        yield Target(what, 1.1, forward["both"] / best, where=where)
 
 
 def _swaps(workload: dict[str, Any], link: str | None, where: str) -> Iterator[Target]:
