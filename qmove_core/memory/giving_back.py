@@ -27,9 +27,6 @@ log = logging.getLogger("qmove")
 under_way: list[Callable[[], None]] = []  # end restores whose host bytes are held until then
 
 LOOK_SECONDS = 5.0
-SHARE = 0.05  # of what may be used: what is kept free for others
-ENOUGH = 2 << 30  # bytes to keep free, however small that share is
-SMALL_SHARE = 1 / 8  # unless they would be more than this share: of 4 GiB 512 MiB are kept free
 
 
 def trim(nbytes: int | None = None) -> int:
@@ -77,12 +74,6 @@ def make_room(nbytes: int) -> int:
     return given
 
 
-def reserve(total: int) -> int:
-    """Bytes that are to stay free for others under a limit of `total` bytes: 5 %, and 2 GiB or an
-    eighth at least."""
-    return max(int(total * SHARE), min(ENOUGH, int(total * SMALL_SHARE)))
-
-
 def trim_under_pressure() -> int:
     """Makes room for what is lacking to the reserve under the tightest limit on RAM.
 
@@ -96,7 +87,7 @@ def trim_under_pressure() -> int:
     tightest = limits.host_limits(None, 0)[0]
     # What this process has and what is free is the most that it could have there: of a limit whose
     # size nobody tells.
-    missing = reserve(tightest.free + _resident()) - tightest.free
+    missing = limits.reserve(tightest.free + _resident()) - tightest.free
     if missing <= 0 or not homes.lock.acquire(blocking=False):
         return 0
     try:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from ..errors import readable_bytes
+from . import pinning
+
 # Bytes that a move leaves free: what Python, PyTorch and a driver take meanwhile.
 HEADROOM = 64 << 20
+
+SHARE = 0.05  # of what may be used: what is kept free for others
+ENOUGH = 2 << 30  # bytes to keep free, however small that share is
+SMALL_SHARE = 1 / 8  # unless they would be more than this share: of 4 GiB 512 MiB are kept free
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,31 @@ def room(ram_limit: int | None, arena_bytes: int) -> Limit:
     """What a move may take, by the tightest of `host_limits`.
 
     Of the system's own limits it leaves `HEADROOM`: who passes them is killed, or cannot even start
-    a thread. So what is free may be less than 0.
+    a thread. Of RAM it leaves more, `stays_free`. So what is free may be less than 0.
     """
     less = f", less {HEADROOM >> 20} MiB that stay free"
     limits = [Limit(limit.free - HEADROOM, limit.name + less) for limit in _limits_of_the_system()]
+    reserved = stays_free()
+    if reserved > HEADROOM:
+        less = f", less {readable_bytes(reserved)} that stay free beside page-locked memory"
+        limits.append(Limit(psutil.virtual_memory().available - reserved, _RAM + less))
     if ram_limit is not None:
         limits.append(_own_limit(ram_limit, arena_bytes))
     return min(limits, key=lambda limit: limit.free)
+
+
+def stays_free() -> int:
+    """Bytes of the system's available RAM that a move leaves free: `reserve` of it where what it
+    takes will be page-locked, which no system can swap out or take back; otherwise `HEADROOM`."""
+    if not pinning.is_possible():
+        return HEADROOM
+    return max(HEADROOM, reserve(psutil.virtual_memory().total))
+
+
+def reserve(total: int) -> int:
+    """Bytes that are to stay free for others under a limit of `total` bytes: 5 %, and 2 GiB or an
+    eighth at least."""
+    return max(int(total * SHARE), min(ENOUGH, int(total * SMALL_SHARE)))
 
 
 def _own_limit(ram_limit: int, arena_bytes: int) -> Limit:
@@ -53,11 +80,50 @@ def _own_limit(ram_limit: int, arena_bytes: int) -> Limit:
 
 
 def _limits_of_the_system() -> list[Limit]:
-    limits = [Limit(psutil.virtual_memory().available, "available RAM"), *_limits_of_the_process()]
+    limits = [Limit(psutil.virtual_memory().available, _RAM), *_limits_of_the_process()]
+    commit = commit_free()
+    if commit is not None:
+        limits.append(Limit(commit, "commit limit of Windows: RAM and page file"))
     cgroup = cgroup_free()
     if cgroup is not None:
         limits.append(Limit(cgroup, "cgroup limit"))
     return limits
+
+
+_RAM = "available RAM"
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = (
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    )
+
+
+def commit_free(kernel32: Any = None) -> int | None:
+    """Bytes that this process may still commit on Windows, which promises no memory that neither
+    RAM nor the page file has room for. None on other systems, and where Windows does not say.
+
+    Args:
+        kernel32: the library to ask; None: that of Windows.
+    """
+    if kernel32 is None:
+        if sys.platform != "win32":
+            return None
+        kernel32 = ctypes.windll.kernel32
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(status.ullAvailPageFile)
 
 
 def _limits_of_the_process() -> list[Limit]:

@@ -3,8 +3,10 @@ anything moves."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +155,75 @@ class TestHostLimits:
             "cgroup limit, less 64 MiB that stay free",
         )
         assert "1.00 GiB" in str(error) and "Nothing was moved" in str(error)
+
+
+class TestReserve:
+    """What is page-locked cannot be swapped out: some RAM stays free for everybody else."""
+
+    @pytest.fixture(autouse=True)
+    def no_cgroup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(limits, "cgroup_free", lambda: None)
+
+    def test_a_park_into_the_last_free_ram_is_refused_with_figures(
+        self, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = layers()
+        before, needed = snapshot(model), qmove.inventory(model).nbytes
+        stays = limits.reserve(64 * GIB)
+        memory = SimpleNamespace(total=64 * GIB, available=stays + needed // 2)
+        monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: memory)
+
+        with pytest.raises(qmove.NotEnoughMemory) as caught:
+            qmove.park(model)
+
+        assert caught.value.free == needed // 2
+        assert caught.value.limit == (
+            "available RAM, less 3.20 GiB that stay free beside page-locked memory"
+        )
+        assert snapshot(model) == before and not qmove.is_parked(model)
+
+        memory.available = stays + 2 * needed
+        qmove.park(model)
+        assert qmove.is_parked(model)
+
+    def test_exactly_what_is_free_less_the_reserve_may_be_taken(self) -> None:
+        allowed = 40 * GIB - limits.reserve(64 * GIB)
+        budget.require_host(Action("park", "a model"), allowed, None)
+        with pytest.raises(qmove.NotEnoughMemory):
+            budget.require_host(Action("park", "a model"), allowed + 1, None)
+
+    def test_where_nothing_is_locked_the_headroom_is_enough(self) -> None:
+        qmove.configure(pin_limit=0)
+        budget.require_host(Action("park", "a model"), 40 * GIB - limits.HEADROOM, None)
+
+
+class FakeKernel32:
+    """Windows' answer to how much memory there is."""
+
+    def __init__(self, succeeds: bool = True) -> None:
+        self.succeeds = succeeds
+
+    def GlobalMemoryStatusEx(self, reference: Any) -> int:
+        status = reference._obj
+        assert status.dwLength == 64, "Windows fills nothing of another size"
+        status.ullTotalPageFile, status.ullAvailPageFile = 70 * GIB, 6 * GIB
+        return int(self.succeeds)
+
+
+class TestCommitLimitOfWindows:
+    def test_what_may_be_committed_is_read(self) -> None:
+        assert limits.commit_free(FakeKernel32()) == 6 * GIB
+        assert limits.commit_free(FakeKernel32(succeeds=False)) is None
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has it")
+    def test_other_systems_have_none(self) -> None:
+        assert limits.commit_free() is None
+
+    def test_it_is_a_limit_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(limits, "cgroup_free", lambda: None)
+        monkeypatch.setattr(limits, "commit_free", lambda: 6 * GIB)
+        with pytest.raises(qmove.NotEnoughMemory, match="commit limit of Windows"):
+            budget.require_host(Action("park", "a model"), 6 * GIB, None)
 
 
 class TestBeforeTheFirstByte:

@@ -124,8 +124,8 @@ def test_mirrors_are_given_up_before_a_park_fails(
     round_trip(mirrored_one)
     allowed = arena_bytes(mirrored_one)
 
-    def free() -> int:
-        return allowed - held() + limits.HEADROOM
+    def free(stays: int = limits.HEADROOM) -> int:
+        return allowed - held() + stays
 
     if limit == "ram_limit":
         qmove.configure(ram_limit=allowed)
@@ -133,7 +133,8 @@ def test_mirrors_are_given_up_before_a_park_fails(
         monkeypatch.setattr(limits, "cgroup_free", free)
     else:
         real = psutil.virtual_memory()
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=free()))
+        stays = limits.stays_free()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=free(stays)))
 
     parked = qmove.park(other)
 

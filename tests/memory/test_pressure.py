@@ -47,7 +47,7 @@ def cgroup(monkeypatch: pytest.MonkeyPatch) -> Free:
     stay free."""
 
     def free(beyond_reserve: int) -> None:
-        left = giving_back.reserve(16 * GIB) + beyond_reserve
+        left = limits.reserve(16 * GIB) + beyond_reserve
         monkeypatch.setattr(limits, "cgroup_free", lambda: left)
         monkeypatch.setattr(giving_back, "_resident", lambda: 16 * GIB - left)
         plenty = SimpleNamespace(total=64 * GIB, available=40 * GIB)
@@ -210,7 +210,7 @@ def test_while_a_move_runs_nothing_is_given_back_and_nobody_waits(gpu: GPU, cgro
     ],
 )
 def test_how_much_is_to_stay_free(total: int, free: int) -> None:
-    assert giving_back.reserve(total) == free
+    assert limits.reserve(total) == free
 
 
 class TestThread:

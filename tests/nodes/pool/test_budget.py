@@ -256,7 +256,7 @@ def test_pressure_from_others_shrinks_it_the_least_useful_first(
         leave(comfy)
         park_all()
     plenty = limits.psutil.virtual_memory().available
-    lacking = giving_back.reserve(plenty + giving_back._resident()) - int(1.5 * SIZE)
+    lacking = limits.reserve(plenty + giving_back._resident()) - int(1.5 * SIZE)
     monkeypatch.setattr(limits, "cgroup_free", lambda: lacking)
     monkeypatch.setattr(giving_back, "_resident", lambda: plenty + giving_back_resident - lacking)
     giving_back.trim_under_pressure()
