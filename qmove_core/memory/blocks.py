@@ -8,6 +8,7 @@ finalizer only gives back at once what need not be unlocked first.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
 import time
@@ -19,11 +20,20 @@ from concurrent.futures import Future
 import numpy
 import torch
 
+from ..errors import readable_bytes
 from ..interrupts import all_or_nothing, interrupts_deferred
 from . import pinning
-from .pages import advise, map_memory, round_to_pages, touch_in_background
+from .pages import (
+    advise,
+    is_slow,
+    make_small_from_now,
+    map_memory,
+    round_to_pages,
+    touch_in_background,
+)
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
+FIRST_PIECES = 2  # of a block: how fast their pages are made decides for the rest
 PIECE = 64 << 20  # bytes of one registration: copies must not cross a piece's border
 
 Released = Callable[[int], None]  # given the `_cdata` of a storage that died; takes no lock
@@ -192,7 +202,8 @@ class Block(HostBlock):
         self._pinned = [False] * len(self._locks)
         self._refused = False  # somebody said no: nobody is asked again
         # Of pieces that were touched, or are just being.
-        self._touches: dict[int, list[Future[None]]] = {}
+        self._touches: dict[int, list[Future[float]]] = {}
+        self._timed: set[int] = set()  # pieces of which it is known how fast they were made
         self._lent: Callable[[], numpy.ndarray | None] = lambda: None
 
     @property
@@ -343,10 +354,32 @@ class Block(HostBlock):
         return self.address + start, min(PIECE, round_to_pages(self.nbytes) - start)
 
     def _pin_piece(self, index: int) -> bool:
-        for future in self._touches[index]:
-            future.result()
+        seconds = sum(future.result() for future in self._touches[index])
+        if index not in self._timed and len(self._timed) < FIRST_PIECES:
+            self._timed.add(index)
+            self._mind_slow_pages(index, seconds)
         with self._locks[index], interrupts_deferred():
             return all_or_nothing(lambda: self._lock_piece(index))
+
+    def _mind_slow_pages(self, index: int, seconds: float) -> None:
+        """Where the system takes long to make huge pages, the pieces of this block that follow are
+        made of small ones: those are locked more slowly, but need no memory in one piece."""
+        address, nbytes = self._piece(index)
+        if not is_slow(nbytes, seconds):
+            return
+        self._timed.update(range(FIRST_PIECES))
+        if address + nbytes < self.address + self.nbytes:
+            rest, _nbytes = self._piece(index + 1)
+            end = self.address + round_to_pages(self.nbytes)
+            make_small_from_now(rest, end - rest)
+        pinning.say_once(
+            logging.INFO,
+            "slow pages",
+            f"Making {readable_bytes(nbytes)} of host memory took its threads {seconds:.2f} s in "
+            "all: the system is busy, or its free memory lies in pieces. Parking goes on without "
+            "huge pages. It is faster after other programs are closed, or after a restart; "
+            "qmove.prepare(model) makes the memory ahead of its use.",
+        )
 
     def _lock_piece(self, index: int) -> bool:
         if not self._pinned[index] and not self._refused:

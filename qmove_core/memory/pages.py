@@ -9,6 +9,7 @@ import functools
 import mmap
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -160,16 +161,43 @@ def submit(call: Callable[..., T], *arguments: object) -> Future[T] | None:
         return None
 
 
-def touch_in_background(memory: numpy.ndarray) -> list[Future[None]]:
-    """`touch` by several threads. The memory is made when all that is returned is done.
+def touch_in_background(memory: numpy.ndarray) -> list[Future[float]]:
+    """`touch` by several threads, each future with the seconds that its part took. The memory is
+    made when all that is returned is done.
 
     Where no thread starts, locking makes the pages too, only slower.
     """
     stripes = (memory[at : at + _STRIPE] for at in range(0, len(memory), _STRIPE))
-    futures = [submit(touch, stripe) for stripe in stripes]
+    futures = [submit(_timed_touch, stripe) for stripe in stripes]
     return [future for future in futures if future is not None]
 
 
+def _timed_touch(memory: numpy.ndarray) -> float:
+    began = clock()
+    touch(memory)
+    return clock() - began
+
+
+def is_slow(nbytes: int, seconds: float) -> bool:
+    """Whether pages were made so slowly that the system must be moving others about for it, as
+    Linux does for huge pages where free memory lies in pieces.
+
+    Args:
+        nbytes: how much was made.
+        seconds: what it took, of all threads together.
+    """
+    threads = min(_WORKERS, -(-nbytes // _STRIPE))
+    return seconds > 0 and nbytes * threads / seconds < SLOW
+
+
+def make_small_from_now(address: int, nbytes: int) -> None:
+    """Has the pages of a page-aligned stretch of a map that are not made yet be small ones."""
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        advise(address, nbytes, mmap.MADV_NOHUGEPAGE)
+
+
+clock = time.perf_counter  # in seconds; a test has its own
+SLOW = 1e9  # bytes per second; where memory is whole one thread makes several times as many
 T = TypeVar("T")
 _STRIPE = 8 << 20  # bytes that one thread touches or copies at a time
 _WORKERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory

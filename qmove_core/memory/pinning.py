@@ -168,7 +168,7 @@ def is_possible() -> bool:
         return False
     accelerator = devices.accelerator()
     if accelerator is None or accelerator.type != "cuda" or not torch.cuda.is_available():
-        _say_once(
+        say_once(
             logging.INFO,
             "no CUDA",
             "Parked bytes lie in pageable memory: only CUDA and ROCm can page-lock it.",
@@ -204,7 +204,7 @@ def register(address: int, nbytes: int) -> bool:
     if not is_counted:
         others = f", and {readable_bytes(limit.others)} by others" if limit.others else ""
         if settings.pin_limit != 0:
-            _say_once(
+            say_once(
                 logging.WARNING,
                 limit.name,
                 f"{readable_bytes(registered_bytes())} of host memory are page-locked{others}, and "
@@ -371,7 +371,7 @@ def _say_refused(nbytes: int, reason: str) -> None:
         if memlock is not None
         else ""
     )
-    _say_once(
+    say_once(
         logging.WARNING,
         f"refused: {reason}",
         f"The driver would not page-lock another {readable_bytes(nbytes)} of host memory "
@@ -382,7 +382,8 @@ def _say_refused(nbytes: int, reason: str) -> None:
     )
 
 
-def _say_once(level: int, reason: str, message: str) -> None:
+def say_once(level: int, reason: str, message: str) -> None:
+    """Logs what is the case for one reason, the first time."""
     if reason not in _said:
         _said.add(reason)
         log.log(level, message)

@@ -156,6 +156,33 @@ def test_a_forked_child_can_ask_and_end_while_another_thread_of_the_parent_moves
 
 
 @needs_fork
+def test_a_forked_child_reads_the_bytes_of_a_parked_model() -> None:
+    ended = _run("""
+        import faulthandler, os
+        from tests.builders.snapshots import contents
+        from tests.builders.streaming import pickled
+        m = layers(3)
+        expected = contents(m)
+        qmove.park(m)
+        assert qmove.stats().pinned_bytes > 0
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(60, exit=True)
+            read = contents(pickled(m))
+            os._exit(0 if read == expected else 3)
+        assert os.waitpid(child, 0)[1] == 0
+        qmove.restore(m)
+        assert contents(m) == expected
+        with torch.no_grad():
+            m[0].weight.add_(1)
+        expected = contents(m)
+        qmove.park(m)  # the parent's locked memory is still its own
+        assert contents(pickled(m)) == expected
+    """)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+@needs_fork
 def test_workers_of_a_data_loader_leave_a_parked_model_alone() -> None:
     ended = _run("""
         from torch.utils.data import DataLoader, Dataset
