@@ -98,12 +98,14 @@ def origin_at(storage_cdata: int) -> Origin | None:
 
 
 def nothing_away() -> bool:
-    """Whether nothing is parked and no other thread moves anything. It is cheap, and may say False
-    in doubt."""
-    if _origins or not lock.acquire(blocking=False):
+    """Whether no model is parked or arriving, and no other thread moves anything. It is cheap, and
+    may say False in doubt."""
+    if not lock.acquire(blocking=False):
         return False
-    lock.release()
-    return not _origins
+    try:
+        return not any(o.is_away and not o.is_result for o in list(_origins.values()))
+    finally:
+        lock.release()
 
 
 def parked_storages() -> list[tuple[int, Origin]]:

@@ -123,9 +123,13 @@ class Server(ComfyUI):
         self.told("/qmove/restore", {"models": "all"})
 
     def forget_models(self) -> None:
-        """Runs a prompt that keeps nothing of the ones before it."""
+        """Lets the models go that stay loaded, and runs a prompt that keeps nothing of the ones before
+        it."""
+        kept = self.settings()["qmove.keepLoaded"]
+        self.told("/qmove/settings", {"qmove.keepLoaded": False})
         self._forgotten = getattr(self, "_forgotten", 0) + 1
         self.run({"1": {"class_type": "StagehandNothing", "inputs": {"seed": self._forgotten}}})
+        self.told("/qmove/settings", {"qmove.keepLoaded": kept})
 
     def hold_copies(self, after_bytes: int) -> None:
         """From now on the link stops after so many bytes, until `let_copies_go`."""
