@@ -105,13 +105,13 @@ class Pool:
         own: Iterable[HostEntry],
     ) -> None:
         """A node runs next, with these models."""
-        for source, _index in graph.links_of(nodes, node_id):
+        for source, _index in graph.links_of(nodes, node_id) if self._given else ():
             kept = self._given.pop(source, None)
             if kept is not None:
                 self.hits += 1
                 self.seconds_saved += kept.seconds
         used = {*models, *(id(patcher.model) for patcher in own)}
-        for kept in self._all() if used else ():
+        for kept in self._all() if used and self._kept else ():
             if not used.isdisjoint(kept.identities()):
                 kept.used_in = self._prompt
         self._began.setdefault(node_id, time.perf_counter())

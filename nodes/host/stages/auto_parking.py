@@ -171,9 +171,10 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
     if measurement is not None and measurement.allocated and not moved:
         peak, left = needs.taken(measurement, stats)
         kept = Counter(left)
-        for adopted in given:
-            kept.subtract(adopted.resident)
-        kept.subtract(_bytes_of_tensors(outputs))
+        if any(left.values()):
+            for adopted in given:
+                kept.subtract(adopted.resident)
+            kept.subtract(_bytes_of_tensors(outputs))
         needs.learned.learn(measurement.signature, peak, +kept)
 
 

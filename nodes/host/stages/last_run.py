@@ -25,6 +25,8 @@ def note(nodes: Any, inputs: NodeInputs) -> None:
         _graph = weakref.ref(nodes)
         _adopted.clear()
         _patchers.clear()
+    if not inputs.models and not inputs.patchers:
+        return
     known = {model.number for model in models()}
     _adopted.extend(weakref.ref(m) for m in inputs.models if m.number not in known)
     shared = {id(patcher.model) for patcher in patchers()}  # clones share the model
