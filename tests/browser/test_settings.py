@@ -21,6 +21,7 @@ CHANGES: dict[str, Any] = {
     "qmove.keepMirrors": False,
     "qmove.ramLimit": 3,
     "qmove.vramToKeepFree": 2,
+    "qmove.idleMinutes": 30,
     "qmove.runAgain": False,
     "qmove.verify": True,
     "qmove.notifications": False,
