@@ -292,13 +292,17 @@ def _transform(
 
 
 def _made(item: _Work, action: Action, made: dict[int, nn.Parameter]) -> Change:
-    """The change of one layer, with the layer's name in what making it raises."""
-    try:
-        return item.change(made)
-    except Exception as error:  # another library's code may raise anything; nothing has changed yet
-        if is_out_of_memory(error) or is_out_of_host_memory(error):
-            raise
-        raise CannotMove(action, [(item.name, f"{type(error).__name__}: {error}")]) from error
+    """The change of one layer, with the layer's name in what making it raises.
+
+    Handlers of signals are called after it: what they raise is no failure of the layer's.
+    """
+    with interrupts_deferred():
+        try:
+            return item.change(made)
+        except Exception as error:  # another library's code may raise anything; nothing has changed
+            if is_out_of_memory(error) or is_out_of_host_memory(error):
+                raise
+            raise CannotMove(action, [(item.name, f"{type(error).__name__}: {error}")]) from error
 
 
 def _check_budget(

@@ -4,6 +4,7 @@ known."""
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,36 @@ def test_a_requantization_that_fails_leaves_the_model_as_it_was(
 
 
 _raised: BaseException | None = None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a signal that a test may send")
+def test_what_a_handler_raises_in_the_middle_of_a_layer_stays_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A time-out is no reason why the layer cannot be dequantized."""
+    from qmove_core.requantize import layer_formats
+
+    class TimeOut(Exception):
+        pass
+
+    def handle(_number: int, _frame: object) -> None:
+        raise TimeOut
+
+    dequantize = layer_formats.FourBit.dequantize
+
+    def dequantize_in_time(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return dequantize(*args, **kwargs)
+
+    model = full_model()
+    before, handler = seen(model), signal.signal(signal.SIGUSR1, handle)
+    monkeypatch.setattr(layer_formats.FourBit, "dequantize", dequantize_in_time)
+    try:
+        with pytest.raises(TimeOut):
+            qmove.dequantize_and_move(model, "cpu")
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert seen(model) == before
 
 
 def _fail_at(
