@@ -66,7 +66,7 @@ def test_an_error_while_an_arrival_ends_holds_nothing(
     qmove.park(model)
     stream_in(model)
 
-    def fails(_jobs: Any) -> None:
+    def fails(_jobs: Any, **_options: Any) -> None:
         raise RuntimeError("planted")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
