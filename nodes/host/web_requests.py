@@ -155,7 +155,7 @@ class Workers:
         waited_for = asyncio.wrap_future(result)
         waited_for.add_done_callback(lambda _: self._free.release())
         thread = threading.Thread(
-            target=_work, args=(act, result), name="qmove request", daemon=True
+            target=settle, args=(act, result), name="qmove request", daemon=True
         )
         try:
             thread.start()
@@ -164,7 +164,8 @@ class Workers:
         return await asyncio.shield(waited_for)
 
 
-def _work(act: Callable[[], Result], result: Future[Result]) -> None:
+def settle(act: Callable[[], Result], result: Future[Result]) -> None:
+    """Acts; what that gives or raises is the future's."""
     try:
         value = act()
     except BaseException as error:

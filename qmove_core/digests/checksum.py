@@ -12,12 +12,12 @@ signs.)
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
+
+from .. import workers
 
 _WORDS = 1 << 16  # of 8 bytes: 512 KiB, which stays in the processor's cache
 _MODULUS = 1 << 128
@@ -46,7 +46,7 @@ class Checksum:
     def update(self, content: torch.Tensor) -> Checksum:
         """Takes more bytes in, flat uint8 on the host; whole MiB, but for the last ones."""
         with torch.no_grad(), torch.inference_mode(False):
-            for sums in _by_threads(_sums_of, _as_words(content).split(_WORDS)):
+            for sums in _sums_in_order(_as_words(content).split(_WORDS)):
                 self.value = (self.value * _STEP + (sums[0] << 64) + sums[1]) % _MODULUS
         return self
 
@@ -60,34 +60,19 @@ def _sums_of(piece: torch.Tensor) -> tuple[int, int]:
     )
 
 
-def _by_threads(
-    function: Callable[[torch.Tensor], tuple[int, int]], pieces: Sequence[torch.Tensor]
-) -> Iterable[tuple[int, int]]:
-    """`map`, by several threads where that is worth it: one alone is slower than a fast disk."""
-    global _threads
+def _sums_in_order(pieces: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Of each piece, by several threads where that is worth it: one alone is slower than a fast
+    disk."""
     if len(pieces) < _WORTH_THREADS:
-        return map(function, pieces)
+        yield from map(_sums_of, pieces)
+        return
     _factors()  # made once, and not by each of them
-    if _threads is None:
-        _threads = ThreadPoolExecutor(_THREADS, "qmove-checksum")
-    try:
-        return _threads.map(function, pieces)
-    except RuntimeError:  # no more threads can be started, or the interpreter ends
-        return map(function, pieces)
+    futures = [workers.submit(_sums_of, piece) for piece in pieces]
+    for piece, future in zip(pieces, futures, strict=True):
+        yield _sums_of(piece) if future is None else future.result()
 
 
 _WORTH_THREADS = 4
-_THREADS = min(4, os.cpu_count() or 1)
-_threads: ThreadPoolExecutor | None = None
-
-
-def _in_forked_child() -> None:
-    global _threads
-    _threads = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _as_words(content: torch.Tensor) -> torch.Tensor:

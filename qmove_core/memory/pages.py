@@ -11,11 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future
 
 import numpy
 import torch
+
+from .. import workers
 
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on, which Python's mmap does not name yet
@@ -140,7 +141,7 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """
     to, of = target.numpy(), source.numpy()
     stripes = [slice(at, at + _STRIPE) for at in range(0, len(to), _STRIPE)]
-    futures = [submit(numpy.copyto, to[stripe], of[stripe]) for stripe in stripes[1:]]
+    futures = [workers.submit(numpy.copyto, to[stripe], of[stripe]) for stripe in stripes[1:]]
     for stripe in stripes[:1]:
         numpy.copyto(to[stripe], of[stripe])
     for stripe, future in zip(stripes[1:], futures, strict=True):
@@ -150,17 +151,6 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
             future.result()
 
 
-def submit(call: Callable[..., T], *arguments: object) -> Future[T] | None:
-    """Calls something in one of the threads that work on memory; None where no thread starts."""
-    global _workers
-    if _workers is None:
-        _workers = ThreadPoolExecutor(_WORKERS, "qmove-memory")
-    try:
-        return _workers.submit(call, *arguments)
-    except RuntimeError:  # a limit on threads, or the interpreter ends
-        return None
-
-
 def touch_in_background(memory: numpy.ndarray) -> list[Future[float]]:
     """`touch` by several threads, each future with the seconds that its part took. The memory is
     made when all that is returned is done.
@@ -168,7 +158,7 @@ def touch_in_background(memory: numpy.ndarray) -> list[Future[float]]:
     Where no thread starts, locking makes the pages too, only slower.
     """
     stripes = (memory[at : at + _STRIPE] for at in range(0, len(memory), _STRIPE))
-    futures = [submit(_timed_touch, stripe) for stripe in stripes]
+    futures = [workers.submit(_timed_touch, stripe) for stripe in stripes]
     return [future for future in futures if future is not None]
 
 
@@ -186,7 +176,7 @@ def is_slow(nbytes: int, seconds: float) -> bool:
         nbytes: how much was made.
         seconds: what it took, of all threads together.
     """
-    threads = min(_WORKERS, -(-nbytes // _STRIPE))
+    threads = min(workers.COUNT, -(-nbytes // _STRIPE))
     return seconds > 0 and nbytes * threads / seconds < SLOW
 
 
@@ -198,16 +188,4 @@ def make_small_from_now(address: int, nbytes: int) -> None:
 
 clock = time.perf_counter  # in seconds; a test has its own
 SLOW = 1e9  # bytes per second; where memory is whole one thread makes several times as many
-T = TypeVar("T")
 _STRIPE = 8 << 20  # bytes that one thread touches or copies at a time
-_WORKERS = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
-_workers: ThreadPoolExecutor | None = None
-
-
-def _in_forked_child() -> None:
-    global _workers
-    _workers = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_forked_child)

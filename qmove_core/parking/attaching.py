@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -80,7 +81,8 @@ def attach(
         manifest, places = _read(action, path)
         held = inventory(model)
         _refuse_parked(action, path, held)
-        if any(holding.storage._cdata in pins.by_storage() for holding in held.holdings):
+        pinned = pins.by_storage()
+        if any(holding.storage._cdata in pinned for holding in held.holdings):
             raise Pinned(action, plans.title(model))
         shapes = {
             bitsandbytes_saved.same_name(name): (saved.dtype, saved.shape, storage.home)
@@ -105,7 +107,10 @@ def attach(
         if matching.left_out:
             log.info("%s has no %s", plans.title(model), first_of(matching.left_out))
         parked = _parked_tables([*tables, *matching.own_tables])
-        plan = _commit(model, action, matching.storages, storages, parked, wake, undo)
+        look_and_sleep = functools.partial(
+            _look_and_sleep, model, action, matching.storages, storages, parked, wake
+        )
+        plan = _commit(look_and_sleep, undo)
         return Attached(plan, matching.left_out)
     except BaseException:
         with interrupts_deferred():
@@ -241,15 +246,7 @@ def _prove(action: Action, parts: list[tuple[MappedFile, Part]]) -> None:
 # The commit ------------------------------------------------------------------------------------
 
 
-def _commit(
-    model: object,
-    action: Action,
-    pairs: _Pairs,
-    storages: list[torch.UntypedStorage],
-    tables: list[_Table],
-    wake: Callable[..., object],
-    undo: Undo,
-) -> MovePlan:
+def _commit(look_and_sleep: Callable[[Undo], MovePlan], undo: Undo) -> MovePlan:
     """Lets every tensor look into its new storage, and parks the model: wholly or not at all.
 
     Afterwards nothing is undone any more.
@@ -258,7 +255,7 @@ def _commit(
 
     def step() -> MovePlan:
         own.undo()  # what was begun before another thread's exception came
-        plan = _look_and_sleep(model, action, pairs, storages, tables, wake, own)
+        plan = look_and_sleep(own)
         undo.forget()
         own.forget()
         return plan

@@ -9,6 +9,7 @@ import threading
 import numpy
 import pytest
 
+from qmove_core import workers
 from qmove_core.memory import arena, pages, pinning
 from qmove_core.memory.blocks import FIRST_PIECES, PIECE
 from tests.builders.arena import block_of, nothing
@@ -47,7 +48,7 @@ class Clock:
         monkeypatch.setattr(pages, "clock", self)
         monkeypatch.setattr(pages, "touch", timed)
         monkeypatch.setattr(pages, "advise", noted)
-        monkeypatch.setattr(pages, "_WORKERS", 4)
+        monkeypatch.setattr(workers, "COUNT", 4)
         monkeypatch.setattr(pinning, "_said", set())
 
     def __call__(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from .. import browser, progress
 from ..guard import log_once
+from ..web_requests import settle
 
 Result = TypeVar("Result")
 Job = Callable[[], Any]
@@ -41,7 +42,7 @@ def run_when_free(job: Callable[[], Result]) -> Future[Result]:
     result: Future[Result] = Future()
     result.set_running_or_notify_cancel()
     with lock:
-        _waiting.append(partial(_tell_future, job, result))
+        _waiting.append(partial(settle, job, result))
         if not _node_runs:
             _run_waiting()
     return result
@@ -111,12 +112,3 @@ def _tell_browsers(job: Job) -> None:
     except Exception as error:
         log_once("do what was asked for while a node ran", error)
         browser.send(browser.RESULT, {"error": str(error)})
-
-
-def _tell_future(job: Callable[[], Result], result: Future[Result]) -> None:
-    try:
-        value = job()
-    except BaseException as error:
-        result.set_exception(error)
-    else:
-        result.set_result(value)

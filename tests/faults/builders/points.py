@@ -20,7 +20,7 @@ import torch
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.memory import pages
+from qmove_core import workers
 from qmove_core.parking import sleeping, streaming
 from tests.builders.interrupts import QMOVE
 from tests.faults.builders.faults import FAULTS, FaultKind, events, raising_handler
@@ -139,7 +139,7 @@ def begin(name: str, op: Operation, folder: Path) -> tuple[Memory, Subject]:
     """
     gc.collect()
     qmove.trim()
-    pages._workers = None
+    workers.forget()
     base = Memory.now()
     place = folder / str(next(_folders))
     place.mkdir()
