@@ -103,6 +103,19 @@ class Ring:
             used.append((slot, slot.turns))
         return Unloading(used)
 
+    def show(self, stream: Any, source: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Queues a copy of `source`, on a device and no larger than a slot, to one. Call it with
+        `stream` current, after `open`.
+
+        Returns:
+            The bytes in the slot, good until all other slots were used, and what waits for them.
+        """
+        slot = self._turn()
+        window = slot.memory[: len(source)]
+        window.copy_(source, non_blocking=True)
+        slot.event = devices.event_after(stream, source.device)
+        return window, slot.free
+
     def wait(self) -> None:
         """Waits for the copies of all slots, and empties those that are to be."""
         for slot in self._slots[self._next :] + self._slots[: self._next]:

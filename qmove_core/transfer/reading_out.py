@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from .. import devices
-from ..memory.blocks import Block, place_of
+from ..memory.blocks import place_of
 from ..memory.mapped_files import WINDOW, FileReader, MappedFile
+from ..memory.ring import SLOTS, Ring
 from ..storages import as_bytes
-
-WINDOWS = 2  # one is looked at while the other one is on its way
 
 
 @dataclass(slots=True)
@@ -43,15 +42,17 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
         MappedFileChanged: a storage lies in a file that has other bytes now.
         MemoryError, OSError: no memory for the windows.
     """
-    reader, windows = FileReader(), _Windows()
+    nbytes_there = sum(s.nbytes() for s in storages if s.device.type != "cpu")
+    reader, arriving = FileReader(), _FromDevices(nbytes_there)
     try:
         with torch.no_grad(), torch.inference_mode(False):
             waiting: tuple[Piece, Callable[[], None]] | None = None
             for index, storage in enumerate(storages):
                 nbytes = storage.nbytes()
-                for start in range(0, max(nbytes, 1), WINDOW):
-                    end = min(nbytes, start + WINDOW)
-                    content, wait = _begin(storage, start, end, reader, windows)
+                step = WINDOW if storage.device.type == "cpu" else arriving.step()
+                for start in range(0, max(nbytes, 1), step):
+                    end = min(nbytes, start + step)
+                    content, wait = _begin(storage, start, end, reader, arriving)
                     begun = Piece(index, start, content, end == nbytes), wait
                     if waiting is not None:
                         waiting[1]()
@@ -61,17 +62,17 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
                 waiting[1]()
                 yield waiting[0]
     finally:
-        windows.end()
+        arriving.end()
 
 
 def _begin(
-    storage: torch.UntypedStorage, start: int, end: int, reader: FileReader, windows: _Windows
+    storage: torch.UntypedStorage, start: int, end: int, reader: FileReader, arriving: _FromDevices
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """The bytes of a piece, and what waits until they are there."""
     if end == start:
         return torch.empty(0, dtype=torch.uint8, device="cpu"), _nothing
     if storage.device.type != "cpu":
-        return windows.copy(storage, start, end)
+        return arriving.copy(storage, start, end)
     place = place_of(storage)
     if place is not None and isinstance(place[0], MappedFile):
         content = torch.empty(end - start, dtype=torch.uint8, device="cpu")
@@ -84,41 +85,33 @@ def _nothing() -> None:
     pass
 
 
-class _Windows:
-    """Page-locked memory that bytes come to from a device."""
+class _FromDevices:
+    """Bytes that come from a device, through the slots of a ring."""
 
-    def __init__(self) -> None:
-        self._block: Block | None = None
-        self._lent: object = None
-        self._turn = 0
+    def __init__(self, nbytes: int) -> None:
+        self._ring = Ring(min(nbytes, SLOTS * WINDOW))
         self._streams: dict[int, Any] = {}
+
+    def step(self) -> int:
+        """The most bytes of a piece."""
+        return min(WINDOW, self._ring.open())
 
     def copy(
         self, storage: torch.UntypedStorage, start: int, end: int
     ) -> tuple[torch.Tensor, Callable[[], None]]:
         """Begins to copy, behind all work queued for the device; and what waits for that."""
-        if self._block is None:
-            self._block = Block(WINDOWS * WINDOW)
-            self._lent = self._block.lend()
-            self._block.pin(0, self._block.nbytes)
-        self._turn = (self._turn + 1) % WINDOWS
-        at = self._turn * WINDOW
-        window = self._block.as_bytes()[at : at + end - start]
         device = storage.device
         stream = devices.own_stream(device, "out")
         self._streams[id(stream)] = stream
         devices.wait_for_work(stream, device)
         with devices.on_stream(stream, device):
-            window.copy_(as_bytes(storage)[start:end], non_blocking=True)
-            return window, stream.record_event().synchronize
+            return self._ring.show(stream, as_bytes(storage)[start:end])
 
     def end(self) -> None:
         """Waits for all copies, and gives the memory back."""
         streams, self._streams = list(self._streams.values()), {}
-        block, self._block, self._lent = self._block, None, None
         try:
             for stream in streams:
                 stream.synchronize()
         finally:
-            if block is not None:
-                block.release()
+            self._ring.end()
