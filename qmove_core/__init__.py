@@ -38,19 +38,15 @@ from .parking.requests import (
     Restored,
     attach,
     is_parked,
-    is_pinned,
     move,
     park,
-    parked,
     parked_models,
-    pin,
     prefetch,
     prepare,
-    resident,
     restore,
-    unpin,
 )
 from .parking.stats import Stats, stats
+from .parking.staying import is_pinned, parked, pin, resident, unpin
 from .parking.swapping import swap
 from .requantize.requantize import dequantize_and_move, move_and_requantize
 from .settings import configure
