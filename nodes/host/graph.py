@@ -120,6 +120,13 @@ def is_custom(graph: ExecutionList, node_id: str) -> bool:
     return source.startswith("custom_nodes")
 
 
+def must_run(node_class: Any) -> bool:
+    """Whether nodes of a class do things outside (show, save), or say that a second run differs."""
+    return bool(
+        getattr(node_class, "OUTPUT_NODE", False) or getattr(node_class, "NOT_IDEMPOTENT", False)
+    )
+
+
 def expanded_from(graph: ExecutionList, node_id: str) -> list[str]:
     """The nodes that expanded into this one, the nearest first; none for one of the prompt's."""
     get = getattr(graph.dynprompt, "get_parent_node_id", None)

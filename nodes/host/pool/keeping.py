@@ -4,7 +4,7 @@ A model on a device takes no RAM for it: it does when it is parked, so room is m
 What ComfyUI evicts while it goes through its list is parked also where another, which the running
 prompt uses, was let go of for it and has not gone: RAM is beyond the budget until that one goes. A
 model goes by being let go of: where something else still holds it (ComfyUI's own cache), it stays
-with that. In its place it could go to disk: see `Pool.to_disk`.
+with that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +41,12 @@ class _Fresh:
 
 class Pool:
     """Attributes:
-    to_disk: tries to move the models of an output that should go to disk instead, and says
-        whether they take no RAM now. None: it is let go of.
     hits: outputs that were given, and handed to a node that ran.
     misses: loaders that ran, and whose models are kept since.
     seconds_saved: what the loaders of the hits took when they ran.
     """
 
     def __init__(self) -> None:
-        self.to_disk: Callable[[Kept], bool] | None = None
         self.hits = self.misses = 0
         self.seconds_saved = 0.0
         self._lock = threading.RLock()  # nothing is let go of, and nothing moves, inside
@@ -262,8 +259,7 @@ class Pool:
 
     def _let_go(self, victims: Sequence[Kept], reason: str) -> None:
         with self._lock:
-            there = [kept for kept in victims if self._kept.get(kept.key) is kept]
-        going = [kept for kept in there if self.to_disk is None or not self.to_disk(kept)]
+            going = [kept for kept in victims if self._kept.get(kept.key) is kept]
         if not going:
             return
         for kept in going:

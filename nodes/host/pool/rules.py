@@ -35,8 +35,7 @@ def is_repeatable(cls: Any) -> bool:
     if known is None:  # asked once: what a node takes may list folders
         hidden = cls.INPUT_TYPES().get("hidden") or {}
         asks = {kind for value in hidden.values() for kind in _kinds(value)}
-        must_run = getattr(cls, "OUTPUT_NODE", False) or getattr(cls, "NOT_IDEMPOTENT", False)
-        _repeatable[cls] = known = not must_run and asks.isdisjoint(_TELLING)
+        _repeatable[cls] = known = not graph.must_run(cls) and asks.isdisjoint(_TELLING)
     return known
 
 

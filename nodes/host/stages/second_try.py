@@ -20,7 +20,7 @@ import torch
 import qmove_core as qmove
 from qmove_core import for_hosts
 
-from .. import comfy, hooks, meter, settings
+from .. import comfy, graph, hooks, meter, settings
 
 log = logging.getLogger("qmove")
 
@@ -101,11 +101,7 @@ def _may_run_again(node: Any, calls: _Calls) -> bool:
 
 def is_allowed(node_class: Any) -> bool:
     """Whether a node of this class may run again after it has run out of memory."""
-    return (
-        settings.runs_again()
-        and not getattr(node_class, "OUTPUT_NODE", False)
-        and not getattr(node_class, "NOT_IDEMPOTENT", False)
-    )
+    return settings.runs_again() and not graph.must_run(node_class)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -298,16 +298,3 @@ def test_the_figures_are_in_the_state_and_in_the_report(comfy: FakeHost) -> None
         "seconds_saved": 90.0,
     }
     assert "1 loads saved (90.0 s), 1 made" in write_text(snapshot)
-
-
-def test_what_should_go_may_go_to_disk_instead(
-    comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    model = run(comfy, "plain")
-    leave(comfy)
-    park_all()
-    with monkeypatch.context() as patch:
-        patch.setattr(pool, "to_disk", lambda kept: asked.append(kept.class_name) or True)
-        pool.give_up(1)
-    assert asked == ["Load"] and model() is not None
