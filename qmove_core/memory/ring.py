@@ -122,21 +122,24 @@ class Ring:
             slot.free()
 
     def end(self) -> None:
-        """Gives the slots back, with what nobody waited for. No copy may be under way."""
-        slots, self._slots, self._next = self._slots, [], 0
-        self.is_locked = False
-        for slot in slots:
-            slot.release()
+        """Gives the slots back, with what nobody waited for. No copy may be under way.
+
+        What interrupts it leaves the rest to the next call.
+        """
+        self.is_locked, self._next = False, 0
+        while self._slots:
+            self._slots[-1].release()
+            self._slots.pop()
 
     def _make(self, slot_bytes: int, *, locked: bool) -> bool:
         """Makes the slots; False where they are to be locked, and that is refused."""
         size = self._size(slot_bytes)
-        slots = [_Slot(size) for _ in range(SLOTS)]
-        if locked and not all(slot.lock() for slot in slots):
-            for slot in slots:
-                slot.release()
+        for _ in range(SLOTS):
+            self._slots.append(_Slot(size))  # `end` finds also one that is being locked
+        if locked and not all(slot.lock() for slot in self._slots):
+            self.end()
             return False
-        self._slots, self.is_locked = slots, locked
+        self.is_locked = locked
         return True
 
     def _size(self, slot: int) -> int:
@@ -182,7 +185,8 @@ class _Slot:
     def release(self) -> None:
         """Gives it back to the system."""
         self.event = self.host = self._lent = None
-        del self.memory
+        if hasattr(self, "memory"):  # begun anew, it is gone
+            del self.memory
         self._block.release()
 
     def free(self) -> None:

@@ -20,6 +20,7 @@ from .. import devices
 from ..digests.digest import Digest, Pending, queue_digests, read_together
 from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
+from ..interrupts import all_or_nothing
 from ..memory import arena, blocks, giving_back, pages, pinning
 from ..memory.blocks import Block, HostBlock, place_of
 from ..memory.mapped_files import FileReader, MappedFile
@@ -137,7 +138,7 @@ class Transfer:
             if kind is not None:
                 self._pending.clear()  # whoever keeps the traceback keeps no memory
             if self._ends_ring:
-                self._ring.end()
+                all_or_nothing(self._ring.end)
 
     def _wait_for(self, streams: Sequence[Any]) -> None:
         """Waits for every stream, also when one of them raises."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import devices
+from ..interrupts import all_or_nothing
 from ..memory.blocks import place_of
 from ..memory.mapped_files import WINDOW, FileReader, MappedFile
 from ..memory.ring import SLOTS, Ring
@@ -114,4 +115,4 @@ class _FromDevices:
             for stream in streams:
                 stream.synchronize()
         finally:
-            self._ring.end()
+            all_or_nothing(self._ring.end)

@@ -33,14 +33,18 @@ ONLY_LOOK = (
 
 
 @contextmanager
-def at_line(number: int, act: Callable[[], object]) -> Iterator[Callable[[], int]]:
-    """Calls `act` when qmove is about to execute its `number`-th line; yields the count of lines."""
+def at_line(number: int, act: Callable[[], object], file: str = "") -> Iterator[Callable[[], int]]:
+    """Calls `act` when qmove is about to execute its `number`-th line; yields the count of lines.
+
+    Args:
+        file: count only lines of files whose names end so.
+    """
     lines = 0
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
         nonlocal lines
         name = frame.f_code.co_filename
-        if not name.startswith(QMOVE) or name.endswith(ONLY_LOOK):
+        if not name.startswith(QMOVE) or name.endswith(ONLY_LOOK) or not name.endswith(file):
             return None
         # A trace function can raise between the body of a `with` and its `__exit__`; no signal
         # arrives there.
