@@ -21,8 +21,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QMovePin": QMovePin,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "QMovePark": "Park Model",
-    "QMoveRestore": "Restore Model",
+    "QMovePark": "Park Model (unload to RAM)",
+    "QMoveRestore": "Restore Model (load back)",
     "QMoveMaterialize": "Materialize Model",
     "QMoveReport": "Memory Report",
     "QMoveFreeVRAM": "Free VRAM",

@@ -5,32 +5,37 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .any_type import ANY
-from .host.stages import requests
-from .shown import shown
+from .host import meter
+from .host.stages import making_room
+from .shown import in_gib, shown
 
 
 class QMoveFreeVRAM:
-    """Parks models, the least useful first, until this much VRAM is free."""
+    """Unloads idle models to RAM, the least useful first, until so much VRAM is free."""
 
     CATEGORY = "qmove"
     DESCRIPTION = __doc__
     FUNCTION = "free"
     OUTPUT_NODE = True
-    RETURN_TYPES = (ANY, "STRING")
-    RETURN_NAMES = ("after", "report")
-    SEARCH_ALIASES: ClassVar[list[str]] = ["unload models", "purge vram", "clean vram"]
+    RETURN_TYPES = (ANY, "STRING", "FLOAT", "FLOAT")
+    RETURN_NAMES = ("after", "report", "freed_gib", "free_gib")
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        *("unload models", "unload all models", "purge vram", "clean vram", "clear vram"),
+        *("free memory", "free gpu memory", "empty cache", "out of memory", "oom"),
+        *("lowvram", "low vram", "swap models", "offload", "vram"),
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        gib = {
-            "default": 8.0,
+        wanted = {
+            "default": meter.usual_gib(),
             "min": 0.1,
             "max": 1024.0,
             "step": 0.1,
-            "tooltip": "GiB that should be free on each GPU.",
+            "tooltip": "So many GiB are free on each GPU afterwards. The default is half of it.",
         }
         return {
-            "required": {"gib": ("FLOAT", gib)},
+            "required": {"gib": ("FLOAT", wanted)},
             "optional": {
                 "wait": (
                     "BOOLEAN",
@@ -48,5 +53,9 @@ class QMoveFreeVRAM:
         }
 
     def free(self, gib: float, wait: bool = False, after: Any = None) -> dict[str, Any]:
-        report = requests.free_vram(int(gib * 2**30), wait=wait)
-        return shown(report, (after, report))
+        room = making_room.free(int(gib * meter.GIB), wait=wait)
+        return shown(
+            room.report,
+            (after, room.report, in_gib(sum(room.freed.values())), in_gib(meter.least_free())),
+            succeeded=room.is_enough,
+        )

@@ -19,7 +19,10 @@ class QMoveMaterialize:
     FUNCTION = "materialize"
     RETURN_TYPES = (ANY, "STRING")
     RETURN_NAMES = ("model", "report")
-    SEARCH_ALIASES: ClassVar[list[str]] = ["meta tensor", "device_map", "accelerate"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        *("meta tensor", "device_map", "accelerate", "offload folder", "load into ram"),
+        *("lowvram", "low vram", "no data", "swap"),
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

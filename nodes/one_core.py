@@ -36,7 +36,9 @@ def load_core(own_copy: Path = OWN_COPY) -> ModuleType:
         NAME, own_copy, submodule_search_locations=[str(own_copy.parent)]
     )
     if not own_copy.exists() or spec is None or spec.loader is None:
-        return importlib.import_module(NAME)
+        import qmove_core
+
+        return qmove_core
     core = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = core
     try:

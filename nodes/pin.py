@@ -21,7 +21,10 @@ class QMovePin:
     OUTPUT_NODE = True  # it does its work also when nothing is connected behind it
     RETURN_TYPES = (ANY, "STRING")
     RETURN_NAMES = ("model", "report")
-    SEARCH_ALIASES: ClassVar[list[str]] = ["keep in vram", "never unload", "lock", "leave alone"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        *("keep in vram", "keep loaded", "never unload", "do not offload", "lock model"),
+        *("leave alone", "lowvram", "low vram"),
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -19,7 +19,10 @@ class QMoveReport:
     OUTPUT_NODE = True
     RETURN_TYPES = ("STRING", "IMAGE")
     RETURN_NAMES = ("report", "picture")
-    SEARCH_ALIASES: ClassVar[list[str]] = ["vram usage", "memory"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        *("vram usage", "memory usage", "gpu memory", "free memory", "vram monitor"),
+        *("who uses vram", "lowvram", "low vram"),
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

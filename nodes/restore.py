@@ -12,14 +12,17 @@ from .shown import shown
 
 
 class QMoveRestore:
-    """Brings a parked model back to a device. A model that is used wakes by itself."""
+    """Loads a parked model back into VRAM. A model that is used comes back by itself."""
 
     CATEGORY = "qmove"
     DESCRIPTION = __doc__
     FUNCTION = "restore"
     RETURN_TYPES = (ANY, "STRING")
     RETURN_NAMES = ("model", "report")
-    SEARCH_ALIASES: ClassVar[list[str]] = ["load", "unpark", "move to gpu"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        *("load back", "reload model", "load to gpu", "move to gpu", "unpark", "wake up"),
+        *("swap", "lowvram", "low vram", "wait for vram", "vram"),
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from . import comfy
 Stats = dict[torch.device, dict[str, Any]]  # the allocator's counters, as PyTorch nests them
 
 log = logging.getLogger("qmove")
+
+GIB = 2**30
+WITHOUT_A_CARD = 8.0  # GiB
 
 
 class Reading(NamedTuple):
@@ -56,6 +60,21 @@ def read(device: torch.device) -> Reading | None:
     allocated = bytes_of(stats, "allocated", "current")
     unused = bytes_of(stats, "reserved", "current") - allocated
     return Reading(total, total - free - unused, allocated)
+
+
+def usual_gib() -> float:
+    """GiB of VRAM to have free where nobody says how many: half of the smallest GPU's."""
+    totals = [reading.total for device in devices() if (reading := read(device)) is not None]
+    if not totals:
+        return WITHOUT_A_CARD
+    half = min(totals) / GIB / 2
+    return float(round(half)) if half >= 2 else max(0.1, round(half, 1))
+
+
+def least_free(places: Iterable[torch.device] = ()) -> int:
+    """Bytes that can be allocated on the fullest of these devices, of all where none are named; 0
+    without a device."""
+    return min((free_bytes(device) or 0 for device in tuple(places) or devices()), default=0)
 
 
 def reserved_bytes(device: torch.device) -> int:

@@ -15,11 +15,11 @@ import torch
 
 from qmove_core import QMoveError, for_hosts
 
-from . import browser, comfy, progress, settings
+from . import browser, comfy, progress, settings, words
 from .models import node_models, pins
 from .models.adopted import Adopted, adopted_models
 from .panel import events, history, state
-from .stages import idle, job_queue, lending, pinning, requests
+from .stages import idle, job_queue, lending, making_room, pinning, requests
 from .web_requests import BadRequest, Workers, check_origin, echo, names, read_json
 
 log = logging.getLogger("qmove")
@@ -58,6 +58,7 @@ def install() -> bool:
 
         @server.routes.get(path)
         async def get(request: web.Request) -> web.Response:
+            words.follow_browser(request.headers.get("Accept-Language"))
             return await answer(give)
 
     def add_post(
@@ -67,6 +68,7 @@ def install() -> bool:
         async def post(request: web.Request) -> web.Response:
             async def give() -> Answer:
                 check_origin(request.headers)
+                words.follow_browser(request.headers.get("Accept-Language"))
                 body = await read_json(request)
                 given = act(body) if at_once else await acting.run(lambda: act(body))
                 if isinstance(given, Future):  # it waits for a node, and holds no thread meanwhile
@@ -83,7 +85,7 @@ def install() -> bool:
     add_post("/qmove/park", lambda body: _run(read_park(body)))
     add_post("/qmove/restore", lambda body: _run(read_restore(body)))
     add_post("/qmove/pin", lambda body: _run(read_pin(body)))
-    add_post("/qmove/free", lambda body: _run(read_free(body)))
+    add_post("/qmove/free", lambda body: _run(making_room.or_fail(read_free(body))))
     add_post("/qmove/release", _release)
     add_post("/qmove/take_back", _take_back)
     return True
@@ -129,13 +131,14 @@ def read_pin(body: Any) -> Callable[[], str]:
     return lambda: pinning.pin_models(models, choice)
 
 
-def read_free(body: Any) -> Callable[[], str]:
-    """`{"gib": 4.5}`, and `"device"`: one of the machine's, all if it is left out."""
+def read_free(body: Any) -> Callable[[], making_room.Room]:
+    """`{"gib": 4.5}`: how many are free afterwards; and `"device"`: one of the machine's, each one
+    if it is left out."""
     body = _object(body, {"gib"}, {"device"})
     gib, device = body["gib"], _device(body.get("device"), None)
     if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= 1024:
         raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {echo(gib)}")
-    return lambda: requests.free_vram(int(gib * 2**30), device)
+    return lambda: making_room.free(int(gib * 2**30), device)
 
 
 def read_nothing(body: Any) -> None:
@@ -193,7 +196,8 @@ def _run(job: Callable[[], str]) -> Answer:
         has_run, report = job_queue.run_or_queue(job)
         if has_run:
             return 200, {"report": report}
-        return 202, {"report": "A node is running; this is done as soon as it has ended."}
+        queued = words.say("A node is running; this is done as soon as it has ended.")
+        return 202, {"report": queued}
 
     return _answer_of(run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -123,6 +124,13 @@ def demo(
     ] = Path("qmove-demo.png"),
 ) -> None:
     """Park and restore a real quantized model, beside what plain .to() leaves and does."""
+    if find_spec("qmove_core.cli.demo") is None:  # as in ComfyUI's registry (.comfyignore)
+        raise _failed(
+            QMoveError(
+                "The demo is not in this copy of qmove: run `make demo` in a checkout of its "
+                "repository."
+            )
+        )
     from .demo import run
 
     try:

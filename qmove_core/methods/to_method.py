@@ -2,7 +2,7 @@
 
 The model gets a variant of its class with other methods. In the model's `__dict__` they would have
 to refer to the model. A strong reference keeps a deleted model in VRAM until the garbage collector
-runs; with a weak one `load().to("cuda")` loses the model.
+runs; with a weak one a model that is moved in the line that loads it is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Original = Callable[..., Any]  # the method without qmove
 
 
 def enable_to(model: Model) -> Model:
-    """Makes `model.to()`, `.cpu()` and `.cuda()` do what `qmove.move` does, past libraries' guards.
+    """Makes the methods `to`, `cpu` and `cuda` do what `qmove.move` does, past libraries' guards.
 
     What the model's own class notes of its device in an override of these methods is noted as ever.
     Casts (`.half()`, `.to(dtype)`, ...) work as before, but raise DtypeCastRefused while the model

@@ -20,6 +20,7 @@ from tests.nodes.builders.careless_nodes import MIB, model_of, noted, unwrap, wr
 from tests.nodes.builders.fake_host import FakeHost, ModelPatcher
 
 node = careless_nodes.node
+GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def call(name: str, **inputs: Any) -> tuple[Any, ...]:
 
 def test_their_names_are_those_of_the_documentation() -> None:
     assert NODE_DISPLAY_NAME_MAPPINGS == {
-        "QMovePark": "Park Model",
-        "QMoveRestore": "Restore Model",
+        "QMovePark": "Park Model (unload to RAM)",
+        "QMoveRestore": "Restore Model (load back)",
         "QMoveMaterialize": "Materialize Model",
         "QMoveReport": "Memory Report",
         "QMoveFreeVRAM": "Free VRAM",
@@ -58,12 +59,14 @@ def test_park_takes_whatever_holds_a_model_and_gives_the_same_object_on(
     value, image = wrap(model_of(16), shape), torch.zeros(1, 8, 8, 3)
     before = gpu.allocated()
 
-    model, after, report = call("QMovePark", model=value, after=image)
+    model, after, report, freed, free = call("QMovePark", model=value, after=image)
 
     assert gpu.allocated() == 0
     assert model is value
     assert after is image
     assert report == f"Parked Sequential: {before / MIB:.2f} MiB left cuda:0."
+    assert freed == before / GIB
+    assert free == host.management.get_free_memory(torch.device("cuda:0")) / GIB
 
 
 def test_restore_brings_it_home(host: FakeHost, gpu: GPU) -> None:
@@ -125,7 +128,8 @@ def test_an_input_without_a_model_is_told_plainly_and_passed_on(host: FakeHost, 
         outputs = call(name, model=value, **extra)
 
         assert outputs[0] is value
-        assert "holds no model" in outputs[-1]
+        report = outputs[2] if name == "QMovePark" else outputs[1]
+        assert "holds no model" in report
 
 
 def test_comfyuis_own_model_is_parked_by_comfyui(host: FakeHost, gpu: GPU) -> None:
@@ -134,13 +138,14 @@ def test_comfyuis_own_model_is_parked_by_comfyui(host: FakeHost, gpu: GPU) -> No
     vae.patcher, vae.first_stage_model = patcher, patcher.model
     host.management.load_models_gpu([patcher])
 
-    _vae, _after, report = call("QMovePark", model=vae)
+    _vae, _after, report, freed, _free = call("QMovePark", model=vae)
 
     assert gpu.allocated() == 0
     assert not qmove.is_parked(patcher.model)
     assert adopted_of(patcher.model) is None
     assert host.management.current_loaded_models == []
     assert "ComfyUI unloaded Sequential" in report
+    assert freed == patcher.model_size() / GIB
     call("QMoveRestore", model=vae, device="home")
     assert gpu.allocated() == patcher.loaded_size() > 0
 
@@ -225,19 +230,53 @@ def test_free_vram_parks_as_few_as_it_can_the_longest_unused_first(
         host.run({})
         call("QMoveRestore", model=model, device="home")
 
-    _after, report = call("QMoveFreeVRAM", gib=60 / 1024)
+    _after, report, freed, free = call("QMoveFreeVRAM", gib=60 / 1024)
 
+    assert freed == sum(p.nbytes for p in models["old"].parameters()) / GIB
+    assert 60 / 1024 <= free == host.management.get_free_memory(torch.device("cuda:0")) / GIB
     assert [name for name, model in models.items() if qmove.is_parked(model)] == ["old"]
     assert report.startswith("cuda:0: ")
 
 
 @pytest.mark.simulated
-def test_free_vram_says_when_there_is_not_enough_to_free(host: FakeHost) -> None:
+def test_free_vram_says_when_there_is_not_enough_to_free_and_warns(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
     simcuda.set_memory(128 * MIB)
     model = model_of(30)
     call("QMoveRestore", model=model, device="home")
 
-    _after, report = call("QMoveFreeVRAM", gib=0.5)
+    _after, report, freed, free = call("QMoveFreeVRAM", gib=0.5)
 
     assert qmove.is_parked(model)
     assert "less than the 512.00 MiB asked for" in report
+    assert 0 < freed <= free < 0.5
+    assert [record.levelname for record in caplog.records if record.message == report] == [
+        "WARNING"
+    ]
+
+
+@pytest.mark.simulated
+@pytest.mark.parametrize(
+    ("card", "gib"), [(24 << 30, 12.0), (6 << 30, 3.0), (640 * MIB, 0.3), (100 * MIB, 0.1)]
+)
+def test_free_vram_is_for_half_of_the_card_unless_told_otherwise(
+    host: FakeHost, card: int, gib: float
+) -> None:
+    simcuda.set_memory(card, 0)
+    simcuda.set_memory(2 * card, 1)  # the smaller one decides
+
+    inputs = NODE_CLASS_MAPPINGS["QMoveFreeVRAM"].INPUT_TYPES()  # type: ignore[attr-defined]
+
+    assert inputs["required"]["gib"][1]["default"] == gib
+
+
+@pytest.mark.parametrize("word", ["swap", "free memory", "lowvram", "vram", "offload"])
+def test_a_search_for_what_people_call_it_finds_park_or_free_vram(word: str) -> None:
+    found = {
+        name
+        for name, cls in NODE_CLASS_MAPPINGS.items()
+        if any(word in alias.lower() for alias in cls.SEARCH_ALIASES)  # type: ignore[attr-defined]
+    }
+
+    assert {"QMovePark", "QMoveFreeVRAM"} & found

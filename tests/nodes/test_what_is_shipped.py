@@ -26,13 +26,29 @@ def inputs_of(name: str) -> dict[str, Any]:
     return {**types["required"], **types.get("optional", {})}
 
 
-@pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
-def test_each_node_has_a_help_page_that_names_its_inputs_and_outputs(name: str) -> None:
-    page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+PARTS_OF_HELP = {
+    "en": ("When", "Example", "Costs"),
+    "ja": ("使うとき", "例", "コスト"),
+    "zh": ("何时使用", "示例", "代价"),
+}
+COLON = {"en": ":", "ja": "\uff1a", "zh": "\uff1a"}
 
-    assert page.startswith(f"# {NODE_DISPLAY_NAME_MAPPINGS[name]}\n")
-    for heading in ("When", "Example", "Costs"):
-        assert f"**{heading}:**" in page
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
+def test_each_node_has_a_help_page_that_names_its_inputs_and_outputs(
+    name: str, language: str
+) -> None:
+    """In English it is the page for all languages that have none of their own."""
+    of_language = f"{name}.md" if language == "en" else f"{name}/{language}.md"
+    page = (ROOT / "web" / "docs" / of_language).read_text(encoding="utf-8")
+
+    title = translations(language, "nodeDefs")[name]["display_name"]
+    assert page.startswith(f"# {title}\n")
+    if language == "en":
+        assert title == NODE_DISPLAY_NAME_MAPPINGS[name]
+    for part in PARTS_OF_HELP[language]:
+        assert f"**{part}{COLON[language]}**" in page
     for slot in (*inputs_of(name), *NODE_CLASS_MAPPINGS[name].RETURN_NAMES):  # type: ignore[attr-defined]
         assert f"| {slot} |" in page
 

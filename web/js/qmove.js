@@ -19,7 +19,7 @@ const badges = [];
 let panel = null;
 
 app.registerExtension({
-  name: "qmove",
+  name: "qmove.vram",
   settings: settings.definitions(),
   commands,
   keybindings,

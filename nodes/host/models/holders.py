@@ -11,6 +11,7 @@ from qmove_core import for_hosts
 from qmove_core.for_hosts import readable_bytes
 
 from .. import meter
+from ..words import say
 from . import finding, pins, residency
 from .adopted import Adopted, adopted_models
 
@@ -84,7 +85,7 @@ _PARK = "Park Model, or the GPU memory tab"
 
 def _holder(model: residency.Model, name: str, nbytes: int, way_out: str) -> Holder:
     if pins.stays(model):
-        return Holder(f"{name}, {pins.in_words(model)}", nbytes, pins.WAY_OUT)
+        return Holder(f"{name}, {pins.in_words(model)}", nbytes, pins.way_out())
     return Holder(name, nbytes, way_out)
 
 
@@ -99,11 +100,15 @@ def pinned_on(device: torch.device) -> list[str]:
             name = type(model.model).__name__
             there = int(model.loaded_size()) if model.load_device == device else 0
         if there and pins.stays(model):
-            size = readable_bytes(there)
-            lines.append(
-                f"  {device}: {name} ({size}) stays, it is {pins.in_words(model)}. "
-                f"To free it: {pins.WAY_OUT}."
+            said = say(
+                "{device}: {name} ({size}) stays, it is {pinned}. To free it: {way_out}.",
+                device=device,
+                name=name,
+                size=readable_bytes(there),
+                pinned=pins.in_words(model),
+                way_out=pins.way_out(),
             )
+            lines.append(f"  {said}")
     return lines
 
 

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qmove_core import for_hosts
 
 from ..contract import HostEntry
+from ..words import say
 from .adopted import Adopted
 
 UNPIN, PIN, FORGET = "unpin", "pin", "forget"  # and the name of a device to keep a model on
@@ -51,8 +52,15 @@ def choose_for_hosts_own(entry: HostEntry, choice: str) -> None:
 def in_words(model: Adopted | HostEntry) -> str:
     """What was chosen: "pinned", to follow "is"; empty where nothing was."""
     choice = choice_of(model)
-    known = {UNPIN: "", PIN: "pinned", FORGET: "left alone, as you asked"}
-    return known[choice] if choice in known else f"kept on {torch.device(choice)}"
+    if choice == UNPIN:
+        return ""
+    if choice == PIN:
+        return say("pinned")
+    if choice == FORGET:
+        return say("left alone, as you asked")
+    return say("kept on {device}", device=torch.device(choice))
 
 
-WAY_OUT = "unpin it (Pin Model, or the GPU memory tab)"
+def way_out() -> str:
+    """How a pin is taken off, in words."""
+    return say("unpin it (Pin Model, or the GPU memory tab)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ def about() -> dict[str, Any]:
     """`version`, and `url` of the repository; None where neither pack nor package says it."""
     project: dict[str, Any] = {}
     try:
-        toml = importlib.import_module("tomllib")  # Python 3.11
-        project = toml.loads(PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
+        import tomllib  # Python 3.11
+
+        project = tomllib.loads(PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
     except (ModuleNotFoundError, FileNotFoundError):
         pass
     urls = project.get("urls", {})

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from qmove_core import QMoveError
+
 from .. import browser, progress
 from ..guard import log_once
 from ..web_requests import settle
@@ -109,6 +111,8 @@ def _tell_browsers(job: Job) -> None:
         browser.send(browser.RESULT, {"report": job()})
     except progress.Cancelled as cancelled:
         browser.send(browser.RESULT, {"error": str(cancelled), "cancelled": True})
+    except QMoveError as error:  # a refusal, which the report or the log explains
+        browser.send(browser.RESULT, {"error": str(error)})
     except Exception as error:
         log_once("do what was asked for while a node ran", error)
         browser.send(browser.RESULT, {"error": str(error)})

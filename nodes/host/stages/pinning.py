@@ -12,6 +12,7 @@ from qmove_core import for_hosts
 from ..contract import HostEntry
 from ..models import pins, residency
 from ..models.adopted import Adopted
+from ..words import say
 from . import requests
 
 
@@ -19,7 +20,7 @@ def pin_value(value: object, choice: str) -> str:
     """Does for all models in a value what was chosen (`pins.choices`); returns a line for each."""
     models, patchers = requests.models_in(value)
     if not models and not patchers:
-        return f"{requests.what(value)} holds no model: nothing to pin."
+        return say("{what} holds no model: nothing to pin.", what=requests.what(value))
     return pin_models(models, choice, patchers)
 
 
@@ -42,29 +43,40 @@ def _choose(adopted: Adopted, choice: str) -> str:
     name = adopted.name
     if choice == pins.UNPIN:
         if not pins.stays(adopted):
-            return f"{name} was not pinned."
+            return say("{name} was not pinned.", name=name)
         adopted.left_alone = False
         _unpin(adopted)
-        return f"Unpinned {name}: it can be parked again. It is {requests.where(adopted)}."
+        places = requests.where(adopted)
+        return say(
+            "Unpinned {name}: it can be parked again. It is {places}.", name=name, places=places
+        )
     if choice == pins.FORGET:
         _come_home(adopted)
         _unpin(adopted)
         adopted.left_alone = True
-        return (
-            f"{name} is left alone from now on, until you choose another pin for it. "
-            f"It is {requests.where(adopted)}."
+        return say(
+            "{name} is left alone from now on, until you choose another pin for it. "
+            "It is {places}.",
+            name=name,
+            places=requests.where(adopted),
         )
     if choice == pins.PIN:
         _come_home(adopted)
         qmove.pin(adopted.movable)
         adopted.left_alone = False
-        return f"Pinned {name}: it stays where it is, {requests.where(adopted)}."
+        places = requests.where(adopted)
+        return say("Pinned {name}: it stays where it is, {places}.", name=name, places=places)
     device = torch.device(choice)
     requests.make_room_for(adopted, device)
     qmove.pin(adopted.movable, device)
     adopted.left_alone = False
     adopted.refresh()
-    return f"Pinned {name}: it is kept on {device}. It is {requests.where(adopted)}."
+    return say(
+        "Pinned {name}: it is kept on {device}. It is {places}.",
+        name=name,
+        device=device,
+        places=requests.where(adopted),
+    )
 
 
 def _come_home(adopted: Adopted) -> None:
@@ -80,12 +92,13 @@ def _unpin(adopted: Adopted) -> None:
 
 
 def _choose_for_hosts_own(patcher: HostEntry, choice: str) -> str:
-    name = f"{requests.name_of(patcher)} is ComfyUI's own"
+    name = requests.name_of(patcher)
     known = choice in (pins.UNPIN, pins.FORGET)
     pins.choose_for_hosts_own(patcher, choice if known else pins.PIN)
     if choice == pins.UNPIN:
-        return f"{name}: qmove may have it unloaded again."
-    return (
-        f"{name}: qmove does not have it unloaded any more. ComfyUI still may, and chooses "
-        "its device."
+        return say("{name} is ComfyUI's own: qmove may have it unloaded again.", name=name)
+    return say(
+        "{name} is ComfyUI's own: qmove does not have it unloaded any more. ComfyUI still may, "
+        "and chooses its device.",
+        name=name,
     )

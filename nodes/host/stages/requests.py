@@ -1,8 +1,9 @@
-"""What nodes and buttons ask for: park, restore, materialize, free VRAM; with reports."""
+"""What nodes and buttons ask for: park, restore and materialize; with reports."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,21 +13,38 @@ from qmove_core.for_hosts import readable_bytes
 
 from .. import comfy, meter
 from ..contract import HostEntry
-from ..models import holders, pins, residency, wires
+from ..models import pins, residency, wires
 from ..models.adopted import Adopted, adopted_models
 from ..models.loose_tensors import group_of
 from ..models.residency import Model
-from . import auto_parking, executor, waiting
+from ..words import say
+from . import making_room
 
 HOME = "home"
 
 
+@dataclass(frozen=True)
+class Parking:
+    """Attributes:
+    report: a line for each model, for people.
+    freed: bytes that have left each device.
+    """
+
+    report: str
+    freed: dict[torch.device, int]
+
+
 def park_value(value: object) -> str:
     """Parks all models in a value; returns a line for each."""
+    return parking_of(value).report
+
+
+def parking_of(value: object) -> Parking:
+    """Parks all models in a value."""
     models, patchers = models_in(value)
     if not models and not patchers:
-        return f"{what(value)} holds no model: nothing to park."
-    return park_models(models, patchers)
+        return Parking(say("{what} holds no model: nothing to park.", what=what(value)), {})
+    return _park(models, patchers)
 
 
 def models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
@@ -41,8 +59,13 @@ def models_in(value: object) -> tuple[list[Adopted], list[HostEntry]]:
 
 def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = ()) -> str:
     """Parks models, but none that is to stay; returns a line for each."""
+    return _park(models, patchers).report
+
+
+def _park(models: Collection[Adopted], patchers: Collection[HostEntry]) -> Parking:
     asked: list[Model] = [*models, *patchers]
     lines = [_stays(model) for model in asked if pins.stays(model)]
+    freed: dict[torch.device, int] = {}
     models = [adopted for adopted in models if not pins.stays(adopted)]
     patchers = [patcher for patcher in patchers if not pins.stays(patcher)]
     with for_hosts.lock:  # waits for what ComfyUI's own thread parks just now
@@ -51,20 +74,42 @@ def park_models(models: Collection[Adopted], patchers: Collection[HostEntry] = (
     residency.park([*(adopted for adopted in models if before[adopted.number]), *patchers])
     for adopted in models:
         for device, nbytes in before[adopted.number].items():
-            left = adopted.resident.get(device, 0)
-            stayed = f"; {readable_bytes(left)} stayed, the log says why" if left else ""
-            lines.append(
-                f"Parked {adopted.name}: {readable_bytes(nbytes - left)} left {device}{stayed}."
-            )
+            left = nbytes - adopted.resident.get(device, 0)
+            freed[device] = freed.get(device, 0) + left
+            lines.append(_parked(adopted.name, device, left, nbytes - left))
         if not before[adopted.number]:
-            lines.append(f"{adopted.name} was not on a device: {where(adopted)}.")
+            lines.append(
+                say(
+                    "{name} was not on a device: {places}.",
+                    name=adopted.name,
+                    places=where(adopted),
+                )
+            )
     for patcher in patchers:
-        left = loaded[id(patcher)] - int(patcher.loaded_size())
+        device, left = patcher.load_device, loaded[id(patcher)] - int(patcher.loaded_size())
+        freed[device] = freed.get(device, 0) + left
+        size, name = readable_bytes(left), name_of(patcher)
         lines.append(
-            f"ComfyUI unloaded {name_of(patcher)}: "
-            f"{readable_bytes(left)} left {patcher.load_device}."
+            say(
+                "ComfyUI unloaded {name}: {size} left {device}.",
+                name=name,
+                size=size,
+                device=device,
+            )
         )
-    return "\n".join(lines)
+    return Parking("\n".join(lines), freed)
+
+
+def _parked(name: str, device: torch.device, left: int, stayed: int) -> str:
+    sizes = {"size": readable_bytes(left), "rest": readable_bytes(stayed)}
+    if stayed:
+        return say(
+            "Parked {name}: {size} left {device}; {rest} stayed, the log says why.",
+            name=name,
+            device=device,
+            **sizes,
+        )
+    return say("Parked {name}: {size} left {device}.", name=name, device=device, **sizes)
 
 
 def park_all() -> str:
@@ -72,14 +117,14 @@ def park_all() -> str:
     with for_hosts.lock:
         models = [adopted for adopted in adopted_models() if adopted.resident]
     reports = [park_models([model]) for model in models]
-    return "\n".join(reports) or "No model is in VRAM: nothing to park."
+    return "\n".join(reports) or say("No model is in VRAM: nothing to park.")
 
 
 def restore_all(device: str = HOME) -> str:
     """Brings all parked models home, or to `device`; returns a line for each."""
     with for_hosts.lock:
         models = [adopted for adopted in adopted_models() if adopted.parked]
-    return restore_models(models, device) or "No model is parked: nothing to restore."
+    return restore_models(models, device) or say("No model is parked: nothing to restore.")
 
 
 def restore_value(value: object, device: str = HOME, wait_for: int = 0) -> str:
@@ -90,9 +135,9 @@ def restore_value(value: object, device: str = HOME, wait_for: int = 0) -> str:
     """
     models, patchers = models_in(value)
     if not models and not patchers:
-        return f"{what(value)} holds no model: nothing to restore."
+        return say("{what} holds no model: nothing to restore.", what=what(value))
     lines = [
-        free_vram(wait_for, str(target), wait=True)
+        making_room.free(wait_for, str(target), wait=True).report
         for target in (_targets(models, patchers, device) if wait_for else ())
     ]
     lines += [restore_models(models, device)] if models else []
@@ -100,7 +145,11 @@ def restore_value(value: object, device: str = HOME, wait_for: int = 0) -> str:
     if patchers and host is not None:
         host.load_models_gpu(patchers)
         lines += [
-            f"ComfyUI loaded {name_of(patcher)} on {patcher.load_device}, which it chooses itself."
+            say(
+                "ComfyUI loaded {name} on {device}, which it chooses itself.",
+                name=name_of(patcher),
+                device=patcher.load_device,
+            )
             for patcher in patchers
         ]
     return "\n".join(lines)
@@ -132,17 +181,26 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
     residency.register(models)
     said = [_stays(adopted) for adopted in staying]
     lines = [
-        f"Restored {adopted.name}: {readable_bytes(away[adopted.number])}, now {where(adopted)}."
-        if away[adopted.number]
-        else f"{adopted.name} was not parked; it is {where(adopted)}."
+        say(
+            "Restored {name}: {size}, now {places}."
+            if away[adopted.number]
+            else "{name} was not parked; it is {places}.",
+            name=adopted.name,
+            size=readable_bytes(away[adopted.number]),
+            places=where(adopted),
+        )
         for adopted in models
     ]
     return "\n".join([*said, *lines])
 
 
 def _stays(model: Model) -> str:
-    name = model.name if isinstance(model, Adopted) else name_of(model)
-    return f"{name} is {pins.in_words(model)}: it stays as it is. To change that, {pins.WAY_OUT}."
+    return say(
+        "{name} is {pinned}: it stays as it is. To change that, {way_out}.",
+        name=model.name if isinstance(model, Adopted) else name_of(model),
+        pinned=pins.in_words(model),
+        way_out=pins.way_out(),
+    )
 
 
 def _move(adopted: Adopted, target: torch.device) -> None:
@@ -164,8 +222,9 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
     """Gives the meta tensors of all models in a value their real data; returns a line for each."""
     found = wires.find_models([value])
     if not found.modules:
-        own = " ComfyUI's own models have no meta tensors." if found.patchers else ""
-        return f"{what(value)} holds no model that qmove could materialize.{own}"
+        lines = [say("{what} holds no model that qmove could materialize.", what=what(value))]
+        lines += [say("ComfyUI's own models have no meta tensors.")] if found.patchers else []
+        return " ".join(lines)
     lines = []
     for module in found.modules:
         name, missing = type(module).__name__, qmove.inventory(module).meta
@@ -173,54 +232,44 @@ def materialize_value(value: object, target_device: str = "cpu") -> str:
             qmove.materialize_meta_tensors(module, target_device=target_device)
             nbytes = readable_bytes(sum(tensor.nbytes for tensor in missing))
             lines.append(
-                f"Materialized {name}: {len(missing)} tensors, {nbytes}, on {target_device}."
+                say(
+                    "Materialized {name}: {count} tensors, {size}, on {device}.",
+                    name=name,
+                    count=len(missing),
+                    size=nbytes,
+                    device=target_device,
+                )
             )
         else:
-            lines.append(f"{name} has no meta tensors: nothing to materialize.")
+            lines.append(say("{name} has no meta tensors: nothing to materialize.", name=name))
     residency.take_in(found.modules)
     return "\n".join(lines)
 
 
 def free_vram(nbytes: int, device: str | None = None, *, wait: bool = False) -> str:
-    """Parks models, the least useful first, until `nbytes` are free on `device`, or on each one.
-
-    Where that is not enough, and with `wait`, it waits until other programs have freed the rest.
-
-    Returns:
-        A line for each device.
-    """
-    order = auto_parking.order_to_park(
-        executor.running_graph(), comfy.running_node(), auto_parking.NodeInputs()
-    )
-    lines = []
-    for target in [torch.device(device)] if device else meter.devices():
-        there = [model for model in order if auto_parking.is_on(model, target)]
-        residency.have_dynamic_yield(target, nbytes)
-        parked = residency.park_until_free(there, target, nbytes)
-        if wait and (meter.free_bytes(target) or 0) < nbytes:
-            lines += waiting.wait_for_others(target, nbytes)
-        free = meter.free_bytes(target) or 0
-        names = ", ".join(m.name if isinstance(m, Adopted) else name_of(m) for m in parked)
-        line = f"{target}: {readable_bytes(free)} are free, parked {names or 'nothing'}."
-        if free < nbytes:
-            wanted = readable_bytes(nbytes)
-            line += f" That is less than the {wanted} asked for: no model is left to park."
-            line = "\n".join([line, *holders.pinned_on(target)])
-        lines.append(line)
-    return "\n".join(lines) or "This machine has no accelerator: there is no VRAM to free."
+    """`making_room.free`, in words: a line for each device."""
+    return making_room.free(nbytes, device, wait=wait).report
 
 
 def where(adopted: Adopted) -> str:
-    places = [f"{readable_bytes(n)} on {device}" for device, n in adopted.resident.items()]
-    places += [
-        f"{readable_bytes(n)} parked, home is {device}" for device, n in adopted.parked.items()
+    """Where the bytes of a model lie, in words."""
+    places = [
+        say("{size} on {device}", size=readable_bytes(nbytes), device=device)
+        for device, nbytes in adopted.resident.items()
     ]
-    return ", ".join(places) or "in CPU memory"
+    places += [
+        say("{size} parked, home is {device}", size=readable_bytes(nbytes), device=device)
+        for device, nbytes in adopted.parked.items()
+    ]
+    return ", ".join(places) or say("in CPU memory")
 
 
 def what(value: object) -> str:
+    """A value for the beginning of a sentence, by its type."""
     name = type(value).__name__
-    return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}"
+    if name[:1].lower() in "aeiou":
+        return say("An {type}", type=name)
+    return say("A {type}", type=name)
 
 
 def name_of(patcher: HostEntry) -> str:

@@ -12,6 +12,7 @@ from qmove_core import for_hosts
 from qmove_core.for_hosts import readable_bytes
 
 from .. import meter, progress
+from ..words import say
 from . import job_queue
 
 log = logging.getLogger("qmove")
@@ -45,9 +46,14 @@ def wait_for_others(device: torch.device, nbytes: int) -> list[str]:
     ours = meter.reserved_bytes(device)
     if memory.total - ours < nbytes:
         return [
-            f"Did not wait for {readable_bytes(nbytes)} on {device}: it has "
-            f"{readable_bytes(memory.total)} in all, and this process holds {readable_bytes(ours)} "
-            "of them itself."
+            say(
+                "Did not wait for {size} on {device}: it has {total} in all, and this process "
+                "holds {ours} of them itself.",
+                size=readable_bytes(nbytes),
+                device=device,
+                total=readable_bytes(memory.total),
+                ours=readable_bytes(ours),
+            )
         ]
     log.info("Waits until %s are free on %s.%s", readable_bytes(nbytes), device, _held_by(device))
     with job_queue.paused(), progress.shown("wait", str(device), 0, nbytes) as shown:
@@ -58,7 +64,11 @@ def wait_for_others(device: torch.device, nbytes: int) -> list[str]:
         if memory is None:
             raise qmove.MissingDependency(NO_NVML.format(device=device))
         shown.report(nbytes, nbytes)
-    waited = f"Waited {shown.seconds:.1f} s until other programs had freed VRAM of {device}."
+    waited = say(
+        "Waited {seconds} s until other programs had freed VRAM of {device}.",
+        seconds=f"{shown.seconds:.1f}",
+        device=device,
+    )
     return [waited] if for_hosts.memory_of_card(device) else [waited, NO_NVML.format(device=device)]
 
 
