@@ -21,7 +21,7 @@ def hostile(allocator: str = "native") -> Iterator[None]:
 
     set_allocator(allocator)
     set_workspaces("8MiB")
-    set_pinned_limit("24MiB")
+    set_pinned_limit("64MiB")
     try:
         with fail("op:_int_mm", min_rows=LARGEST_SHAPE + 1, times=10_000):
             yield

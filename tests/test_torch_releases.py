@@ -1,48 +1,149 @@
-"""Old releases of PyTorch, as far as qmove can tell them apart: what they lack is taken away here.
+"""Old releases of PyTorch: what they lack is taken away here, and every name of PyTorch's that our
+code uses is looked up in what they have.
 
-What is missing where is in the releases' own stubs (`torch/_C/__init__.pyi`) and notes. Each case
-runs in a process of its own: names are taken away before anything of qmove is imported.
+`torch_releases.json` was read from the sources and stubs in the releases' own wheels
+(`tools/torch_names.py`). The cases that run, run in a process of their own: names are taken away
+before anything of qmove is imported.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 
 import qmove_core
+from tools import torch_names
+from tools.torch_names import Release, Use
 
 pytestmark = pytest.mark.simulated
 ROOT = Path(qmove_core.__file__).parent.parent
+FOUND = json.loads(torch_names.TABLE.read_text(encoding="utf-8"))
+RELEASES = list(FOUND["sources"])
+NAMES = FOUND["names"]
+AGAIN = "read it anew: python -m tools.torch_names WHEELS (see the file's docstring)"
 
-# What the running release has and an older one has not. 2.8 is where AcceleratorError came.
+
+def missing(uses: list[Use], release: str) -> list[str]:
+    """Where a name is used without a way on, that a release does not have."""
+    return [
+        f"{use.where}: {use.name}"
+        for use in uses
+        if not use.is_guarded and NAMES[use.name][release] is None
+    ]
+
+
+def refused(uses: list[Use], release: str) -> list[str]:
+    """Where a call passes what no overload of a release takes."""
+    found = []
+    for use in uses:
+        overloads = NAMES[use.name][release]
+        if use.keywords and overloads:
+            takes = [set(use.keywords) <= set(each) or "**" in each for each in overloads]
+            if not any(takes):
+                found.append(f"{use.where}: {use.name}({', '.join(use.keywords)})")
+    return found
+
+
+@pytest.fixture(scope="module")
+def uses() -> list[Use]:
+    return torch_names.uses()
+
+
+def test_the_table_knows_every_name_that_our_code_uses(uses: list[Use]) -> None:
+    assert len({use.name for use in uses}) > 100
+    assert sorted({use.name for use in uses} - set(NAMES)) == [], AGAIN
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_a_release_lacks_is_used_only_where_there_is_a_way_on(
+    uses: list[Use], release: str
+) -> None:
+    assert missing(uses, release) == []
+    assert refused(uses, release) == []
+
+
+PLANTED = {
+    "torch.AcceleratorError": ["planted.py:2: torch.AcceleratorError"],
+    "torch.cuda.host_memory_stats()": ["planted.py:2: torch.cuda.host_memory_stats"],
+    "getattr(torch.cuda, 'host_memory_stats')": ["planted.py:2: torch.cuda.host_memory_stats"],
+    "getattr(torch.cuda, 'host_memory_stats', None)": [],
+    "hasattr(torch.cuda, 'host_memory_stats') and torch.cuda.host_memory_stats()": [],
+    "torch.AcceleratorError if hasattr(torch, 'AcceleratorError') else RuntimeError": [],
+    "1 if hasattr(torch, 'AcceleratorError') else torch.AcceleratorError": [
+        "planted.py:2: torch.AcceleratorError"
+    ],
+}
+
+
+@pytest.mark.parametrize("line", PLANTED)
+def test_a_planted_use_of_what_2_6_lacks_is_found(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_names, "ROOT", tmp_path)
+    file = tmp_path / "planted.py"
+    file.write_text(f"import torch\n{line}\n")
+    assert missing(torch_names.uses([file]), "2.6.0") == PLANTED[line]
+
+
+def test_a_planted_argument_that_no_release_takes_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_names, "ROOT", tmp_path)
+    file = tmp_path / "planted.py"
+    file.write_text("import torch\ntorch.empty(1, dtype=torch.uint8, pinned=True)\n")
+    found = refused(torch_names.uses([file]), "2.6.0")
+    assert found == ["planted.py:2: torch.empty(dtype, pinned)"]
+
+
+def test_what_is_read_from_sources_is_what_a_running_torch_has() -> None:
+    installed = Release(Path(torch.__file__).parent)
+    absent = [*NAMES, "torch.warp", "torch.cuda.warp", "torch.Tensor.warp", "torch._C._warp"]
+    read = {name: installed.find(name) is not None for name in absent}
+    assert read == {name: is_there(name) for name in absent}
+
+
+def is_there(name: str) -> bool:
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        try:
+            reduce(getattr, parts[count:], module)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+def taken_away(release: str) -> str:
+    """Code that takes away what a release lacks of what our code uses."""
+    lacking = [name for name, found in NAMES.items() if found[release] is None]
+    assert lacking or release != "2.6.0"
+    return "\n".join(f"del {name}" for name in lacking)
+
+
+# Beside that, what only tells in use.
 TAKE_AWAY = {
-    "2.6": """
-del torch.AcceleratorError
-del torch.cuda.host_memory_stats, torch.cuda.reset_peak_host_memory_stats
-del torch.cuda.device_memory_used
-for name in ("memory_allocated", "memory_reserved", "empty_cache", "get_memory_info", "Graph"):
-    vars(torch.accelerator).pop(name, None)
-for name in ("_acceleratorGraph", "_XPUGraph", "_accelerator_isAllocatorInitialized"):
-    vars(torch._C).pop(name, None)
-original = torch.accelerator.current_accelerator
-torch.accelerator.current_accelerator = lambda: original() or refuse()
-""",
-    "2.8": """
-for name in ("Graph", "get_memory_info"):
-    vars(torch.accelerator).pop(name, None)
-for name in ("_acceleratorGraph", "_XPUGraph"):
-    vars(torch._C).pop(name, None)
-""",
+    **{release: taken_away(release) for release in RELEASES},
     "without what is private": """
 for name in ("_cuda_hasPrimaryContext", "_cuda_clearCublasWorkspaces"):
     vars(torch._C).pop(name, None)
 """,
-    "newest": "",
 }
+TAKE_AWAY["2.6.0"] += """
+original = torch.accelerator.current_accelerator
+torch.accelerator.current_accelerator = lambda: original() or refuse()
+"""
 
 PREPARED = """
 import simcuda

@@ -47,7 +47,7 @@ def test_hostile_is_everything_at_once_to_the_end_of_the_program(tmp_path, alloc
         "x = torch.ones(8192, 8, dtype=torch.int8, device='cuda')\n"
         "try:\n    torch._int_mm(x, x[:8])\n"
         "except RuntimeError as error:\n    print('CUBLAS_STATUS_NOT_SUPPORTED' in str(error))\n"
-        "host = torch.ones(32 << 20, dtype=torch.uint8)\n"
+        "host = torch.ones(65 << 20, dtype=torch.uint8)\n"
         "print(int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)))\n"
         "import simcuda\nsimcuda.library.sim().sim_set_last_error(0)\n"
     )
