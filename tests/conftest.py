@@ -112,19 +112,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "simulated: needs the simulated GPU (faults, exact counters)"
     )
-    config.addinivalue_line(
-        "markers", "exact: sizes a device to the byte, so not where allocators round"
-    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # First, as they look at all that lies on the GPU: bitsandbytes keeps tables there for the whole
     # process once a test has used it. (Stable: the order is otherwise that of the files.)
     items.sort(key=lambda item: "nodes" not in item.path.parts)
-    if HOSTILE:
-        for item in items:
-            if item.get_closest_marker("exact"):
-                item.add_marker(pytest.mark.skip(reason="counts a device's memory to the byte"))
     if SIMULATED:
         return
     for item in items:

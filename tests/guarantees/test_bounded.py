@@ -30,18 +30,19 @@ def test_a_park_takes_no_extra_vram_but_its_staging(gpu: GPU) -> None:
     assert resident < gpu.peak() <= resident + copies.STAGING
 
 
-@pytest.mark.exact
 @pytest.mark.simulated
 def test_a_park_from_a_full_device_needs_no_extra_vram(gpu: GPU) -> None:
     model = layers(20, width=1024)
     before, resident = snapshot(model), gpu.allocated()
-    simcuda.set_memory(torch.cuda.memory_allocated(), device=0)
+    torch.cuda.empty_cache()
+    full = torch.cuda.memory_reserved()  # what tensors asked for, where nothing is rounded
+    simcuda.set_memory(full, device=0)
     gpu.reset_peak()
 
     for _again in range(2):  # the second time there is no room for digests either
         parked = qmove.park(model)
         assert parked.copied_bytes == parked.nbytes == resident
-        assert gpu.peak() == resident
+        assert resident <= gpu.peak() <= full
         assert gpu.allocated() == 0
         parked.restore()
     assert snapshot(model) == before
@@ -83,14 +84,17 @@ def test_a_park_takes_the_models_own_bytes_of_ram_and_gives_them_back(gpu: GPU) 
     assert arena.bytes_in_use() == stats.mirror_bytes
 
 
-@pytest.mark.exact
 def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU) -> None:
-    model = layers(8)
+    model = layers(8, width=1024)
     parked = qmove.park(model)
     before = snapshot(model)
+    lacking = 4 << 20  # more than allocators round, or keep
     held = torch.empty(
-        torch.cuda.mem_get_info()[0] - parked.nbytes + 1000, dtype=torch.uint8, device="cuda"
+        torch.cuda.mem_get_info()[0] - parked.nbytes + lacking, dtype=torch.uint8, device="cuda"
     )
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0] + cached
+    assert free < parked.nbytes
     allocated, copies = gpu.allocated(), simcuda.counters().h2d_copies if simcuda.is_active() else 0
 
     with pytest.raises(qmove.NotEnoughMemory) as raised:
@@ -100,7 +104,7 @@ def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU)
     assert (error.place, error.needed, error.free) == (
         "cuda:0",
         parked.nbytes,
-        parked.nbytes - 1000,
+        free,
     )
     assert str(error.needed) in str(error)
     assert str(error.free) in str(error)
@@ -115,7 +119,6 @@ def test_too_little_vram_leaves_the_model_parked_and_names_the_figures(gpu: GPU)
     assert not qmove.is_parked(model)
 
 
-@pytest.mark.exact
 def test_ram_limit_of_configure_is_kept(gpu: GPU) -> None:
     model = layers(8)
     before = snapshot(model)
