@@ -21,9 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..actions import Action
 from ..attributes import Undo, set_aside
 from ..class_variants import own_class
-from ..errors import MetaTensorsPresent, counted
+from ..errors import CannotMove, MetaTensorsPresent, counted
 from ..model.holdings import Inventory
-from ..model.kinds import bitsandbytes_offloaded
+from ..model.kinds import bitsandbytes_offloaded, wrappers
 from .tensor_slots import Slot, registered_slots
 from .weights_map import has_entry, loader_of
 
@@ -56,6 +56,8 @@ def _slots_of_hook(module: nn.Module, hook: Any) -> Iterator[Slot]:
     if hook.place_submodules:
         owners = dict(module.named_modules(remove_duplicate=False))
     for slot in registered_slots(owners):
+        if isinstance(slot.module, torch.jit.ScriptModule):
+            continue  # it keeps its tensors in C++, where no other can take their place
         kept = not slot.is_buffer or (
             hook.offload_buffers and slot.name not in slot.module._non_persistent_buffers_set
         )
@@ -78,8 +80,20 @@ def refuse_lost(action: Action, held: Inventory) -> None:
             f"the first is {lost[0].name!r}",
             "qmove.materialize_meta_tensors reads what a dispatch keeps elsewhere, so it cannot "
             "help here: hooks were removed after the dispatch, or the weights were never loaded "
-            "(init_empty_weights). Load the checkpoint again.",
+            "(init_empty_weights), or TorchScript has the module and takes no other tensors. Load "
+            "the checkpoint again.",
         )
+
+
+def refuse_compiled(action: Action, held: Inventory) -> None:
+    """Raises CannotMove where accelerate's hook is on what `torch.compile` returned: half of it
+    hangs on the model inside, and cannot be told from that one's own."""
+    for name, module in held.modules.items():
+        forward = module.__dict__.get("forward")
+        wrapper = getattr(getattr(forward, "func", None), "__module__", "")
+        if "_orig_mod" in module._modules and wrapper == "accelerate.hooks":
+            reason = "it was dispatched after torch.compile; compile it after the dispatch"
+            raise CannotMove(action, [(name or type(module).__name__, reason)])
 
 
 def part_keys(slot: Slot) -> dict[str, str]:
@@ -91,6 +105,8 @@ def part_keys(slot: Slot) -> dict[str, str]:
 
 
 def _with_parts(slot: Slot) -> list[torch.Tensor]:
+    if wrappers.is_wrapper(slot.tensor):
+        return wrappers.innermost(slot.tensor)
     keys = part_keys(slot)
     if not keys or not all(has_entry(slot.hook.weights_map, key) for key in keys.values()):
         return [slot.tensor]

@@ -35,7 +35,7 @@ from ..interrupts import all_or_nothing, interrupts_deferred
 from ..memory.budget import allocate
 from ..model import kinds
 from ..model.inventory import inventory
-from ..model.kinds import bitsandbytes_offloaded
+from ..model.kinds import bitsandbytes_offloaded, wrappers
 from ..moving import moving
 from ..storages import exchange, stand_in, tensor_over
 from ..transfer.copies import Progress
@@ -155,15 +155,18 @@ def _read(
     action: Action, plans: Sequence[TensorPlan], progress: Progress | None, checksums: bool
 ) -> None:
     """Brings the bytes of all tensors into memory. The model has not changed yet."""
-    lacking = [planned for planned in plans if not planned.is_real and not planned.is_shared]
+    lacking = [p for p in plans if not (p.is_real or p.is_shared or p.is_wrapper)]
     sizes = [(planned.tensor.nbytes, planned.device) for planned in lacking]
     storages = allocate(action, sizes, DEVICE_ADVICE)
     for planned, storage in zip(lacking, storages, strict=True):
         planned.data = tensor_over(storage, planned.dtype, planned.shape)
     read([planned for planned in plans if planned.needs_reading], progress, checksums=checksums)
+    for planned in plans:
+        if planned.is_wrapper and not planned.is_real:
+            planned.inner = [t.to(planned.device) for t in wrappers.innermost(planned.opened)]
     devices.synchronize({planned.device for planned in plans if not planned.is_real})
     for planned in plans:
-        if checksums and planned.is_real:
+        if checksums and planned.is_real and not planned.is_wrapper:
             planned.checksum = checksum_of(planned.tensor)
 
 
@@ -186,7 +189,15 @@ def _commit(model: object, modules: Sequence[nn.Module], done: Materialized) -> 
 def _fill(planned: TensorPlan, undo: Undo) -> None:
     """Gives a tensor its data, and puts it into all of its slots."""
     tensor, slots = planned.tensor, planned.slots
-    if not planned.is_real:
+    if planned.is_wrapper and not planned.is_real:
+        inside = zip(wrappers.innermost(tensor), planned.inner, strict=True)
+        twins = [(inner, stand_in(inner, content)) for inner, content in inside]
+        device = planned.inner[0].device if planned.inner else planned.device
+        twins += [(outer, wrappers.empty_like(outer, device)) for outer in wrappers.outers(tensor)]
+        for part, twin in twins:
+            undo.note(_empty_again, part, twin)
+            exchange(part, twin)
+    elif not planned.is_real:
         twin = stand_in(tensor, planned.opened if planned.data is None else planned.data)
         undo.note(_empty_again, tensor, twin)
         exchange(tensor, twin)
@@ -201,7 +212,9 @@ def _fill(planned: TensorPlan, undo: Undo) -> None:
 
 
 def _empty_again(tensor: torch.Tensor, twin: torch.Tensor) -> None:
-    if tensor.device.type != "meta":
+    with torch._C.DisableTorchFunctionSubclass():
+        is_meta = torch.Tensor.is_meta.__get__(tensor)  # type: ignore[attr-defined]
+    if not is_meta:
         exchange(tensor, twin)
 
 

@@ -12,14 +12,16 @@ import torch
 
 from .. import devices
 from ..actions import Action
+from ..class_variants import own_class
 from ..devices import Device, DeviceMap
 from ..errors import OffloadedDataError
 from ..integrations import diffusers_offload
-from ..integrations.accelerate_dispatch import part_keys, refuse_lost, slots
+from ..integrations.accelerate_dispatch import part_keys, refuse_compiled, refuse_lost, slots
 from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source, Sources, Unusable
 from ..memory import budget
 from ..model.holdings import Inventory
+from ..model.kinds import wrappers
 from .ties import find_ties
 
 Place = Callable[[str], torch.device]  # where the meta tensor of a given name is to go
@@ -53,6 +55,7 @@ class TensorPlan:
         data: what the tensor gets to look into, where that is not the source's own memory.
         checksum: of the bytes it has at first, where asked for.
         part_checksums: those of the parts.
+        inner: what the inner tensors of a wrapper subclass get to look into, the innermost ones.
     """
 
     slots: list[Slot]
@@ -68,6 +71,7 @@ class TensorPlan:
     data: torch.Tensor | None = None
     checksum: int | None = None
     part_checksums: dict[str, int] = field(default_factory=dict)
+    inner: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.dtype, self.shape = self.tensor.dtype, self.tensor.shape
@@ -83,8 +87,15 @@ class TensorPlan:
         return self.source.is_shared_as(self.dtype, self.device)
 
     @property
+    def is_wrapper(self) -> bool:
+        """Whether the bytes are those of tensors inside it."""
+        return wrappers.is_wrapper(self.tensor)
+
+    @property
     def needs_reading(self) -> bool:
-        return not self.is_real and not (self.is_shared and self.source.file is None)
+        if self.is_real or self.is_wrapper:  # of a wrapper the inner tensors are copied
+            return False
+        return not (self.is_shared and self.source.file is None)
 
 
 def plan(action: Action, held: Inventory, place: Place) -> list[TensorPlan]:
@@ -93,7 +104,9 @@ def plan(action: Action, held: Inventory, place: Place) -> list[TensorPlan]:
     Raises:
         OffloadedDataError: with everything that is wrong.
         MetaTensorsPresent: no dispatch has data for some meta tensors.
+        CannotMove: it was dispatched after `torch.compile`.
     """
+    refuse_compiled(action, held)
     sources, problems = Sources(), Problems()
     plans = [
         *_of_dispatch(held, sources, problems, place),
@@ -119,7 +132,7 @@ def _of_dispatch(
         weights_map, is_meta = slot.hook.weights_map, slot.tensor.device.type == "meta"
         try:
             source = sources.find(weights_map, slot.key)
-            mismatch = source.mismatch(slot.tensor)
+            mismatch = source.mismatch(slot.tensor) or _other_inside(slot.tensor, source)
             if is_meta:
                 keys = part_keys(slot).items()
                 parts[id(slot.tensor)] = {
@@ -146,6 +159,23 @@ def _of_dispatch(
         )
         for tied in find_ties(held, found)
     ]
+
+
+def _other_inside(tensor: torch.Tensor, source: Source) -> str:
+    """Why a wrapper subclass cannot have its data from there; empty if it can, or is none."""
+    if not wrappers.is_wrapper(tensor):
+        return ""
+    content = source.open()
+    if [own_class(outer) for outer in wrappers.outers(tensor)] != [
+        own_class(outer) for outer in wrappers.outers(content)
+    ]:
+        return f"it is {own_class(content).__name__} in {source.where}, and another in the model"
+    for inside, there in zip(
+        wrappers.innermost(tensor), wrappers.innermost(content), strict=False
+    ):
+        if (inside.shape, inside.dtype) != (there.shape, there.dtype):
+            return f"a tensor inside it has another shape or dtype in {source.where}"
+    return ""
 
 
 def _of_groups(
@@ -182,6 +212,8 @@ def check_budget(action: Action, plans: Iterable[TensorPlan]) -> None:
     for planned in plans:
         if planned.needs_reading:
             needed[planned.device] += planned.tensor.nbytes
+        if planned.is_wrapper and not planned.is_real and planned.device.type != "cpu":
+            needed[planned.device] += sum(t.nbytes for t in wrappers.innermost(planned.opened))
         for source in planned.parts.values():
             if not (source.file is None and planned.device.type == "cpu"):
                 needed[planned.device] += source.nbytes

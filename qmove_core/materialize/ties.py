@@ -19,6 +19,7 @@ from ..digests.checksum import checksum_of
 from ..integrations.tensor_slots import Slot, registered_slots
 from ..integrations.weights_map import Source
 from ..model.holdings import Inventory
+from ..model.kinds import wrappers
 
 
 @dataclass(eq=False)
@@ -133,6 +134,7 @@ def _are_equal(one: Tied | torch.Tensor, other: Tied) -> bool:
         tensor is other.tensor
         or tensor.shape != other.tensor.shape
         or tensor.dtype != other.tensor.dtype
+        or wrappers.is_wrapper(tensor)
     ):
         return False
     return _content(one) == _content(other)

@@ -12,6 +12,7 @@ import torch
 
 from .. import devices, homes
 from ..actions import Action
+from ..class_variants import own_class
 from ..devices import Device, DeviceMap
 from ..digests.checksum import checksum_of
 from ..errors import ChangesNotKept
@@ -22,6 +23,7 @@ from ..interrupts import all_or_nothing
 from ..memory import budget
 from ..model.holdings import Inventory
 from ..model.inventory import inventory
+from ..model.kinds import wrappers
 from ..moving import moving
 from ..parking import requests
 from ..storages import exchange, stand_in
@@ -135,6 +137,9 @@ def _obstacle(planned: TensorPlan, value: torch.Tensor | None) -> str:
         return "it was removed"
     if value.device.type == "meta":
         return "it is on the meta device, and its data is gone"
+    now_class, class_before = own_class(value), own_class(planned.tensor)
+    if planned.is_wrapper and now_class is not class_before:
+        return f"it is {now_class.__name__} now, and was {class_before.__name__}"
     if value.dtype != planned.dtype or value.shape != planned.shape:
         now, before = (
             f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
@@ -149,12 +154,22 @@ def _obstacle(planned: TensorPlan, value: torch.Tensor | None) -> str:
 
 
 def _is_changed(planned: TensorPlan, value: torch.Tensor) -> bool:
+    if planned.is_wrapper:
+        inside = zip(wrappers.innermost(value), wrappers.innermost(planned.opened), strict=True)
+        return not all(_is_same(inner, original) for inner, original in inside)
     opened = planned.opened
     in_ram = planned.source.file is None and planned.is_shared
     same_place = value.device == opened.device and value.data_ptr() == opened.data_ptr()
     if in_ram and same_place and value.stride() == opened.stride():
         return False  # what was written to it is already in the source
     return planned.checksum is None or checksum_of(value) != planned.checksum
+
+
+def _is_same(inner: torch.Tensor, original: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        if (inner.device, inner.data_ptr()) == (original.device, original.data_ptr()):
+            return inner.stride() == original.stride()
+    return checksum_of(inner) == checksum_of(original)
 
 
 def _commit(
@@ -186,6 +201,12 @@ def _keep(
     refused = []
     for planned, slot, value in changes:
         if planned.group is not None:
+            continue
+        if planned.is_wrapper:
+            inside = zip(wrappers.innermost(value), wrappers.innermost(planned.opened), strict=True)
+            for inner, original in inside:
+                with torch.no_grad(), torch.inference_mode(original.is_inference()):
+                    original.copy_(inner)
             continue
         if planned.source.file is None and planned.source.dtype == value.dtype:
             with torch.no_grad(), torch.inference_mode(planned.opened.is_inference()):

@@ -13,6 +13,7 @@ device from its context, which names the old one (torchao's NF4Tensor).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -74,6 +75,38 @@ def _inner_device(tensor: Any) -> torch.device:
         return tensor.device  # type: ignore[no-any-return]
     names, _context = tensor.__tensor_flatten__()
     return _inner_device(getattr(tensor, names[0])) if names else _outer_device(tensor)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+def outers(outer: Any) -> Iterator[torch.Tensor]:
+    """A wrapper, and those inside it."""
+    if is_wrapper(outer):
+        yield outer
+        for inner in _parts_of(outer):
+            yield from outers(inner)
+
+
+def innermost(outer: Any) -> list[torch.Tensor]:
+    """The tensors that have the bytes of a wrapper, in the order of its class; of a plain tensor
+    itself."""
+    if not is_wrapper(outer):
+        return [outer]
+    return [tensor for inner in _parts_of(outer) for tensor in innermost(inner)]
+
+
+def _parts_of(outer: Any) -> list[torch.Tensor]:
+    with torch._C.DisableTorchFunctionSubclass():
+        names, _context = outer.__tensor_flatten__()
+        return [getattr(outer, name) for name in names]
+
+
+def empty_like(outer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the class and geometry of a wrapper, for `device`, without its inner tensors."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        return _shell(outer, device)
 
 
 def _shell(outer: Any, device: torch.device) -> torch.Tensor:
