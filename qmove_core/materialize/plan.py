@@ -170,9 +170,7 @@ def _other_inside(tensor: torch.Tensor, source: Source) -> str:
         own_class(outer) for outer in wrappers.outers(content)
     ]:
         return f"it is {own_class(content).__name__} in {source.where}, and another in the model"
-    for inside, there in zip(
-        wrappers.innermost(tensor), wrappers.innermost(content), strict=False
-    ):
+    for inside, there in zip(wrappers.innermost(tensor), wrappers.innermost(content), strict=False):
         if (inside.shape, inside.dtype) != (there.shape, there.dtype):
             return f"a tensor inside it has another shape or dtype in {source.where}"
     return ""

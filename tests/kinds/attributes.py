@@ -50,6 +50,4 @@ def _parts_of(thing: Any) -> list[tuple[str, Any]]:
     elif isinstance(thing, (list, tuple)):
         parts += [(str(index), value) for index, value in enumerate(thing)]
     named = getattr(thing, "__dict__", None) or {}
-    return parts + [
-        (name, value) for name, value in named.items() if not name.startswith(_ITS_OWN)
-    ]
+    return parts + [(name, value) for name, value in named.items() if not name.startswith(_ITS_OWN)]

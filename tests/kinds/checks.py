@@ -247,7 +247,11 @@ def casts(case: Case) -> None:
     for is_parked in (False, True):
         if is_parked:
             qmove.park(model)
-        for cast in (lambda: model.to(torch.float32), model.half, lambda: model.to("cpu", torch.bfloat16)):
+        for cast in (
+            lambda: model.to(torch.float32),
+            model.half,
+            lambda: model.to("cpu", torch.bfloat16),
+        ):
             with pytest.raises(DtypeCastRefused):
                 cast()
         assert qmove.is_parked(model) is is_parked
@@ -373,7 +377,9 @@ def faults(case: Case) -> None:
     the model stays where it was."""
     model = case.built()
     home, allocated = snapshot(model), case.gpu.allocated()
-    number = len([h for h in qmove.inventory(model).holdings if h.device.type == "cuda" and h.nbytes])
+    number = len(
+        [h for h in qmove.inventory(model).holdings if h.device.type == "cuda" and h.nbytes]
+    )
     for nth in sorted({1, (number + 1) // 2, number - len(case.kind.stays)}):
         with pytest.raises(Exception), failing("copy", nth) as fault:  # noqa: B017
             qmove.park(model)

@@ -31,7 +31,11 @@ def _copies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("kind", CHOSEN, ids=lambda kind: kind.name)
 def test_kind(
-    kind: Kind, check: str, gpu: GPU, tmp_path: Path, request: pytest.FixtureRequest,
+    kind: Kind,
+    check: str,
+    gpu: GPU,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     properties = request.node.user_properties

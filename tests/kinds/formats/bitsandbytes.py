@@ -16,9 +16,7 @@ def quantized(layer: nn.Module) -> nn.Module:
 
 
 def linear_8bit(threshold: float) -> nn.Module:
-    return quantized(
-        bnb.nn.Linear8bitLt(WIDTH, WIDTH, has_fp16_weights=False, threshold=threshold)
-    )
+    return quantized(bnb.nn.Linear8bitLt(WIDTH, WIDTH, has_fp16_weights=False, threshold=threshold))
 
 
 def linear_8bit_after_a_forward() -> nn.Module:
