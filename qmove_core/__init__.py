@@ -1,5 +1,8 @@
 """qmove: big quantized models leave the GPU for CPU RAM and come back bit for bit."""
 
+import importlib
+from typing import Any
+
 # First: it says so where PyTorch is missing or too old.
 from . import requirements as _requirements  # noqa: F401
 from .errors import (
@@ -108,3 +111,10 @@ __all__ = [
     "trim",
     "unpin",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What works with other libraries is imported when it is asked for."""
+    if name in ("accelerate", "diffusers"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

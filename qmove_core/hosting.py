@@ -1,5 +1,5 @@
 """Callbacks of a program that hosts models (ComfyUI): for what yields to an allocation, when a move
-lacks room, when RAM is short, for what it has page-locked, after each move."""
+lacks room, when RAM is short, for what it has page-locked, before a model wakes, after a move."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ AskForRoom = Callable[[torch.device, int], None]  # device, bytes that should be
 Yielding = Callable[[torch.device], int]  # bytes
 GiveUp = Callable[[int], None]  # bytes of RAM that are lacking
 PageLocked = Callable[[], int]  # bytes
+Waking = Callable[[object, bool], bool]  # model, whether it may arrive while it runs
 Moved = Callable[[], None]
 
 _yielding: list[Yielding] = []
 _ask_for_room: list[AskForRoom] = []
 _give_up: list[GiveUp] = []
 _page_locked: list[PageLocked] = []
+_waking: list[Waking] = []
 _moved: list[Moved] = []
 
 
@@ -57,6 +59,16 @@ def on_page_locking(page_locked: PageLocked) -> None:
         _page_locked.append(page_locked)
 
 
+def on_waking(waking: Waking) -> None:
+    """Registers `waking`, called before a parked model comes home because it is used.
+
+    It may park others first, and bring the model home itself: then it returns True. What it raises
+    leaves the model parked.
+    """
+    if waking not in _waking:
+        _waking.append(waking)
+
+
 def on_move(moved: Moved) -> None:
     """Registers `moved`, called after each move (waking too) and pin in the thread that made it."""
     if moved not in _moved:
@@ -83,6 +95,11 @@ def ask_for_ram(nbytes: int) -> None:
     """Calls what `on_ram_shortage` registered."""
     for callback in _give_up:
         callback(nbytes)
+
+
+def tell_waking(model: object, stream: bool) -> bool:
+    """Calls what `on_waking` registered, until one of them has brought the model home."""
+    return any(callback(model, stream) for callback in _waking)
 
 
 def tell_moved() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from .. import devices, homes
+from .. import devices, homes, hosting
 from ..devices import Device, DeviceMap
 from ..errors import NotEnoughDeviceMemory, first_of, readable_bytes
 from ..memory import arena, budget, mirrors
@@ -398,7 +398,7 @@ def wake(model: object, *, stream: bool) -> None:
 
     A model that streams begins to run when its first layer is there.
     """
-    if not rolling.takes(model):
+    if not rolling.takes(model) and not hosting.tell_waking(model, stream):
         restore(model, stream=stream)
 
 

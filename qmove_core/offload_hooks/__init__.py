@@ -1,0 +1,1 @@
+"""Hooks of accelerate and diffusers that park models between their forwards."""
