@@ -1,5 +1,6 @@
 """How fast a model is parked on disk and comes home from there, against plain writes and reads of the
-same bytes, and against safetensors.
+same bytes, against safetensors, and against the run:ai model streamer (`pip install
+runai-model-streamer`; without it that row is missing).
 
     python benchmarks/disk.py [--gib 2] [--folder FOLDER] [--rounds 3]
 
@@ -33,6 +34,11 @@ from torch import nn
 import qmove_core as qmove
 from qmove_core.memory.disk_files import WEIGHTS
 from qmove_core.parking import streaming
+
+try:
+    from runai_model_streamer import SafetensorsStreamer
+except ImportError:
+    SafetensorsStreamer = None
 
 PIECE = 16 << 20
 SIDE = 4096  # of a weight in float16: 32 MiB
@@ -104,6 +110,11 @@ def measure(folder: Path, count: int, rounds: int) -> None:
     def safetensors_to_gpu() -> None:
         held["again"] = load_file(saved, device="cuda:0")
 
+    def streamer_to_gpu() -> None:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_file(str(saved))
+            held["again"] = {name: t.to("cuda:0") for name, t in streamer.get_tensors()}
+
     seconds: dict[str, list[float]] = {}
 
     def timed(
@@ -131,6 +142,8 @@ def measure(folder: Path, count: int, rounds: int) -> None:
             timed(f"streaming restore, {state}", stream, before=attach)
             timed(f"attach to the GPU, {state}", lambda: attach("cuda:0"))
             timed(f"safetensors to the GPU, {state}", safetensors_to_gpu)
+            if SafetensorsStreamer is not None:
+                timed(f"run:ai streamer to the GPU, {state}", streamer_to_gpu)
         held.clear()
         qmove.restore(model)
     show(nbytes, seconds)
@@ -145,7 +158,9 @@ def drop(path: Path) -> None:
 
 
 def show(nbytes: int, seconds: dict[str, list[float]]) -> None:
-    table = Table("", "seconds", "GB/s", "of plain", title=f"{nbytes / 2**30:.2f} GiB, medians")
+    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+    title = f"{nbytes / 2**30:.2f} GiB, medians of {len(next(iter(seconds.values())))}{load}"
+    table = Table("", "seconds", "GB/s", "of plain", title=title)
     for name, values in seconds.items():
         state = name.rpartition(", ")[2]
         other = "plain write" if "," not in name else f"plain read, {state}"

@@ -1,4 +1,5 @@
-"""Threads for work on host memory that does not hold the GIL: copying, touching, checksums."""
+"""Threads for work that does not hold the GIL: on host memory (copying, touching, checksums), and
+reading from a disk."""
 
 from __future__ import annotations
 
@@ -10,25 +11,35 @@ from typing import TypeVar
 T = TypeVar("T")
 
 COUNT = min(4, os.cpu_count() or 1)  # more threads than that only wait for the memory
-_executor: ThreadPoolExecutor | None = None
+READERS = 4  # that wait for a disk, however few processors there are
+_executors: dict[str, ThreadPoolExecutor] = {}
 
 
 def submit(call: Callable[..., T], *arguments: object) -> Future[T] | None:
     """Calls something in one of them; None where no thread starts. What is called there must not
     wait for what else is submitted."""
-    global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(COUNT, "qmove-memory")
+    return _submit("qmove-memory", COUNT, call, arguments)
+
+
+def submit_read(call: Callable[..., T], *arguments: object) -> Future[T] | None:
+    """As `submit`, in threads for what reads from a disk."""
+    return _submit("qmove-read", READERS, call, arguments)
+
+
+def _submit(
+    name: str, count: int, call: Callable[..., T], arguments: tuple[object, ...]
+) -> Future[T] | None:
+    if name not in _executors:
+        _executors[name] = ThreadPoolExecutor(count, name)
     try:
-        return _executor.submit(call, *arguments)
+        return _executors[name].submit(call, *arguments)
     except RuntimeError:  # a limit on threads, or the interpreter ends
         return None
 
 
 def forget() -> None:
     """The next call starts new threads: in a forked child, which has none."""
-    global _executor
-    _executor = None
+    _executors.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -37,26 +37,70 @@ def checksum_of(tensor: torch.Tensor) -> int:
     return checksum.value
 
 
+Sums = list[tuple[int, int, int]]  # for each piece that is touched: its number, and its two sums
+
+
 class Checksum:
     """The checksum of `nbytes` bytes that come one after the other."""
 
     def __init__(self, nbytes: int) -> None:
-        self.value = nbytes
+        self._of_whole_pieces = nbytes
+        self._last = (0, 0, 0)  # the piece that may go on, as in `Sums`
+        self._is_begun = False
+
+    @property
+    def value(self) -> int:
+        """Of what came by now."""
+        return self._with_last() if self._is_begun else self._of_whole_pieces
 
     def update(self, content: torch.Tensor) -> Checksum:
         """Takes more bytes in, flat uint8 on the host; whole MiB, but for the last ones."""
         with torch.no_grad(), torch.inference_mode(False):
-            for sums in _sums_in_order(_as_words(content).split(_WORDS)):
-                self.value = (self.value * _STEP + (sums[0] << 64) + sums[1]) % _MODULUS
+            first = self._last[0] + 1 if self._is_begun else 0
+            pieces = _as_words(content).split(_WORDS)
+            self.add([(first + i, *sums) for i, sums in enumerate(_sums_in_order(pieces))])
         return self
 
+    def add(self, sums: Sums) -> None:
+        """Takes more bytes in, by what `sums_of` says of them."""
+        for number, of_words, of_halves in sums:
+            if self._is_begun and number == self._last[0]:
+                _number, words, halves = self._last
+                self._last = number, _as_int64(words + of_words), _as_int64(halves + of_halves)
+                continue
+            self._of_whole_pieces, self._is_begun = self.value, True
+            self._last = number, of_words, of_halves
 
-def _sums_of(piece: torch.Tensor) -> tuple[int, int]:
+    def _with_last(self) -> int:
+        _number, of_words, of_halves = self._last
+        return (self._of_whole_pieces * _STEP + (of_words << 64) + of_halves) % _MODULUS
+
+
+def sums_of(content: torch.Tensor, at: int) -> Sums:
+    """What `Checksum.add` takes of bytes (flat uint8 on the host) that begin `at` bytes, a multiple
+    of 8, behind the first ones. By this thread alone: others may do it for what lies before."""
+    found = []
+    with torch.no_grad(), torch.inference_mode(False):
+        words, done, begin = _as_words(content), 0, at // 8
+        while done < len(words):
+            number, first = divmod(begin + done, _WORDS)
+            piece = words[done : done + _WORDS - first]
+            found.append((number, *_sums_of(piece, first)))
+            done += len(piece)
+    return found
+
+
+def _as_int64(number: int) -> int:
+    """Modulo 2^64, as the processor adds."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _sums_of(piece: torch.Tensor, first: int = 0) -> tuple[int, int]:
     of_words, of_halves = _factors()
-    count = piece.numel()
+    place = slice(first, first + piece.numel())
     return (
-        int(torch.dot(piece, of_words[:count])),
-        int(torch.dot(piece >> 32, of_halves[:count])),
+        int(torch.dot(piece, of_words[place])),
+        int(torch.dot(piece >> 32, of_halves[place])),
     )
 
 
@@ -77,7 +121,7 @@ _WORTH_THREADS = 4
 
 def _as_words(content: torch.Tensor) -> torch.Tensor:
     missing = -content.numel() % 8
-    if missing or content.storage_offset() % 8:  # words must lie on a multiple of their size
+    if missing or content.data_ptr() % 8:  # words must lie on a multiple of their size
         content = torch.cat([content, content.new_zeros(missing)])
     return content.view(torch.int64)
 

@@ -47,7 +47,8 @@ class HostBlock(ABC):
         address: where it begins.
         is_ram: whether it is RAM of qmove's own, which may be written to and given back. A file is
             neither, and a view of what models share (`shared.py`) is not either.
-        is_file: whether it is a file; what comes from it is read with `mapped_files.FileReader`.
+        is_file: whether it is a file; what comes from it is read and proved by
+            `file_reading.ReadAhead`.
         ram: the block of the arena that holds its bytes; None for a file.
     """
 

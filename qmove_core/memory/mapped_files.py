@@ -12,13 +12,15 @@ what is in the file *now*. So nothing that a file says of itself is taken for pr
   bytes were last found right: among them the time of the last change (`st_ctime`), which nobody can
   set. Where there is none (Windows), or it is so young that a later change may have the same, the
   bytes are read and compared.
-- What is read for a restore is read by the kernel (`pages.read`), which reports a file that has
-  become shorter, where a plain read would end the process.
+- What is read for a restore is read from the file where nobody has written to its pages, past the
+  page cache where it is not there yet (`O_DIRECT`); and else from the map, by the kernel
+  (`pages.read`): a file that has become shorter is an error then, where a plain read of the map
+  would end the process.
 
-What it costs: a restore reads each byte once more, for the checksum, and copies it to a page-locked
-slot of the ring (`ring.py`); both as fast as memory is read. The pages of the file itself are not
-locked: drivers of most cards refuse to (`cudaHostRegisterReadOnly` needs a device that shares the
-host's page tables), others make private copies of them.
+What it costs: a restore reads each byte once more, for the checksum; the disk is read straight into
+page-locked slots of the ring (`file_reading.py`). The pages of the file itself are not locked:
+drivers of most cards refuse to (`cudaHostRegisterReadOnly` needs a device that shares the host's
+page tables), others make private copies of them.
 
 Two things can't be helped: a file that is overwritten while its model is parked has lost those
 weights (the restore says which); and whoever reads a parked tensor on the CPU by himself reads the
@@ -28,6 +30,7 @@ become shorter.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -37,6 +40,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -109,6 +113,9 @@ class MappedFile(HostBlock):
         self._file = path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
         self._reading = threading.Lock()
+        self._direct = _open_past_cache(self._file)
+        if self._direct is not None:
+            weakref.finalize(self, os.close, self._direct)
         mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._memory = numpy.frombuffer(mapped, dtype=numpy.uint8)
         self.address = self._memory.ctypes.data
@@ -129,7 +136,7 @@ class MappedFile(HostBlock):
         Raises:
             MappedFileChanged: the file has become shorter.
         """
-        stamp = self._stamp()
+        stamp = self.stamp()
         content = self._content(name, start, end)
         digest = digest_storages([content.untyped_storage()])[0]
         checksum = Checksum(end - start).update(content).value
@@ -193,7 +200,7 @@ class MappedFile(HostBlock):
         Args:
             has_other_bytes: what was read through the map differs from them.
         """
-        stamp = self._stamp()
+        stamp = self.stamp()
         if not has_other_bytes and stamp is not None and stamp == part.stamp:
             return
         if self._checksum_in_file(part) != part.checksum:
@@ -216,6 +223,49 @@ class MappedFile(HostBlock):
         self._require_size(end, start)
         if pages.read(self.address + start, window.numpy()) < len(window):
             self._require_size(end, start)  # says by how much
+
+    def read_into(self, room: numpy.ndarray, start: int, end: int) -> numpy.ndarray:
+        """Reads what the storages in [start, end) have now: from the file, or from the map what
+        their owner has written to. Several threads may do so at once.
+
+        Args:
+            room: begins at a page, and has room for two pages more than that.
+
+        Returns:
+            The part of it where they are.
+
+        Raises:
+            MappedFileChanged: the file has become shorter.
+            OSError: it cannot be read.
+        """
+        ahead = start % pages.PAGE  # so that the disk can write to it without a copy
+        content = room[ahead : ahead + end - start]
+        if not pages.is_unwritten(self.address + start, end - start):
+            self.read(start, torch.from_numpy(content))
+            return content
+        aligned = room[: pages.round_to_pages(ahead + end - start)]
+        try:
+            if self._read_past_cache(start - ahead, aligned) < ahead + end - start:
+                raise self._too_short([part.name for part in self.parts_in(start, end)])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return content
+
+    def _read_past_cache(self, start: int, out: numpy.ndarray) -> int:
+        """Reads from the page cache what is there, and the rest from the disk straight into `out`,
+        where the file system does that; the bytes read. All is a multiple of a page."""
+        done, into = 0, memoryview(out.data)
+        if self._direct is not None:
+            with contextlib.suppress(OSError):  # nothing is cached, or nobody can tell
+                done = os.preadv(self._file.fileno(), [into], start, os.RWF_NOWAIT)
+            done -= done % pages.PAGE
+            with contextlib.suppress(OSError):  # what is wrong shows below
+                while done < len(out) and not done % pages.PAGE:
+                    count = os.preadv(self._direct, [into[done:]], start + done)
+                    if not count:
+                        return done
+                    done += count
+        return done + self._read_at(start + done, out[done:])
 
     def _content(self, name: str, start: int, end: int) -> torch.Tensor:
         """What is in the file now, whatever was written to the map."""
@@ -256,8 +306,8 @@ class MappedFile(HostBlock):
         why = f"it has {size} bytes now and had {self.nbytes}"
         return MappedFileChanged(self.path, names, why)
 
-    def _stamp(self) -> _Stamp | None:
-        """None while a later change may have the same."""
+    def stamp(self) -> _Stamp | None:
+        """Of the file now; None while a later change may have the same."""
         stamp = self._status()
         if stamp is None or not 0 <= max(stamp[1:]) < time.time_ns() - _SETTLED:
             return None
@@ -270,31 +320,12 @@ class MappedFile(HostBlock):
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class FileReader:
-    """Reads what is restored from files, and proves it."""
-
-    def __init__(self) -> None:
-        self._checksums: dict[int, Checksum] = {}  # of parts that are read in part, by their ids
-
-    def read(self, file: MappedFile, start: int, window: torch.Tensor) -> None:
-        """Copies what lies in a file from `start` on to `window`: from the start of a storage on,
-        one stretch after the other.
-
-        Raises:
-            MappedFileChanged: the file has other bytes now than when it became a mirror.
-        """
-        end = start + len(window)
-        file.read(start, window)
-        for part in file.parts_in(start, end):
-            here = window[max(0, part.start - start) : part.end - start]
-            self._check(file, part, here, is_last=part.end <= end)
-
-    def _check(self, file: MappedFile, part: Part, here: torch.Tensor, *, is_last: bool) -> None:
-        checksum = self._checksums.pop(id(part), None) or Checksum(part.end - part.start)
-        checksum.update(here)
-        if not is_last:
-            self._checksums[id(part)] = checksum
-            return
-        part.is_proved = checksum.value == part.checksum
-        if not part.is_proved:
-            file.require_unchanged(part, has_other_bytes=True)
+def _open_past_cache(file: Any) -> int | None:
+    """A descriptor of the same file whose reads leave the page cache out; None where there is
+    none."""
+    if not (hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")):
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_DIRECT)
+    except OSError:  # some file systems have no such reads, and some containers no /proc
+        return None

@@ -9,6 +9,7 @@ may be locked (WSL, containers, Windows) or nothing (mapped files), and less for
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,8 @@ class Ring:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._slots: list[_Slot] = []
-        self._next = 0
+        self._slots: list[Slot] = []
+        self._turns: deque[Slot] = deque()  # of those that are not lent
         self._is_refused = nbytes < WORTH_IT
         self.is_locked = False
 
@@ -62,11 +63,14 @@ class Ring:
         self._is_refused = True
         return False
 
-    def open(self) -> int:
-        """Makes it, unlocked where nothing may be locked, unless it is there; returns the bytes of
-        a slot, whole MiB."""
-        if not self._slots and not self._make(SLOT, locked=True):
-            self._make(SLOT // 4, locked=False)
+    def open(self, *, locked: bool = True) -> int:
+        """Makes it, unless it is there; returns the bytes of a slot, whole MiB.
+
+        Args:
+            locked: page-locked where that is possible.
+        """
+        if not self._slots and not (locked and self._make(SLOT, locked=True)):
+            self._make(SLOT // 4 if locked else SLOT, locked=False)
         return self._slots[0].nbytes
 
     def bring(self, stream: Any, read: Read, target: torch.Tensor) -> Any:
@@ -84,7 +88,7 @@ class Ring:
             window = slot.memory[: end - start]
             read(start, window)
             target[start:end].copy_(window, non_blocking=True)
-            event = slot.event = devices.event_after(stream, target.device)
+            event = slot.events[target.device] = devices.event_after(stream, target.device)
         return event
 
     def take(self, stream: Any, source: torch.Tensor, host: torch.Tensor) -> Unloading:
@@ -98,7 +102,7 @@ class Ring:
         for start, end in self._parts(len(host)):
             slot = self._turn()
             slot.memory[: end - start].copy_(source[start:end], non_blocking=True)
-            slot.event = devices.event_after(stream, source.device)
+            slot.events[source.device] = devices.event_after(stream, source.device)
             slot.host = host[start:end]
             used.append((slot, slot.turns))
         return Unloading(used)
@@ -113,12 +117,23 @@ class Ring:
         slot = self._turn()
         window = slot.memory[: len(source)]
         window.copy_(source, non_blocking=True)
-        slot.event = devices.event_after(stream, source.device)
+        slot.events[source.device] = devices.event_after(stream, source.device)
         return window, slot.free
+
+    def lend(self) -> Slot:
+        """A slot that is free, and has no turn before it was given back. Call it after `open`, and
+        not for the last one."""
+        slot = self._turn()
+        self._turns.remove(slot)
+        return slot
+
+    def take_back(self, slot: Slot) -> None:
+        """Ends what `lend` began; its turn comes last."""
+        self._turns.append(slot)
 
     def wait(self) -> None:
         """Waits for the copies of all slots, and empties those that are to be."""
-        for slot in self._slots[self._next :] + self._slots[: self._next]:
+        for slot in self._turns:
             slot.free()
 
     def end(self) -> None:
@@ -126,7 +141,8 @@ class Ring:
 
         What interrupts it leaves the rest to the next call.
         """
-        self.is_locked, self._next = False, 0
+        self.is_locked = False
+        self._turns.clear()
         while self._slots:
             self._slots[-1].release()
             self._slots.pop()
@@ -135,10 +151,11 @@ class Ring:
         """Makes the slots; False where they are to be locked, and that is refused."""
         size = self._size(slot_bytes)
         for _ in range(SLOTS):
-            self._slots.append(_Slot(size))  # `end` finds also one that is being locked
+            self._slots.append(Slot(size))  # `end` finds also one that is being locked
         if locked and not all(slot.lock() for slot in self._slots):
             self.end()
             return False
+        self._turns.extend(self._slots)
         self.is_locked = locked
         return True
 
@@ -150,21 +167,21 @@ class Ring:
         size = self._slots[0].nbytes
         return [(start, min(nbytes, start + size)) for start in range(0, nbytes, size)]
 
-    def _turn(self) -> _Slot:
+    def _turn(self) -> Slot:
         """The slot whose turn it is, free."""
-        slot = self._slots[self._next]
+        slot = self._turns[0]
         slot.free()
-        self._next = (self._next + 1) % SLOTS
+        self._turns.rotate(-1)
         slot.turns += 1
         return slot
 
 
-class _Slot:
+class Slot:
     """A part of the ring: a block of its own, locked by one registration.
 
     Attributes:
         nbytes, memory: its size, and its bytes.
-        event: after the copy to or from it that was queued last.
+        events: by device, after the copy to or from it that was queued last.
         host: where what arrives in it goes.
         turns: how often it was used.
     """
@@ -174,7 +191,7 @@ class _Slot:
         self._block = Block(nbytes)
         self._lent: object = self._block.lend()  # keeps it in use
         self.memory = self._block.as_bytes()
-        self.event: Any = None
+        self.events: dict[torch.device, Any] = {}
         self.host: torch.Tensor | None = None
         self.turns = 0
 
@@ -184,16 +201,18 @@ class _Slot:
 
     def release(self) -> None:
         """Gives it back to the system."""
-        self.event = self.host = self._lent = None
+        self.events.clear()
+        self.host = self._lent = None
         if hasattr(self, "memory"):  # begun anew, it is gone
             del self.memory
         self._block.release()
 
     def free(self) -> None:
-        """Waits for its copy, and empties it."""
-        if self.event is not None:
-            self.event.synchronize()
-            self.event = None
+        """Waits for its copies, and empties it."""
+        while self.events:
+            device, event = next(iter(self.events.items()))
+            event.synchronize()
+            del self.events[device]
         if self.host is not None:
             pages.copy(self.host, self.memory[: len(self.host)])
             self.host = None
@@ -202,7 +221,7 @@ class _Slot:
 class Unloading:
     """Bytes on their way from a device through slots to the host."""
 
-    def __init__(self, used: list[tuple[_Slot, int]]) -> None:
+    def __init__(self, used: list[tuple[Slot, int]]) -> None:
         self._used = used  # the slots, and how many turns each had had with this one
 
     def synchronize(self) -> None:

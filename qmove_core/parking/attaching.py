@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from ..interrupts import all_or_nothing, interrupts_deferred
 from ..memory import arena, disk_files
 from ..memory.disk_files import WEIGHTS, DiskFile
 from ..memory.disk_manifest import BadManifest, Manifest, SavedStorage, SavedTensor, parse
-from ..memory.mapped_files import MappedFile, MappedFileChanged, Part
+from ..memory.file_reading import ReadAhead
+from ..memory.mapped_files import MappedFile, Part
+from ..memory.ring import Ring
 from ..model import kinds, saving
 from ..model.inventory import inventory
 from ..model.kinds import bitsandbytes_saved
@@ -34,8 +35,6 @@ from .away_tensors import take_home
 from .records import Record
 
 log = logging.getLogger("qmove")
-
-_READERS = 4  # threads that read and prove what is not restored at once
 
 
 @dataclass(slots=True)
@@ -218,29 +217,27 @@ def _map(action: Action, path: Path, *, is_own: bool) -> MappedFile:
 
 def _prove(action: Action, parts: list[tuple[MappedFile, Part]]) -> None:
     """Reads bytes and compares them with their checksums."""
-
-    def look(item: tuple[MappedFile, Part]) -> MappedFileChanged | OSError | None:
-        mapped, part = item
-        try:
-            mapped.require_unchanged(part)
-        except (MappedFileChanged, OSError) as error:
-            return error.with_traceback(None)
-        return None
-
-    with ThreadPoolExecutor(_READERS, "qmove-read") as readers:
-        found = list(readers.map(look, parts))
-    wrong = [(item, error) for item, error in zip(parts, found, strict=True) if error is not None]
+    stamps = {mapped: mapped.stamp() for mapped, _part in parts}
+    ring = Ring(sum(part.end - part.start for _mapped, part in parts))
+    try:
+        places = [(mapped, part.start) for mapped, part in parts]
+        with ReadAhead(ring, places, locked=False) as files:
+            wrong = list(files.differing())
+    finally:
+        ring.end()
     if wrong:
-        (mapped, _part), error = wrong[0]
-        problems = [
-            (part.name, "its bytes are not those that were written")
-            if isinstance(problem, MappedFileChanged)
-            else (part.name, f"it cannot be read ({problem})")
-            for (other, part), problem in wrong
+        mapped, _part, error = wrong[0]
+        problems = {
+            part.name: "its bytes are not those that were written"
+            if problem is None
+            else f"it cannot be read ({problem})"
+            for other, part, problem in reversed(wrong)
             if other is mapped
-        ]
+        }
         why = "it was altered or damaged since the model was parked there"
-        raise CannotAttach(action, mapped.path, why, problems) from error
+        raise CannotAttach(action, mapped.path, why, list(problems.items())[::-1]) from error
+    for mapped, part in parts:
+        part.stamp = stamps[mapped]
 
 
 # The commit ------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ..errors import is_out_of_memory
 from ..interrupts import all_or_nothing
 from ..memory import arena, blocks, giving_back, pages, pinning
 from ..memory.blocks import Block, HostBlock, place_of
-from ..memory.mapped_files import FileReader, MappedFile
+from ..memory.file_reading import ReadAhead
+from ..memory.mapped_files import MappedFile
 from ..memory.ring import Ring
 from ..storages import EMPTY, as_bytes, empty
 
@@ -123,8 +124,8 @@ class Transfer:
         self._staging = STAGING if staging is None else staging
         self._pending: list[Pending] = []
         self._unallocated: dict[torch.device, int] = defaultdict(int)  # bytes of targets to come
-        self._reader = FileReader()
         self._ring = Ring(total) if ring is None else ring
+        self._files = ReadAhead(self._ring, ())
         self._ends_ring = ring is None
 
     def __enter__(self) -> Transfer:
@@ -160,7 +161,11 @@ class Transfer:
             job.find_place()
             if job.target is None:
                 self._unallocated[job.device] += job.nbytes
-        with torch.no_grad(), torch.inference_mode(False):
+        with (
+            torch.no_grad(),
+            torch.inference_mode(False),
+            ReadAhead(self._ring, [job.place for job in jobs]) as self._files,
+        ):
             for batch in self._batches(jobs):
                 if batch[0].source.device.type == batch[0].device.type:
                     for job in batch:
@@ -182,8 +187,6 @@ class Transfer:
             limit = self._staging
             if job.device.type != "cpu":
                 limit = min(limit, self._unallocated[job.device] // 2)
-            if job.place is not None and job.place[0].is_file:
-                limit = min(limit, self._ring.open())  # it is proved slot by slot
             if batch and not _fits_behind(job, batch, limit):
                 yield batch
                 batch = []
@@ -237,8 +240,7 @@ class Transfer:
             out = job.device.type == "cpu"
             source, target = as_bytes(job.source), as_bytes(job.target)
             on_host, on_device = (target, source) if out else (source, target)
-            step = self._ring.open() if job.place is not None and job.place[0].is_file else None
-            for start, end in _pieces(job, step):
+            for start, end in _pieces(job):
                 place = None if job.place is None else (job.place[0], job.place[1] + start)
                 event = self._cross(stream, place, on_host[start:end], on_device[start:end], out)
                 self._queued(event, [job], end - start, is_last=end == job.nbytes)
@@ -263,11 +265,7 @@ class Transfer:
         """
         block, start = place if place is not None else (None, 0)
         if isinstance(block, MappedFile):
-
-            def read(at: int, window: torch.Tensor) -> None:
-                self._reader.read(block, start + at, window)
-
-            return self._ring.bring(stream, read, on_device)
+            return self._files.bring(start, on_device, stream)
         if block is not None:
             locked = block.locked(start, start + len(on_host))
         else:  # a tensor of somebody else's
@@ -307,8 +305,11 @@ class Transfer:
         source, target = as_bytes(job.source), as_bytes(self._allocate_target(job))
         involved = {job.source.device, job.device}
         for start, end in _pieces(job):
-            target[start:end].copy_(source[start:end])
-            devices.synchronize(involved)
+            if job.place is not None and isinstance(job.place[0], MappedFile):
+                self._files.bring(job.place[1] + start, target[start:end])
+            else:
+                target[start:end].copy_(source[start:end])
+                devices.synchronize(involved)
             self._done(end - start)
 
     def _allocate_target(self, job: CopyJob) -> torch.UntypedStorage:
@@ -454,16 +455,13 @@ def _parts(staging: torch.Tensor, batch: Sequence[CopyJob]) -> list[torch.Tensor
     return [staging[start : start + job.nbytes] for start, job in zip(starts, batch, strict=True)]
 
 
-def _pieces(job: CopyJob, step: int | None = None) -> Iterator[tuple[int, int]]:
-    """The parts of a job that one copy may cover, as (start, end).
-
-    None crosses the border of two registrations of host memory; of a file each begins a `step` of
-    bytes behind the last one.
-    """
+def _pieces(job: CopyJob) -> Iterator[tuple[int, int]]:
+    """The parts of a job that one copy may cover, as (start, end): none crosses the border of two
+    registrations of host memory."""
     offset = 0 if job.place is None else job.place[1]
     start = 0
     while start < job.nbytes:
         until_border = blocks.PIECE - (offset + start) % blocks.PIECE
-        end = min(job.nbytes, start + (until_border if step is None else step))
+        end = min(job.nbytes, start + until_border)
         yield start, end
         start = end

@@ -11,7 +11,8 @@ import torch
 from .. import devices
 from ..interrupts import all_or_nothing
 from ..memory.blocks import place_of
-from ..memory.mapped_files import WINDOW, FileReader, MappedFile
+from ..memory.file_reading import ReadAhead
+from ..memory.mapped_files import WINDOW, MappedFile
 from ..memory.ring import SLOTS, Ring
 from ..storages import as_bytes
 
@@ -44,16 +45,22 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
         MemoryError, OSError: no memory for the windows.
     """
     nbytes_there = sum(s.nbytes() for s in storages if s.device.type != "cpu")
-    reader, arriving = FileReader(), _FromDevices(nbytes_there)
+    arriving = _FromDevices(nbytes_there)
+    places = [place_of(storage) for storage in storages if storage.device.type == "cpu"]
+    ring = Ring(sum(s.nbytes() for s in storages if s.device.type == "cpu"))
     try:
-        with torch.no_grad(), torch.inference_mode(False):
+        with (
+            torch.no_grad(),
+            torch.inference_mode(False),
+            ReadAhead(ring, places, locked=False) as files,
+        ):
             waiting: tuple[Piece, Callable[[], None]] | None = None
             for index, storage in enumerate(storages):
                 nbytes = storage.nbytes()
                 step = WINDOW if storage.device.type == "cpu" else arriving.step()
                 for start in range(0, max(nbytes, 1), step):
                     end = min(nbytes, start + step)
-                    content, wait = _begin(storage, start, end, reader, arriving)
+                    content, wait = _begin(storage, start, end, files, arriving)
                     begun = Piece(index, start, content, end == nbytes), wait
                     if waiting is not None:
                         waiting[1]()
@@ -64,10 +71,11 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
                 yield waiting[0]
     finally:
         arriving.end()
+        ring.end()
 
 
 def _begin(
-    storage: torch.UntypedStorage, start: int, end: int, reader: FileReader, arriving: _FromDevices
+    storage: torch.UntypedStorage, start: int, end: int, files: ReadAhead, arriving: _FromDevices
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """The bytes of a piece, and what waits until they are there."""
     if end == start:
@@ -77,7 +85,7 @@ def _begin(
     place = place_of(storage)
     if place is not None and isinstance(place[0], MappedFile):
         content = torch.empty(end - start, dtype=torch.uint8, device="cpu")
-        reader.read(place[0], place[1] + start, content)
+        files.bring(place[1] + start, content)
         return content, _nothing
     return as_bytes(storage)[start:end], _nothing
 
