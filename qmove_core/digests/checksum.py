@@ -121,7 +121,8 @@ _WORTH_THREADS = 4
 
 def _as_words(content: torch.Tensor) -> torch.Tensor:
     missing = -content.numel() % 8
-    if missing or content.data_ptr() % 8:  # words must lie on a multiple of their size
+    # Words must lie on a multiple of their size, in memory and in their storage.
+    if missing or content.storage_offset() % 8 or content.data_ptr() % 8:
         content = torch.cat([content, content.new_zeros(missing)])
     return content.view(torch.int64)
 

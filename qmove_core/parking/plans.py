@@ -25,6 +25,7 @@ from ..errors import (
 )
 from ..homes import Origin
 from ..integrations import accelerate_dispatch, diffusers_offload
+from ..memory.blocks import place_of
 from ..model import kinds, live_graph
 from ..model.holders import Straggler
 from ..model.holdings import Holding, Inventory
@@ -173,8 +174,9 @@ def _to_bring(
         origin = homes.origin_of(storage)
         known = {id(tensor) for tensor in holding.tensors}
         outsiders = origin.tensors_on(storage, but=known) if origin else []
-        if holding.device != target:
-            to_host = Origin(holding.device, holding.nbytes, None) if target.type == "cpu" else None
+        if holding.device != target or _lies_in_a_file(storage):
+            home = holding.device if origin is None or not origin.is_parked else origin.home
+            to_host = Origin(home, holding.nbytes, None) if target.type == "cpu" else None
             moves.append(StorageMove(holding, target, to_host, outsiders))
         elif origin is not None:
             staying.append((origin, outsiders))
@@ -191,6 +193,12 @@ def _to_bring(
         sleeping.wake_up(held.modules.values())
 
     return MovePlan(action, held, moves, be_home)
+
+
+def _lies_in_a_file(storage: torch.UntypedStorage) -> bool:
+    """Whether what runs on the host would read a file there, which others may change."""
+    place = place_of(storage)
+    return place is not None and place[0].is_file
 
 
 def _add_what_left(held: Inventory, record: Record | None, model: object) -> None:

@@ -261,8 +261,9 @@ def move(
 ) -> Moved:
     """A better `.to()`: moves every byte of `model`, quantization kept, and it can run on `device`.
 
-    Moved to the CPU, the model is not parked: it runs there, and does not wake. Tensors that plain
-    attributes hold on the host stay there, unless an earlier move brought them.
+    Moved to the CPU, the model is not parked: it runs there, and does not wake. What was parked on
+    disk or in the model's own files is read into RAM. Tensors that plain attributes hold on the
+    host stay there, unless an earlier move brought them.
 
     Args:
         model: as for `park`; it may be parked.
@@ -316,8 +317,7 @@ def attach(
     """
     started = time.perf_counter()
     place = None if device is None else devices.resolve(device)
-    proves = place is None or place.type == "cpu"
-    plan = attaching.attach(model, folder, wake, proves=proves).plan
+    plan = attaching.attach(model, folder, wake, proves=place is None).plan
     if place is not None:
         return move(model, place) if place.type == "cpu" else restore(model, place)
     done = Done(0, [], verified=True)

@@ -7,8 +7,8 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy
 import pytest
 from torch import nn
 
@@ -327,20 +327,26 @@ def test_a_settled_file_is_not_read_to_park(
     assert qmove.park(model).copied_bytes == 0
 
 
+@pytest.mark.parametrize("read_from", ["the file", "the map"])
 def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error_and_not_a_crash(
-    gpu: GPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: GPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_from: str
 ) -> None:
     model, path = mirrored(tmp_path)
     before, whole = contents(model), path.read_bytes()
     qmove.park(model)
-    read = pages.read
+    where, name = (
+        (pages, "read") if read_from == "the map" else (mapped_files.MappedFile, "_read_past_cache")
+    )
+    read = getattr(where, name)
 
-    def truncated(address: int, out: numpy.ndarray) -> int:
+    def truncated(*arguments: Any) -> int:
         os.truncate(path, 5 * PAGE)
-        return read(address, out)
+        return int(read(*arguments))
 
     with monkeypatch.context() as patched:
-        patched.setattr(pages, "read", truncated)
+        patched.setattr(where, name, truncated)
+        if read_from == "the map":  # as where nobody can tell whether it was written to
+            patched.setattr(pages, "is_unwritten", lambda *_: False)
         with pytest.raises(qmove.MappedFileChanged, match=rf"it has {5 * PAGE} bytes now"):
             qmove.restore(model)
     path.write_bytes(whole)
