@@ -25,6 +25,7 @@ from .errors import (
     QMoveError,
     UnknownDevice,
 )
+from .loading.from_pretrained import from_pretrained
 from .materialize.materialize import materialize_meta_tensors
 from .materialize.undo import materialized
 from .memory.giving_back import trim
@@ -89,6 +90,7 @@ __all__ = [
     "disable_to",
     "dispatch_model",
     "enable_to",
+    "from_pretrained",
     "inventory",
     "is_parked",
     "is_pinned",

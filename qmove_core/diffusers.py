@@ -50,7 +50,7 @@ def offload_strategy(
         from .offload_hooks import diffusers_hooks
     except ImportError as error:
         raise MissingDependency(
-            "An offload strategy needs diffusers 0.42 or newer, and accelerate "
-            f"({error}): pip install -U diffusers accelerate"
+            f"An offload strategy needs diffusers 0.42 or newer, and accelerate ({error}). "
+            "Install them: pip install 'diffusers>=0.42' accelerate."
         ) from error
     return diffusers_hooks.strategy(memory_reserve_margin, order)

@@ -156,6 +156,17 @@ class MappedFile(HostBlock):
         self._parts[start] = Part(name, start, end, None, checksum, stamp)
         return self.storage(start, end - start, released)
 
+    def note_content(self, name: str, start: int, end: int) -> None:
+        """Reads what the file has now at a storage that lies in [start, end), so that a later
+        change is seen.
+
+        Raises:
+            MappedFileChanged: the file has become shorter.
+        """
+        part = Part(name, start, end, None, 0, self._stamp())
+        part.checksum = self._checksum_in_file(part)
+        self._parts[start] = part
+
     def part_at(self, start: int) -> Part:
         """The bytes that begin at `start`."""
         return self._parts[start]

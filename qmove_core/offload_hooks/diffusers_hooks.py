@@ -45,7 +45,7 @@ def _install() -> None:
     if "offload_strategy" not in takes:
         raise MissingDependency(
             f"The installed diffusers, {diffusers.__version__}, takes no offload_strategy; "
-            "0.42 does: pip install -U diffusers"
+            "0.42 does: pip install 'diffusers>=0.42'"
         )
     between_forwards.watch_waking()
     with _installing:

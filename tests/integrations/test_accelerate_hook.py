@@ -276,4 +276,6 @@ def test_where_a_library_is_missing_the_call_says_which() -> None:
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.strip().splitlines()
-    assert "pip install accelerate" in first and "pip install -U diffusers" in second
+    assert (
+        "pip install accelerate" in first and "pip install 'diffusers>=0.42' accelerate" in second
+    )
