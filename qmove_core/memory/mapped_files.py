@@ -163,7 +163,7 @@ class MappedFile(HostBlock):
         Raises:
             MappedFileChanged: the file has become shorter.
         """
-        part = Part(name, start, end, None, 0, self._stamp())
+        part = Part(name, start, end, None, 0, self.stamp())
         part.checksum = self._checksum_in_file(part)
         self._parts[start] = part
 
