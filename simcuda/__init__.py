@@ -39,6 +39,7 @@ from simcuda.counters import (
     set_workspaces,
     strict_host_frees,
 )
+from simcuda.driver import DriverCall, DriverCounters, driver_counters, on_driver_call
 from simcuda.faults import CopyNotice, Fault, fail, flip_bit, on_copy
 from simcuda.hostile import hostile
 
@@ -46,6 +47,8 @@ __all__ = [
     "AllocatorCounters",
     "CopyNotice",
     "Counters",
+    "DriverCall",
+    "DriverCounters",
     "Fault",
     "HostCounters",
     "SimulationError",
@@ -55,6 +58,7 @@ __all__ = [
     "clock",
     "contexts",
     "counters",
+    "driver_counters",
     "fail",
     "flip_bit",
     "host_counters",
@@ -64,6 +68,7 @@ __all__ = [
     "link",
     "lost_context",
     "on_copy",
+    "on_driver_call",
     "parse_size",
     "queued",
     "reset_contexts",

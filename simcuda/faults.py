@@ -50,7 +50,7 @@ class Fault:
         sim().sim_remove_fault(self._id)
 
 
-def _new_references(error: BaseException, times: int) -> tuple[int, int]:
+def new_references(error: BaseException, times: int) -> tuple[int, int]:
     """Addresses of an exception's class and instance, with references counted for ``times`` raises
     from C++."""
     for _ in range(times):
@@ -96,7 +96,7 @@ def fail(
             "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"
         )
     raised = error() if isinstance(error, type) else error
-    addresses = (None, None) if raised is None else _new_references(raised, times)
+    addresses = (None, None) if raised is None else new_references(raised, times)
     stop = -1 if after_bytes is None else after_bytes
     planned = (KINDS.index(kind), nth, times, stop, late, False, *addresses)
     fault = Fault(sim().sim_add_fault(*planned, operator.encode(), min_rows))
@@ -149,7 +149,7 @@ def _notify(raw: ctypes._Pointer[RawNotice], error: ctypes._Pointer[ctypes.c_voi
     except (
         BaseException
     ) as raised:  # not swallowed: it goes through C++ to whoever asked for the copy
-        error[0], error[1] = _new_references(raised, 1)
+        error[0], error[1] = new_references(raised, 1)
 
 
 _trampoline = NoticeFn(_notify)

@@ -23,6 +23,7 @@ class RawNotice(ctypes.Structure):
 
 
 NoticeFn = ctypes.CFUNCTYPE(None, ctypes.POINTER(RawNotice), ctypes.POINTER(c_void_p))
+DriverFn = ctypes.CFUNCTYPE(None, c_int, c_uint64, ctypes.POINTER(c_void_p))
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_configure": (None, [c_int, c_uint64]),
@@ -56,6 +57,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "sim_fault_fired": (c_int64, [c_int64]),
     "sim_remove_fault": (None, [c_int64]),
     "sim_on_copy": (None, [NoticeFn]),
+    "sim_on_driver_call": (None, [DriverFn]),
+    "sim_driver_counters": (None, [c_int, ctypes.POINTER(c_double)]),
     "sim_now": (c_double, []),
     "sim_advance": (None, [c_double]),
     "sim_reset_clock": (None, []),

@@ -6,6 +6,7 @@ using namespace sim;
 namespace sim {
 using NoticeFn = void (*)(const CopyNotice*, void** error);
 extern NoticeFn notice_fn;
+extern DriverFn driver_fn;
 }  // namespace sim
 
 extern "C" {
@@ -83,9 +84,17 @@ void sim_host_counters(uint64_t* out) {
   uint64_t values[] = {m.pinned_bytes, m.pinned_peak, m.pins, m.registered_bytes, m.unpins};
   std::copy(std::begin(values), std::end(values), out);
 }
+void sim_driver_counters(int kind, double* out) {
+  Lock lock(machine().mutex);
+  const DriverCounters& counters = machine().driver[kind];
+  double values[] = {static_cast<double>(counters.calls), counters.seconds, counters.longest};
+  std::copy(std::begin(values), std::end(values), out);
+}
+void sim_on_driver_call(DriverFn callback) { driver_fn = callback; }
 void sim_reset_counters() {
   Lock lock(machine().mutex);
   Machine& m = machine();
+  for (DriverCounters& counters : m.driver) counters = {};
   for (Device& device : m.devices) {
     device.peak = device.allocated;
     device.requested_peak = device.requested;

@@ -177,6 +177,7 @@ void run_copy(const Copy& copy) {
 
 at::Tensor& copy_kernel(at::Tensor& dst, const at::Tensor& src, bool non_blocking) {
   if (dst.is_same(src)) return dst;
+  wait_for_driver();
   c10::OptionalDeviceGuard guard(dst.is_cuda() ? dst.device() : src.device());
   at::Tensor from = src.sizes() == dst.sizes() ? src : src.expand_as(dst);
   if (dst.numel() == 0) return dst;

@@ -67,4 +67,12 @@ void announce_copy(const CopyNotice& notice) {
   if (error[1]) throw python_error(error[0], error[1]);
 }
 
+void announce_driver_call(int kind, size_t nbytes) {
+  DriverFn fn = driver_fn;  // another thread may take it away now
+  if (fn == nullptr) return;
+  void* error[2] = {nullptr, nullptr};
+  fn(kind, nbytes, error);
+  if (error[1]) throw python_error(error[0], error[1]);
+}
+
 }  // namespace sim

@@ -132,6 +132,7 @@ void foreach_copy(at::TensorList targets, at::TensorList sources, bool non_block
             targets[i].scalar_type() == sources[i].scalar_type() && targets[i].sizes() == sources[i].sizes() &&
             targets[i].is_contiguous() && sources[i].is_contiguous();
   if (!fused) return at::native::foreach_tensor_copy_list_kernel_slow_(targets, sources, non_blocking);
+  wait_for_driver();
   for (size_t start = 0; start < targets.size(); start += kPairs) {
     size_t end = std::min(start + kPairs, targets.size());
     {
@@ -206,6 +207,7 @@ TORCH_LIBRARY(simcuda, m) {
   });
   // torch.cuda._sleep: a kernel that takes no memory. Only its launch is modelled, which raises a left-over error.
   m.def("sleep(int cycles) -> ()", [](int64_t) {
+    wait_for_driver();
     Lock lock(machine().mutex);
     check_last_error();
     launch(current_stream(current_device()));

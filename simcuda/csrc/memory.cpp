@@ -141,13 +141,31 @@ BlockPtr new_block(int device, size_t nbytes, Place place) {
 }
 
 struct DeviceAllocator final : c10::DeviceAllocator {
-  c10::DataPtr allocate(size_t nbytes) override { return allocate_on(current_device(), nbytes); }
+  c10::DataPtr allocate(size_t nbytes) override {
+    wait_for_driver();
+    auto reserved = [] {
+      Lock lock(machine().mutex);
+      return machine().devices[current_device()].reserved;
+    };
+    size_t before = reserved();
+    c10::DataPtr memory = allocate_on(current_device(), nbytes);
+    size_t after = reserved();
+    if (after > before) {  // its cache had too little: the driver was asked
+      DriverCall call(kMallocCall, after - before);
+      Lock lock(machine().mutex);
+      call.took(0);
+    }
+    return memory;
+  }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {
+    DriverCall call(kFreeCall, 0);
     Lock lock(machine().mutex);
+    double start = machine().now;
     for (int index = 0; index < machine().device_count; ++index) sim::empty_cache(index);
+    call.took(machine().now - start);
   }
   void recordStream(const c10::DataPtr& ptr, c10::Stream stream) override {
     Lock lock(machine().mutex);
@@ -197,6 +215,7 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     device.reserved_peak = device.reserved;
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
+    wait_for_driver();
     Lock lock(machine().mutex);
     use_device(index);
     const Device& device = machine().devices[index];

@@ -163,6 +163,7 @@ class Call {
 
  private:
   void before() {
+    wait_for_driver();
     Machine& m = machine();
     std::string name = schema_.name().substr(schema_.name().find("::") + 2);
     std::optional<Fault> fault;

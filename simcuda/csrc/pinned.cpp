@@ -62,9 +62,10 @@ void delete_pinned(void* context) {
 struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t requested) override {
     Machine& m = machine();
-    Lock lock(m.mutex);
     if (requested == 0) return {nullptr, nullptr, &delete_pinned, c10::Device(c10::kCPU)};
     size_t nbytes = c10::llvm::PowerOf2Ceil(requested);
+    DriverCall call(kPinCall, nbytes);
+    Lock lock(m.mutex);
     std::string detail = "cannot lock " + std::to_string(nbytes) + " bytes of host memory (" +
                          std::to_string(requested) + " asked, rounded up to a power of two)";
     if (auto fault = next_fault(kFailPinnedAlloc)) raise_fault(*fault, kMemoryAllocation, detail + ", injected");
@@ -77,7 +78,9 @@ struct PinnedAllocator final : at::HostAllocator {
     auto range = std::make_shared<Pinned>();
     range->ptr = static_cast<char*>(ptr);
     range->nbytes = nbytes;
-    m.now += static_cast<double>(nbytes) / m.link.pin_untouched;
+    double seconds = static_cast<double>(nbytes) / m.link.pin_untouched;
+    m.now += seconds;
+    call.took(seconds);
     enter(range);
     return {ptr, new PinnedPtr(range), &delete_pinned, c10::Device(c10::kCPU)};
   }
@@ -146,8 +149,11 @@ static int try_register(char* ptr, size_t nbytes, int64_t flags) {
 }
 
 int host_register(char* ptr, size_t nbytes, int64_t flags) {
+  DriverCall call(kPinCall, nbytes);
   Lock lock(machine().mutex);
+  double start = machine().now;
   int code = try_register(ptr, nbytes, flags);
+  call.took(machine().now - start);
   if (code != kSuccess) {
     set_last_error(code);
     if (code != kCaptureUnsupported) leave_for_next_wait(current_device(), code);
@@ -156,6 +162,7 @@ int host_register(char* ptr, size_t nbytes, int64_t flags) {
 }
 
 int host_unregister(char* ptr) {
+  DriverCall call(kUnpinCall, 0);
   Lock lock(machine().mutex);
   auto& ranges = machine().pinned;
   auto it = ranges.find(ptr);
@@ -163,7 +170,9 @@ int host_unregister(char* ptr) {
     set_last_error(kNotRegistered);
     return kNotRegistered;
   }
-  machine().now += static_cast<double>(it->second->nbytes) / machine().link.unpin;
+  double seconds = static_cast<double>(it->second->nbytes) / machine().link.unpin;
+  machine().now += seconds;
+  call.took(seconds);
   machine().unpins++;
   it->second->released = true;  // seen by copies that are still queued
   ranges.erase(it);

@@ -54,6 +54,27 @@ void check_last_error();
 void leave_for_next_wait(int device, int code);
 void check_queued_error(int device);
 
+// ---- the driver's lock (driver.cpp) ----------------------------------------------------------------------------------
+
+enum DriverCallKind : int { kPinCall = 0, kUnpinCall = 1, kMallocCall = 2, kFreeCall = 3 };
+constexpr int kDriverCalls = 4;
+struct DriverCounters { uint64_t calls = 0; double seconds = 0, longest = 0; };  // virtual time
+// A call that holds it, to its end. Never made with the machine's mutex held: it waits, and may run Python.
+class DriverCall {
+ public:
+  DriverCall(int kind, size_t nbytes);
+  ~DriverCall();
+  DriverCall(const DriverCall&) = delete;
+  // Counts what it took, with the machine's mutex held.
+  void took(double seconds) const;
+
+ private:
+  int kind_;
+  bool holds_ = false;
+};
+// What any other use of a device does first, without the machine's mutex.
+void wait_for_driver();
+
 // ---- virtual time (link.cpp) ----------------------------------------------------------------------------------------
 
 // Bytes a second and seconds; filled from simcuda/link.py, in this order.
@@ -217,6 +238,8 @@ std::optional<Fault> next_fault(int kind, const std::string& op = "", int64_t ro
 [[noreturn]] void raise_fault(const Fault& fault, int code, const std::string& detail);
 struct CopyNotice { int direction, device, pinned, non_blocking; int64_t nbytes, stream; };
 void announce_copy(const CopyNotice& notice);
+using DriverFn = void (*)(int kind, uint64_t nbytes, void** error);
+void announce_driver_call(int kind, size_t nbytes);
 
 // ---- the machine ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +272,7 @@ struct Machine {
   int allocator = kExact;
   size_t context_bytes = 0;  // what each new context takes
   size_t pinned_bytes = 0, pinned_peak = 0, pinned_limit = SIZE_MAX, pins = 0, unpins = 0, registered_bytes = 0;
+  DriverCounters driver[kDriverCalls];
   bool strict_host_frees = false;
   std::deque<BlockPtr> quarantine;
   size_t quarantined = 0;

@@ -1,6 +1,7 @@
 // One translation unit: PyTorch's headers, which take most of the time to compile, are read once.
 #include "errors.cpp"
 #include "link.cpp"
+#include "driver.cpp"
 #include "memory.cpp"
 #include "segments.cpp"
 #include "pinned.cpp"
