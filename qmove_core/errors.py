@@ -239,13 +239,17 @@ class InUse(QMoveError):
 
 
 class Pinned(QMoveError):
-    """The model, or a part of it that would have to go along, is pinned where it is."""
+    """The model, or a part of it that would have to go along, is pinned where it is, or on lease
+    from a pool; `holder` says who has it then."""
 
-    def __init__(self, action: Action, name: str) -> None:
+    def __init__(self, action: Action, name: str, holder: str | None = None) -> None:
+        self.holder = holder
+        what, way_out = "pin (qmove.pin)", f"To let it go, call qmove.unpin(model) with that {name}"
+        if holder is not None:
+            what, way_out = f"lease of {holder}", "Try again when that has ended"
         super().__init__(
-            f"Cannot {action.infinitive}: a pin (qmove.pin) keeps {name} where it is. "
-            f"{action.nothing_done.capitalize()}. To let it go, call qmove.unpin(model) with that "
-            f"{name} first."
+            f"Cannot {action.infinitive}: a {what} keeps {name} where it is. "
+            f"{action.nothing_done.capitalize()}. {way_out}{' first' * (holder is None)}."
         )
 
 

@@ -36,12 +36,19 @@ from .nvml import Memory, other_processes
 from .nvml import memory as memory_of_card
 from .parking.pins import Pin, any_pinned, pin_of
 from .parking.records import parked_bytes
+from .pool.footprint import Footprint
+from .pool.keeping import Keeping, Kept
+from .pool.keeping import Place as KeepingPlace
 from .slots import slots_of
 
 __all__ = [
     "AT_ONCE",
     "Description",
+    "Footprint",
     "Heap",
+    "Keeping",
+    "KeepingPlace",
+    "Kept",
     "Memory",
     "Pin",
     "Place",

@@ -106,3 +106,10 @@ def tell_moved() -> None:
     """Calls what `on_move` registered."""
     for callback in _moved:
         callback()
+
+
+def forget(*callbacks: Callable[..., object]) -> None:
+    """Calls these no more."""
+    registered: list[list] = [_yielding, _ask_for_room, _give_up, _page_locked, _moved]
+    for some in registered:
+        some[:] = [callback for callback in some if callback not in callbacks]

@@ -1,7 +1,9 @@
-"""Pinned models: a thread keeps one home for a while (`resident`), a user until it is unpinned.
+"""Pinned models: a thread keeps one home for a while (`resident`), a user until it is unpinned, a
+pool as long as the model is on lease.
 
-What a user has pinned stays where it is, also where another model shares it: a park leaves it out,
-and a move that would take it along is refused.
+What a user has pinned, or has on lease, stays where it is, also where another model shares it: a
+park leaves it out, and a move that would take it along is refused, also to the thread that holds
+the lease.
 """
 
 from __future__ import annotations
@@ -33,14 +35,22 @@ class Pin:
         parks_after: whether somebody has to park it when the thread lets it go.
         extra: what is parked with it then.
         frees: bytes that are parked then of each device; None: all.
+        lease: by what name of which pool it is on lease, in words; None for all other pins.
+        has_ended: whether a lease was given back: it counts no more.
     """
 
     def __init__(
-        self, model: object, *, thread: threading.Thread | None, device: torch.device | None = None
+        self,
+        model: object,
+        *,
+        thread: threading.Thread | None,
+        device: torch.device | None = None,
+        lease: str | None = None,
     ) -> None:
         self._model = Weakly(model)
         self.name = type(model).__name__
-        self.thread, self.device = thread, device
+        self.thread, self.device, self.lease = thread, device, lease
+        self.has_ended = False
         self.parks_after = False
         self.extra: list[object] = []
         self.frees: dict[torch.device, int] | None = None
@@ -64,7 +74,8 @@ class Pin:
         return self.is_for(model) or (isinstance(model, nn.Module) and model in self._modules)
 
 
-_pins: list[Pin] = []  # changed by who holds the lock of moves
+_pins: list[Pin] = []  # changed by who holds the lock of moves, as is the other one
+_leases: list[Pin] = []
 
 
 # For a while, by a thread ----------------------------------------------------------------------
@@ -110,6 +121,24 @@ def _held_by_thread(held: Inventory, *, of_others: bool, but: Pin | None = None)
     return None
 
 
+# As long as it is on lease ---------------------------------------------------------------------
+
+
+def lend(pin: Pin) -> None:
+    """Keeps a model where it is until `take_back`; the lock of moves is held.
+
+    Args:
+        pin: a new one with a `lease`, or one that was taken back.
+    """
+    pin.has_ended = False
+    _leases[:] = [*(lease for lease in _leases if not lease.has_ended and lease is not pin), pin]
+
+
+def take_back(pin: Pin) -> None:
+    """Ends a lease, unless that was done. It waits for no move, so that finalizers may call it."""
+    pin.has_ended = True
+
+
 # Until it is unpinned --------------------------------------------------------------------------
 
 
@@ -123,7 +152,7 @@ def keep(model: object, device: torch.device | None = None) -> None:
 def lift(model: object) -> list[Pin]:
     """Takes the pins of exactly this object off, and returns them."""
     _forget_dead()
-    lifted = [pin for pin in _kept() if pin.is_for(model)]
+    lifted = [pin for pin in _pins if pin.thread is None and pin.is_for(model)]
     _pins[:] = [pin for pin in _pins if pin not in lifted]
     return lifted
 
@@ -135,7 +164,7 @@ def put_back(lifted: Iterable[Pin]) -> None:
 
 def any_pinned() -> bool:
     """Whether any model may be pinned by a user."""
-    return any(pin.thread is None for pin in _pins)
+    return bool(_kept())
 
 
 def pin_of(model: object) -> Pin | None:
@@ -185,7 +214,8 @@ def without_pinned(action: Action, model: object, held: Inventory) -> Inventory:
     others = [holding for holding in held.holdings if id(holding) not in ids]
     own = next((pin for pin in _kept() if pin.is_for(model)), None)
     if own is not None or not others:
-        raise Pinned(action, (own or staying[0][1]).name)
+        first = own or staying[0][1]
+        raise Pinned(action, first.name, first.lease)
     pins = {id(pin): pin for _holding, pin in staying}
     groups: dict[tuple[int, torch.device], list[Holding]] = defaultdict(list)
     for holding, pin in staying:
@@ -194,7 +224,7 @@ def without_pinned(action: Action, model: object, held: Inventory) -> Inventory:
         Immovable(
             first.name + (f" and {len(more)} more" if more else ""),
             device,
-            f"the pin of {pins[key].name} (qmove.pin)",
+            _in_words(pins[key]),
             sum(holding.nbytes for holding in (first, *more)),
         )
         for (key, device), (first, *more) in groups.items()
@@ -215,7 +245,13 @@ def refuse(action: Action, holdings: Iterable[Holding], target: torch.device) ->
         storage = holding.storage
         pin = pinned.get(storage._cdata)
         if pin is not None and target != (pin.device or _home_of(storage, holding.device)):
-            raise Pinned(action, pin.name)
+            raise Pinned(action, pin.name, pin.lease)
+
+
+def _in_words(pin: Pin) -> str:
+    if pin.lease is None:
+        return f"the pin of {pin.name} (qmove.pin)"
+    return f"the lease of {pin.lease}"
 
 
 def _home_of(storage: torch.UntypedStorage, place: torch.device) -> torch.device:
@@ -229,4 +265,5 @@ def _forget_dead() -> None:
 
 
 def _kept() -> list[Pin]:
-    return [pin for pin in _pins if pin.thread is None]
+    leases = [pin for pin in list(_leases) if not pin.has_ended]
+    return [*leases, *(pin for pin in _pins if pin.thread is None)]

@@ -12,12 +12,12 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 import qmove_core as qmove
 from qmove_core import for_hosts
@@ -39,8 +39,9 @@ _by_module: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> weak reference to 
 class Keeper(Protocol):
     """Who keeps models alive, and lets go of some where RAM is short (`pool`)."""
 
-    def make_room_for(self, leaving: Adopted, nbytes: int, *, may_go: bool) -> None: ...
-    def let_go(self, adopted: Adopted) -> bool: ...
+    def make_room_for(self, leaving: Adopted, nbytes: int, *, may_go: bool) -> bool: ...
+    def has_no_disk_for(self, leaving: Adopted, nbytes: int, *, may_go: bool) -> None: ...
+    def let_go_of(self, adopted: Adopted) -> bool: ...
 
 
 _keeper: Keeper | None = None
@@ -75,7 +76,7 @@ class Adopted:
         self.users: weakref.WeakSet[type] = weakref.WeakSet()  # a class may hold the model
         self._model = weakref.ref(model)
         self._fingerprint: object = None
-        self._holdings: list[list[TensorWeakRef]] = []
+        self._footprint = for_hosts.Footprint()
         self.refresh()
 
     @property
@@ -108,17 +109,13 @@ class Adopted:
         elsewhere = {cdata for other in others for cdata in other.storages()}
         held = qmove.inventory(self.movable)
         self.description = for_hosts.describe(held)
-        self._holdings = [
-            [TensorWeakRef(tensor) for tensor in holding.tensors]
-            for holding in held.holdings
-            if holding.storage._cdata not in elsewhere
-        ]
+        self._footprint = for_hosts.Footprint(held, elsewhere)
         self._fingerprint = fingerprint
 
     @property
     def resident(self) -> dict[torch.device, int]:
         """Bytes on each accelerator now."""
-        return self._bytes()[0]
+        return self._alive.resident
 
     @property
     def moved_by(self) -> str | None:
@@ -130,30 +127,36 @@ class Adopted:
     def lost(self) -> list[str]:
         """The names of its tensors whose bytes somebody has taken away (`storage.resize_(0)`)."""
         model = self.movable
-        if model is None or not any(is_emptied(tensor) for tensor, _ in self._storages()):
+        if model is None or not any(is_emptied(tensor) for tensor, _ in self._footprint.storages()):
             return []
         return [holding.name for holding in qmove.inventory(model).holdings if holding.lacks_bytes]
 
     @property
     def parked(self) -> dict[torch.device, int]:
         """Bytes parked now, by the accelerator that is their home."""
-        return self._bytes()[1]
+        return self._alive.parked
 
     @property
     def in_ram(self) -> int:
         """Bytes of RAM that it takes, parked or not. Host copies of what is on a device are none
         of them, nor is what looks into its own files."""
-        if self.model is None:
-            return 0
-        return sum(for_hosts.ram_bytes(storage) for _tensor, storage in self._storages())
+        return self._alive.in_ram
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes that are parked in files."""
+        return self._alive.on_disk
 
     @property
     def mirrored(self) -> int:
         """Bytes on accelerators of which there is a host copy already."""
-        if self.model is None:
-            return 0
-        away = [s for _tensor, s in self._storages() if s.device.type != "cpu"]
-        return sum(s.nbytes() for s in away if for_hosts.known_digest(s) is not None)
+        return self._alive.mirrored
+
+    @property
+    def _alive(self) -> for_hosts.Footprint:
+        """Where its bytes are: nowhere once it is dead, though something else may still hold its
+        tensors."""
+        return self._footprint if self.model is not None else for_hosts.Footprint()
 
     def park(self, free: dict[Any, int] | None = None, *, may_go: bool = False) -> None:
         """Parks it, or as much of it as it takes to free so many bytes on each of these devices.
@@ -166,14 +169,24 @@ class Adopted:
         if _keeper is None or not nbytes:
             self._move("park", park, nbytes)
             return
-        _keeper.make_room_for(self, nbytes, may_go=may_go)
+        if _keeper.make_room_for(self, nbytes, may_go=may_go):
+            try:
+                self._move("park", functools.partial(park, to="disk"), nbytes)
+                return
+            except qmove.CannotWriteToDisk as error:
+                log.warning("%s", str(error))
+            _keeper.has_no_disk_for(self, nbytes, may_go=may_go)
         try:
             self._move("park", park, nbytes)
             return
         except qmove.NotEnoughMemory as error:
             failure = error.with_traceback(None)  # its frames would keep the model
-        if not (may_go and _keeper.let_go(self)):
+        if not (may_go and _keeper.let_go_of(self)):
             raise failure
+
+    def park_on_disk(self) -> None:
+        """Parks it on disk, also what is parked in RAM."""
+        self._move("park", functools.partial(qmove.park, to="disk"), self.in_ram)
 
     def come_home(self) -> None:
         self._move("restore", qmove.restore, sum(self.parked.values()))
@@ -189,34 +202,13 @@ class Adopted:
         parked, or has a host copy."""
         if self.model is None:
             return Counter()
-        known = [(for_hosts.known_digest(s), s.nbytes()) for _tensor, s in self._storages()]
+        storages = [storage for _tensor, storage in self._footprint.storages()]
+        known = [(for_hosts.known_digest(s), s.nbytes()) for s in storages]
         return Counter((digest, nbytes) for digest, nbytes in known if digest is not None)
 
     def storages(self) -> set[int]:
         """The `_cdata` of its storages, wherever they are now."""
-        return {storage._cdata for _, storage in self._storages()}
-
-    def _storages(self) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
-        """One living tensor of each holding, and its storage."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for references in self._holdings:
-                for reference in references:
-                    tensor = reference()
-                    if tensor is not None:
-                        yield tensor, tensor.untyped_storage()
-                        break
-
-    def _bytes(self) -> tuple[dict[torch.device, int], dict[torch.device, int]]:
-        resident: Counter[torch.device] = Counter()
-        parked: Counter[torch.device] = Counter()
-        if self.model is None:  # something else may still hold its tensors
-            return {}, {}
-        for tensor, storage in self._storages():
-            if storage.device.type != "cpu":
-                resident[storage.device] += storage.nbytes()
-            elif (home := for_hosts.parked_home(tensor)) is not None:
-                parked[home] += storage.nbytes()
-        return dict(resident), dict(parked)
+        return {storage._cdata for _, storage in self._footprint.storages()}
 
 
 def adopted_models() -> list[Adopted]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+import qmove_core as qmove
+from qmove_core import for_hosts
 
 from ..contract import HostEntry
 from ..models import pins
 from ..models.adopted import Adopted, adopted_of
 from . import named_files, rules
 
-_QUICKEST = 1e-3  # seconds: what loads quicker costs as much to look for
+log = logging.getLogger("qmove")
 
 
-@dataclass(eq=False)
-class Kept:
+class Kept(for_hosts.Kept):
     """Attributes:
     key: ComfyUI's hash of the inputs, without the ids of the nodes.
     class_name: of the node that made it.
@@ -31,17 +34,22 @@ class Kept:
     used_in: the number of the prompt that used it last.
     """
 
-    key: str
-    class_name: str
-    outputs: list[Any]
-    models: list[Any]
-    patchers: list[HostEntry]
-    seconds: float
-    written: list[Any]
-    used_in: int
-    files: named_files.Stamps = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        key: str,
+        class_name: str,
+        outputs: list[Any],
+        models: list[Any],
+        patchers: list[HostEntry],
+        seconds: float,
+        written: list[Any],
+        used_in: int,
+        forget: Callable[[Kept], None],
+    ) -> None:
+        self.key, self.class_name, self.outputs = key, class_name, outputs
+        self.models, self.patchers = models, patchers
+        self.seconds, self.written, self.used_in = seconds, written, used_in
+        self._forget = forget
         node_class = rules.class_named(self.class_name)
         self._class = weakref.ref(node_class) if node_class is not None else None
         self._structure = _structure_of(self.models)
@@ -81,11 +89,32 @@ class Kept:
             sizes[adopted] += sum(adopted.resident.values())
         return sizes
 
-    def uselessness(self, prompt: int) -> float:
-        """How little is lost with it: the more prompts have not used it, and the more bytes come
-        back for a second of loading it again."""
-        nbytes = sum(self.bytes_in_all().values())
-        return (prompt - self.used_in) * nbytes / max(self.seconds, _QUICKEST)
+    def bytes_on_disk(self) -> dict[Any, int]:
+        return {adopted: adopted.on_disk for adopted in self.adopted}
+
+    @property
+    def may_be_on_disk(self) -> bool:
+        """ComfyUI's own models are its business."""
+        return not self.patchers
+
+    def to_disk(self) -> bool:
+        for adopted in self.adopted:
+            try:
+                adopted.park_on_disk()
+            except qmove.QMoveError as error:
+                # The text, not the error with its frames: a log record may be kept.
+                log.warning("%s", str(error))
+                return False
+        return True
+
+    def let_go(self) -> bool:
+        models = [weakref.ref(adopted.model) for adopted in self.adopted]
+        self._forget(self)
+        # Lists of callers may still hold it; ComfyUI has the same objects in its own lists.
+        self.outputs, self.models, self.patchers = [], [], []
+        if any(model() is not None for model in models):
+            gc.collect()
+        return True
 
     def outdated(self) -> str | None:
         """Why it may not be given back, in words; None where it may."""

@@ -54,11 +54,11 @@ def budget(models: float) -> None:
 
 def run(comfy: FakeHost, name: str, *, seconds: float = 1.0, mib: int = 4) -> weakref.ref[Any]:
     """Runs the workflow of a model, which is in VRAM then; it is said to have loaded so long."""
-    before = {kept.key for kept in pool._all()}
+    before = {kept.key for kept in pool.all()}
     load = node("Load", mib=mib, shape=name)
-    comfy.run({name: load, f"use {name}": node("Use", model=(name, 0), seed=pool._prompt)})
+    comfy.run({name: load, f"use {name}": node("Use", model=(name, 0), seed=pool.clock)})
     assert not comfy.errors
-    for kept in pool._all():
+    for kept in pool.all():
         if kept.key not in before:
             kept.seconds = seconds
     return weakref.ref(model_in(comfy, name))
@@ -140,7 +140,7 @@ def test_of_equal_seconds_the_bigger_one_goes(comfy: FakeHost) -> None:
 def test_a_pinned_model_never_goes(comfy: FakeHost) -> None:
     budget(0.5)
     pinned = run(comfy, "plain")
-    (kept,) = pool._all()
+    (kept,) = pool.all()
     adopted = adopted_of(kept.models[0])
     assert adopted is not None
     pinning.pin_models([adopted], "pin")
@@ -166,11 +166,11 @@ def test_nor_does_one_of_comfyuis_own_that_is_pinned(comfy: FakeHost) -> None:
     for mib in (1, 2):
         comfy.run({"own": node("LoadOwn", mib=mib)})
         leave(comfy)
-    first, _second = pool._all()
+    first, _second = pool.all()
     (patcher,) = first.patchers
     pins.choose_for_hosts_own(patcher, "pin")
     pool.give_up(1 << 40)
-    assert pool._all() == [first] and first.patchers == [patcher]
+    assert pool.all() == [first] and first.patchers == [patcher]
 
 
 def test_where_the_budget_has_no_room_a_model_goes_instead_of_being_copied(
@@ -222,7 +222,7 @@ def test_a_park_that_ram_has_no_room_for_takes_it_from_the_pool(
     leave(comfy)
     park_all()
     own = run(comfy, "list")
-    pool._kept.pop(next(k.key for k in pool._all() if k.models[0] is own()))
+    pool.remove(next(k for k in pool.all() if k.models[0] is own()))
     settings.change({"qmove.ramLimit": 1.5 * SIZE / GIB})
     leaving = comfy.cache.entries["list"].outputs[0][0]
     requests.park_value(leaving)
@@ -255,15 +255,12 @@ def test_pressure_from_others_shrinks_it_the_least_useful_first(
         models.append(run(comfy, shape))
         leave(comfy)
         park_all()
-    plenty = limits.psutil.virtual_memory().available
-    lacking = limits.reserve(plenty + giving_back._resident()) - int(1.5 * SIZE)
+    in_all = 64 * GIB  # under a limit that leaves too little free by one model and a half
+    lacking = limits.reserve(in_all) - int(1.5 * SIZE)
     monkeypatch.setattr(limits, "cgroup_free", lambda: lacking)
-    monkeypatch.setattr(giving_back, "_resident", lambda: plenty + giving_back_resident - lacking)
+    monkeypatch.setattr(giving_back, "_resident", lambda: in_all - lacking)
     giving_back.trim_under_pressure()
     assert [model() is not None for model in models] == [False, False, True]
-
-
-giving_back_resident = giving_back._resident()
 
 
 def test_half_of_the_ram_is_the_default_less_in_a_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:

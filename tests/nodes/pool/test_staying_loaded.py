@@ -206,7 +206,7 @@ def test_without_the_pool_the_loader_runs_again(comfy: FakeHost) -> None:
 
 def test_a_parked_model_comes_back_and_comes_home_for_its_node(comfy: FakeHost) -> None:
     def park() -> None:
-        (model,) = (kept.models[0] for kept in pool._all())
+        (model,) = (kept.models[0] for kept in pool.all())
         qmove.park(model)
 
     assert not runs_again(comfy, node("Load", mib=4), park)
@@ -358,7 +358,7 @@ def test_a_node_that_hands_a_model_on_runs_and_one_that_makes_another_does_not(
 
 def test_a_model_whose_layers_somebody_has_changed_is_loaded_again(comfy: FakeHost) -> None:
     def add_adapter() -> None:
-        (model,) = (kept.models[0] for kept in pool._all())
+        (model,) = (kept.models[0] for kept in pool.all())
         model[0] = nn.Sequential(model[0], nn.Identity())
 
     assert runs_again(comfy, node("Load", mib=4), add_adapter)
@@ -366,7 +366,7 @@ def test_a_model_whose_layers_somebody_has_changed_is_loaded_again(comfy: FakeHo
 
 def test_a_model_whose_weights_somebody_has_emptied_is_loaded_again(comfy: FakeHost) -> None:
     def empty() -> None:
-        (model,) = (kept.models[0] for kept in pool._all())
+        (model,) = (kept.models[0] for kept in pool.all())
         model[0].weight.untyped_storage().resize_(0)
 
     assert runs_again(comfy, node("Load", mib=4), empty)
@@ -408,7 +408,7 @@ def test_saved_seconds_are_those_of_loaders_that_would_have_run(
     comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comfy.run(workflow("a", node("Load", mib=4), 1))
-    (kept,) = pool._all()
+    (kept,) = pool.all()
     kept.seconds = 60.0
     another(comfy)
     comfy.run({"b load": node("Load", mib=4)})  # no node uses it
