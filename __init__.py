@@ -1,5 +1,12 @@
-"""ComfyUI's entry to qmove: the nodes and the folder of the frontend."""
+"""ComfyUI's entry to qmove: the nodes, the templates' stand-ins, and the frontend's folder."""
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY
+from . import nodes, stand_ins
+from .nodes import WEB_DIRECTORY
+
+NODE_CLASS_MAPPINGS = {**nodes.NODE_CLASS_MAPPINGS, **stand_ins.NODE_CLASS_MAPPINGS}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    **nodes.NODE_DISPLAY_NAME_MAPPINGS,
+    **stand_ins.NODE_DISPLAY_NAME_MAPPINGS,
+}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

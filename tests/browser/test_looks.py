@@ -92,7 +92,7 @@ def test_the_panel_after_a_run_in_both_themes(themed_tab: Tab, picture_for_readm
     so with real ones."""
     tab = themed_tab
     tab.page.set_viewport_size({"width": 1280, "height": 1130})
-    tab.run(OPEN, "generate_upscale_restore_with_auto_parking")
+    tab.run(OPEN, "Three models on one GPU")
     tab.run(
         "() => { app.canvas.ds.offset = [430, 90]; app.canvas.ds.scale = 0.85; app.canvas.setDirty(true, true) }"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qmove_pack
 from qmove_pack.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from qmove_pack.nodes.host import settings
 
@@ -22,7 +23,7 @@ OWN_SCRIPTS = sorted((ROOT / "web" / "js").rglob("*.js"))
 
 
 def inputs_of(name: str) -> dict[str, Any]:
-    types = NODE_CLASS_MAPPINGS[name].INPUT_TYPES()  # type: ignore[attr-defined]
+    types = qmove_pack.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
     return {**types["required"], **types.get("optional", {})}
 
 
@@ -152,9 +153,10 @@ def test_an_example_workflow_is_whole(file: Path) -> None:
         assert link in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][index]["link"] == link
     for node in nodes.values():
-        if node["type"] in NODE_CLASS_MAPPINGS:
+        if node["type"] in qmove_pack.NODE_CLASS_MAPPINGS:
+            cls = qmove_pack.NODE_CLASS_MAPPINGS[node["type"]]
             assert {slot["name"] for slot in node["inputs"]} <= inputs_of(node["type"]).keys()
-            names = NODE_CLASS_MAPPINGS[node["type"]].RETURN_NAMES  # type: ignore[attr-defined]
+            names = getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES)
             assert [slot["name"] for slot in node["outputs"]] == list(names)
 
 

@@ -5,6 +5,7 @@ import { app } from "../../../scripts/app.js";
 import { commands, keybindings, menuCommands, TAB } from "./commands.js";
 import { nodeMenuItems } from "./node_menu.js";
 import { followRuns, keepResultOf } from "./node_result.js";
+import { fitSize } from "./node_size.js";
 import * as notify from "./notify.js";
 import { Panel } from "./panel.js";
 import { Settings } from "./settings.js";
@@ -26,7 +27,11 @@ app.registerExtension({
   menuCommands,
   aboutPageBadges: badges,
 
-  nodeCreated: keepResultOf,
+  /** @param {import("./types").GraphNode} node */
+  nodeCreated(node) {
+    fitSize(node);
+    keepResultOf(node);
+  },
 
   /** @param {import("./types").GraphNode} node */
   getNodeMenuItems: (node) => nodeMenuItems(node, store),

@@ -172,7 +172,7 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
     """Brings models home, or to `device`, but none that is to stay; returns a line for each."""
     staying = [m for m in models if m.left_alone or (device != HOME and pins.stays(m))]
     models = [adopted for adopted in models if adopted not in staying]
-    away = {adopted.number: sum(adopted.parked.values()) for adopted in models}
+    away = {m.number: sum(m.parked.values()) or _on_its_way(m) for m in models}
     if device == HOME:
         residency.bring_home(models)
     else:
@@ -192,6 +192,15 @@ def restore_models(models: Sequence[Adopted], device: str = HOME) -> str:
         for adopted in models
     ]
     return "\n".join([*said, *lines])
+
+
+def _on_its_way(adopted: Adopted) -> int:
+    """Waits for a model that was asked home already (it is needed next), and is neither parked nor
+    there meanwhile. Returns the bytes that came."""
+    if adopted.resident:
+        return 0
+    qmove.restore(adopted.movable)
+    return sum(adopted.resident.values())
 
 
 def _stays(model: Model) -> str:

@@ -1,5 +1,5 @@
-"""Some core nodes by their names, inputs and outputs: those of the example workflows and of the
-frontends' own first workflow, and the loaders that old frontends expect.
+"""Some core nodes by their names, inputs and outputs: those of the templates, which run, and those
+of the frontends' own first workflow and the loaders that old frontends expect, which are only shown.
 
 They are not taken from the workflows: a workflow that names a node or an input that ComfyUI does
 not have is to fail. A real ComfyUI (COMFYUI_DIR) says whether this list is true.
@@ -7,7 +7,10 @@ not have is to fail. A real ComfyUI (COMFYUI_DIR) says whether this list is true
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 INT, FLOAT, STRING = (
     ("INT", {"default": 0}),
@@ -22,27 +25,54 @@ SAMPLERS = (["euler", "dpmpp_2m"], {})
 SCHEDULERS = (["normal", "karras", "simple"], {})
 
 
-def _core(name: str, outputs: str, /, output_node: bool = False, **inputs: Any) -> type:
+def _core(
+    name: str,
+    outputs: str,
+    /,
+    output_node: bool = False,
+    run: Callable[..., Any] | None = None,
+    **inputs: Any,
+) -> type:
     """A node class; an input that is a type's name is a socket."""
     required = {
         key: (value, {}) if isinstance(value, str) else value for key, value in inputs.items()
     }
 
-    def refuse(self: Any, **inputs: Any) -> None:
-        raise NotImplementedError(f"{name} is shown only, it does not run here")
+    def execute(self: Any, **inputs: Any) -> Any:
+        if run is None:
+            raise NotImplementedError(f"{name} is shown only, it does not run here")
+        return run(**inputs)
 
     return type(
         name,
         (),
         {
             "CATEGORY": "core",
-            "FUNCTION": "refuse",
+            "FUNCTION": "execute",
             "RETURN_TYPES": tuple(outputs.split()),
             "OUTPUT_NODE": output_node,
             "INPUT_TYPES": classmethod(lambda cls: {"required": required}),
-            "refuse": refuse,
+            "execute": execute,
         },
     )
+
+
+def _empty_image(width: int, height: int, batch_size: int, color: int) -> tuple[torch.Tensor]:
+    channels = [((color >> shift) & 255) / 255 for shift in (16, 8, 0)]
+    return (torch.tensor(channels).expand(batch_size, height, width, 3).contiguous(),)
+
+
+def _mask_to_image(mask: torch.Tensor) -> tuple[torch.Tensor]:
+    return (mask.unsqueeze(-1).expand(-1, -1, -1, 3),)
+
+
+def _show_text(source: Any) -> dict[str, Any]:
+    return {"ui": {"text": [str(source)]}, "result": (str(source),)}
+
+
+def _show_nothing(**inputs: Any) -> dict[str, Any]:
+    """Pictures and sounds: what is to be seen of them lies in files, which nobody serves here."""
+    return {"ui": {}, "result": ()}
 
 
 CORE_NODES = (
@@ -73,8 +103,10 @@ CORE_NODES = (
     _core("ImageScaleBy", "IMAGE", image="IMAGE", upscale_method=METHODS, scale_by=FLOAT),
     _core("LoadImage", "IMAGE MASK", image=IMAGES),
     _core("SaveImage", "", images="IMAGE", filename_prefix=STRING, output_node=True),
-    _core("PreviewImage", "", images="IMAGE", output_node=True),
-    _core("PreviewAny", "STRING", source="*", output_node=True),
-    _core("EmptyImage", "IMAGE", width=INT, height=INT, batch_size=INT, color=INT),
+    _core("PreviewImage", "", images="IMAGE", output_node=True, run=_show_nothing),
+    _core("PreviewAudio", "", audio="AUDIO", output_node=True, run=_show_nothing),
+    _core("PreviewAny", "STRING", source="*", output_node=True, run=_show_text),
+    _core("EmptyImage", "IMAGE", width=INT, height=INT, batch_size=INT, color=INT, run=_empty_image),
+    _core("MaskToImage", "IMAGE", mask="MASK", run=_mask_to_image),
     _core("ImageInvert", "IMAGE", image="IMAGE"),
 )  # fmt: skip
