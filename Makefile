@@ -17,7 +17,7 @@ STAMP := $(VENV)/.qmove-$(TORCH)
 BROWSER_STAMP := $(if $(filter no,$(BROWSER)),,$(VENV)/.qmove-browser)
 # npm and what it starts find the environment's own node.
 NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
-SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes stand_ins benchmarks)
+SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes stand_ins benchmarks examples)
 
 # Tests run many small kernels: waiting for a second thread costs more than it brings, most of all on a busy machine.
 test test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1

@@ -17,6 +17,7 @@ from ..model.inventory import inventory
 from ..model.kinds.bitsandbytes_layout import awaits_quantization, is_of
 from ..parking import sleeping
 from ..parking.requests import is_parked, move, park, restore
+from ..parking.staying import is_pinned
 
 
 class BringingHook(Protocol):
@@ -40,7 +41,10 @@ def _bring_by_hook(model: object, stream: bool) -> bool:
 
 
 def put_away(module: nn.Module, device: torch.device) -> None:
-    """Parks a module that runs on `device`. What lies on the host stays there."""
+    """Parks a module that runs on `device`. What lies on the host stays there, and a pinned model
+    where it is."""
+    if is_pinned(module):
+        return
     if device.type == "cpu":
         move(module, device)
         return

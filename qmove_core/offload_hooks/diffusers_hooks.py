@@ -22,6 +22,7 @@ from torch import nn
 
 from ..devices import resolve
 from ..errors import MissingDependency, NotEnoughDeviceMemory
+from ..parking.staying import is_pinned
 from . import between_forwards
 from .strategy import ParkingStrategy
 
@@ -121,7 +122,9 @@ def _bring(hook: Any, module: nn.Module, *, stream: bool) -> None:
     others = [
         other
         for other in hook.other_hooks or ()
-        if other.model is not module and not _is_group_offload_enabled(other.model)
+        if other.model is not module
+        and not _is_group_offload_enabled(other.model)
+        and not is_pinned(other.model)
     ]
     for other in strategy(others, hook.model_id, module, device):
         other.offload()

@@ -155,6 +155,19 @@ def test_hooks_come_off_in_any_order(gpu: GPU) -> None:
     assert qmove.is_parked(models[0])
 
 
+def test_a_pinned_model_stays(gpu: GPU) -> None:
+    models: list[nn.Module] = [layers(2), layers(3)]
+    hooks = chain(models)
+    run(models[0], inputs())
+    qmove.pin(models[0])
+    run(models[1], inputs())
+    hooks[0].offload()
+    assert not qmove.is_parked(models[0])
+    qmove.unpin(models[0])
+    hooks[0].offload()
+    assert qmove.is_parked(models[0])
+
+
 def test_a_hook_can_be_added_twice(gpu: GPU) -> None:
     first = layers(2)
     _first, before = cpu_offload_with_hook(first, "cuda:0")

@@ -263,6 +263,17 @@ def test_one_that_finds_no_room_even_alone_stays_parked(gpu: GPU) -> None:
     assert on_gpu(small, large) == [False, True]
 
 
+def test_a_pinned_component_stays_and_another_one_leaves_for_it(gpu: GPU) -> None:
+    text, unet, vae = models = equal_models()
+    managed(*models, margin=room_for(models, 2))
+    run(text)
+    run(unet)
+    qmove.pin(text)
+    run(vae)
+    assert on_gpu(text, unet, vae) == [True, False, True], "the longest unused is pinned"
+    qmove.unpin(text)
+
+
 def test_a_submodule_that_is_used_makes_room_for_its_component(gpu: GPU) -> None:
     models = equal_models(2)
     managed(*models)
