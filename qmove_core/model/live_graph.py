@@ -22,7 +22,8 @@ def tensors_in_live_graph(inventory: Inventory) -> list[str]:
     suspects = _held_in_cpp(inventory)
     if not suspects:
         return []
-    needed = _needed_by_graphs(_made_by_norms(inventory))
+    own = {id(tensor) for held in inventory.holdings for tensor in held.tensors}
+    needed = _needed_by_graphs(_made_by_norms(inventory), own)
     return sorted(suspects[storage] for storage in needed & suspects.keys())
 
 
@@ -57,9 +58,12 @@ def _held_in_cpp(inventory: Inventory) -> dict[int, str]:
     return suspects
 
 
-def _needed_by_graphs(left_out: set[int]) -> set[int]:
+def _needed_by_graphs(left_out: set[int], own: set[int]) -> set[int]:
     """Storages of all tensors that a graph which some tensor object keeps alive has saved, or
     sends gradients to.
+
+    A tensor of the model itself (its id in `own`) may only say how it was made: HQQ's bias is a
+    clone of a parameter. If its graph has saved nothing, no value of it is used again.
     """
     needed: set[int] = set()
     with torch._C.DisableTorchFunction():
@@ -71,11 +75,15 @@ def _needed_by_graphs(left_out: set[int]) -> set[int]:
         seen = set(_nodes([obj.grad_fn for obj in found if id(obj) in left_out], set()))
         seen = {node for node in seen if not hasattr(node, "variable")}
         roots = [obj for obj in found if id(obj) not in left_out and obj.grad_fn not in seen]
-        needed.update(_storages(roots))
+        needed.update(_storages(o for o in roots if id(o) not in own or _has_saved(o.grad_fn)))
         for node in _nodes([root.grad_fn for root in roots], seen):
             needed.update(_storages([getattr(node, "variable", None)]))  # of an AccumulateGrad
             needed.update(_storages(_saved_by(node)))
     return needed
+
+
+def _has_saved(grad_fn: Any) -> bool:
+    return any(_storages(_saved_by(node)) for node in _nodes([grad_fn], set()))
 
 
 def _nodes(pending: list[Any], seen: set[Any]) -> Iterator[Any]:

@@ -182,6 +182,9 @@ class Rolling:
         there = [unit for unit in self._units if any(map(_is_home, unit.holdings))]
         if there:
             self._let_go(there, (), tight=False)
+        for holding in plan.held.holdings:  # what lies on the host now is home there
+            if holding.device.type == "cpu" and id(holding) not in self._homes:
+                homes.settle(holding.storage)
         moves = [move for move in plan.moves if id(move.holding) in self._staying]
         plan = MovePlan(self._action, self._held, moves, lambda: self._begin(moves))
         return plan, carry_out(plan)

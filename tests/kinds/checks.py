@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +45,7 @@ class Case:
 def steady(case: Case, model: Any) -> dict[str, Any]:
     """A snapshot without what the library makes anew in each forward."""
     return {
-        name: facts
-        for name, facts in snapshot(model).items()
-        if not name.endswith(case.kind.renewed or "\0")
+        name: facts for name, facts in snapshot(model).items() if not name.endswith(renewed(case))
     }
 
 
@@ -95,15 +94,28 @@ def restored(case: Case) -> None:
 def attributes(case: Case) -> None:
     """Every attribute of every module, tensor and object between them is the same again."""
     model = case.built()
-    before, objects = traces_of(model), attributes_of(model)
+    before, objects = traces_of(case, model), attributes_of(model)
     qmove.park(model)
     qmove.restore(model)
-    assert traces_of(model) == before
+    assert traces_of(case, model) == before
     assert attributes_of(model) == objects
 
 
-def traces_of(model: Any) -> Any:
-    return traces(model) if isinstance(model, nn.Module) else None
+def traces_of(case: Case, model: Any) -> Any:
+    """Without the attributes that the library sets anew in each forward."""
+    return [
+        tuple(
+            {name: it for name, it in part.items() if not f".{name}".endswith(renewed(case))}
+            if isinstance(part, dict) and all(isinstance(name, str) for name in part)
+            else part
+            for part in trace
+        )
+        for trace in traces(model)
+    ]
+
+
+def renewed(case: Case) -> tuple[str, ...]:
+    return case.kind.renewed or ("\0",)
 
 
 def aliases(case: Case) -> None:
@@ -155,13 +167,17 @@ def outputs(case: Case) -> None:
 def wakes(case: Case) -> None:
     """A parked one wakes when it is used, computes the same, and carries no trace of it."""
     model = case.built()
-    expected, before, allocated = case.kind.outputs(model), traces_of(model), case.gpu.allocated()
+    expected, before, allocated = (
+        case.kind.outputs(model),
+        traces_of(case, model),
+        case.gpu.allocated(),
+    )
     content = steady(case, model)
     qmove.park(model)
     assert torch.equal(case.kind.outputs(model), expected)
     assert not qmove.is_parked(model)
     assert case.gpu.allocated() == allocated
-    assert traces_of(model) == before
+    assert traces_of(case, model) == before
     assert steady(case, model) == content
 
 
@@ -226,12 +242,15 @@ def moves_to_cpu(case: Case) -> None:
         on_cpu = case.kind.outputs(model, "cpu")
         if case.kind.cpu == "exact":
             assert torch.equal(on_cpu, expected)
+        elif case.kind.cpu == "runs":
+            assert on_cpu.shape == expected.shape and on_cpu.isfinite().all()
         else:
             torch.testing.assert_close(on_cpu, expected, rtol=0.05, atol=0.05)
     qmove.move(model, "cuda:0")
+    # Not the attributes: in a forward on the CPU libraries keep things in other places.
     after = steady(case, model)
-    assert {name: facts[1:] for name, facts in after.items()} == {
-        name: facts[1:] for name, facts in before.items()
+    assert {name: facts[1] for name, facts in after.items() if isinstance(facts[1], bytes)} == {
+        name: facts[1] for name, facts in before.items() if isinstance(facts[1], bytes)
     }
     if expected is not None:
         assert torch.equal(case.kind.outputs(model), expected)
@@ -288,7 +307,7 @@ def materializes(case: Case) -> None:
     assert [id(item.tensor) for item in qmove.inventory(model).meta] == meta
     qmove.materialize_meta_tensors(model)
     assert not qmove.inventory(model).meta
-    assert sorted(contents(model).values()) == sorted(before.values())
+    assert not Counter(before.values()) - Counter(contents(model).values())  # caches may be new
     qmove.move(model, "cuda:0")
     if expected is not None:
         assert torch.equal(case.kind.outputs(model), expected)
@@ -377,10 +396,11 @@ def faults(case: Case) -> None:
     the model stays where it was."""
     model = case.built()
     home, allocated = snapshot(model), case.gpu.allocated()
-    number = len(
-        [h for h in qmove.inventory(model).holdings if h.device.type == "cuda" and h.nbytes]
-    )
-    for nth in sorted({1, (number + 1) // 2, number - len(case.kind.stays)}):
+    held = qmove.inventory(model)
+    leaving = [h for h in held.holdings if h.device.type == "cuda" and h.nbytes]
+    number = len([h for h in leaving if not stays(held, h)])
+    del held, leaving
+    for nth in sorted({1, (number + 1) // 2, number}):
         with pytest.raises(Exception), failing("copy", nth) as fault:  # noqa: B017
             qmove.park(model)
         assert fault.fired, nth

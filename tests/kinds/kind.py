@@ -31,7 +31,8 @@ class Kind:
             skipped then, with the library's own words.
         cannot: checks that make no sense for it, each with the reason that the table gives.
         kernels: why it computes on no CPU, and so not here; then its bytes are checked alone.
-        cpu: how `move(model, "cpu")` ends: "exact", "close" (other kernels), "refused" (by qmove,
+        cpu: how `move(model, "cpu")` ends: "exact", "close" (other kernels), "runs"
+            (another algorithm there), "refused" (by qmove,
             with a reason), or "bytes": it moves, and its library has no kernels for the CPU.
         materializes: whether what accelerate offloads of it can be read back; if not, that is
             refused by name.
@@ -98,7 +99,7 @@ class Kind:
         try:
             metadata.version(self.package or "torch")
         except metadata.PackageNotFoundError:
-            pytest.skip(f"{self.package} is not installed: pip install 'qmove[kinds]'")
+            pytest.skip(f"{self.package} is not installed; `make test-kinds` does it")
 
 
 class Between(nn.Module):

@@ -11,8 +11,18 @@ FORMATS = (
     "bitsandbytes",
     "torchao",
     "optimum_quanto",
+    "hqq",
+    "sdnq",
+    "gguf",
+    "comfy_kitchen",
+    "diffusers_bfl",
+    "transformers_layers",
+    "compressed_tensors",
+    "gptq_and_awq",
+    "peft",
     "torch_modules",
     "wrappers",
+    "opaque",
 )
 
 KINDS: tuple[Kind, ...] = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import qmove_core as qmove
 from tests.builders.device import GPU
@@ -71,3 +72,22 @@ def test_graphs_of_other_models_do_not_hinder(gpu: GPU) -> None:
 
     assert qmove.park(model).stragglers == []
     assert loss.requires_grad
+
+
+def test_a_tensor_of_the_model_that_only_says_how_it_was_made_is_parked(gpu: GPU) -> None:
+    """As HQQ's bias, a clone of a parameter that trains: its graph has saved no value."""
+    model = layers(1)
+    model.shift = nn.Parameter(torch.ones(64, device="cuda")).clone().to(torch.float64)
+    before, allocated = model.shift.detach().clone(), gpu.allocated()
+    parked = qmove.park(model)
+    assert parked.stragglers == [] and gpu.allocated() == allocated - parked.nbytes
+    qmove.restore(model)
+    assert torch.equal(model.shift, before) and model.shift.grad_fn is not None
+
+
+def test_a_tensor_of_the_model_whose_graph_has_saved_a_weight_is_refused(gpu: GPU) -> None:
+    model = layers(1)
+    scale = torch.ones(64, device="cuda", requires_grad=True)
+    model.kept = model[0].weight[0] * scale
+    with pytest.raises(qmove.LiveAutogradGraph, match=r"0\.weight|kept"):
+        qmove.park(model)

@@ -215,3 +215,18 @@ def test_with_room_for_one_layer_it_runs_one_layer_at_a_time(gpu: GPU) -> None:
         for _ in range(2):
             assert torch.equal(model(x), expected)
         assert gpu.peak() < 2 * LAYER
+
+
+def test_what_its_layers_have_on_the_host_stays_there(gpu: GPU) -> None:
+    """On a model that was never parked before, too: nothing has said yet what is home there."""
+    model = layers(3)
+    for layer in model:
+        layer.register_buffer("on_host", torch.ones(64))
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = model(inputs())
+        with qmove.resident(model, at_most=gpu.allocated() - 1):
+            assert torch.equal(model(inputs()), expected)
+    qmove.restore(model)
+
+    assert snapshot(model) == before
