@@ -178,9 +178,21 @@ def is_empty() -> bool:
     return not _blocks
 
 
+def blocks_in_use() -> list[Block]:
+    """Those in which storages are alive."""
+    return [block for block in list(_blocks.values()) if block.in_use]
+
+
+def give_back(block: Block) -> None:
+    """Gives a block back in which no storage lies any more, and does not keep it as a spare."""
+    with _lock:
+        if id(block) in _blocks and not block.in_use and not block.preparing:
+            _give_back(block)
+
+
 def bytes_in_use() -> int:
     """Bytes of the blocks in which storages are alive."""
-    return sum(block.nbytes for block in list(_blocks.values()) if block.in_use)
+    return sum(block.nbytes for block in blocks_in_use())
 
 
 def spare_bytes() -> int:

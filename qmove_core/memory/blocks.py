@@ -177,6 +177,7 @@ class Block(HostBlock):
         preparing: whether a thread is pinning it ahead of its use.
         idle_since: when its last slice died, or when it was made, on the clock of `time.monotonic`.
         is_reusable: whether other storages may lie in it when those that did are gone.
+        refusals: how often somebody said no to locking a part of it since it is in use.
 
     Args:
         nbytes: its size.
@@ -201,7 +202,9 @@ class Block(HostBlock):
         self.address: int = self._whole().ctypes.data
         self._locks = [threading.Lock() for _ in range(-(-nbytes // PIECE))]  # one for each piece
         self._pinned = [False] * len(self._locks)
-        self._refused = False  # somebody said no: nobody is asked again
+        self._refused = False  # somebody said no: nobody is asked again for a while
+        self._stopped = False  # for good
+        self.refusals = 0
         # Of pieces that were touched, or are just being.
         self._touches: dict[int, list[Future[float]]] = {}
         self._timed: set[int] = set()  # pieces of which it is known how fast they were made
@@ -216,7 +219,7 @@ class Block(HostBlock):
         memory = self._whole()
         weakref.finalize(memory, self._on_last_death).atexit = False
         self._lent = weakref.ref(memory)
-        self._refused = False
+        self._refused, self.refusals = self._stopped, 0
         return memory
 
     def memory(self) -> numpy.ndarray:
@@ -249,7 +252,8 @@ class Block(HostBlock):
 
         Returns:
             Whether all of them are locked. After the first refusal nobody is asked again for this
-            block while it is in use; what has been locked stays so.
+            block, until somebody looks whether there is room again (`ask_again`) or it is used
+            anew; what has been locked stays so.
         """
         wanted = [
             index for index in range(start // PIECE, -(-end // PIECE)) if not self._pinned[index]
@@ -273,6 +277,21 @@ class Block(HostBlock):
                 return False
         return True
 
+    def ask_again(self) -> bool:
+        """Locks one piece more of those in which storages lie, where that was refused before. Says
+        whether it did; then `pin` locks the others as well."""
+        if self._stopped or not self.refusals or not self.in_use:
+            return False
+        taken = sorted((start, end) for of, start, end in list(_places.values()) if of.ram is self)
+        pieces = [
+            index for start, end in taken for index in range(start // PIECE, -(-end // PIECE))
+        ]
+        lacking = next((index for index in pieces if not self._pinned[index]), None)
+        if lacking is None:
+            return False
+        self._refused = False
+        return self.pin(lacking * PIECE, lacking * PIECE + 1)
+
     def discard_empty_pieces(self) -> None:
         """Gives the RAM of those pieces back in which no storage lies any more, while the block is
         in use. What is in them is lost. Only where the system can (Linux)."""
@@ -288,14 +307,14 @@ class Block(HostBlock):
                         advise(*self._piece(index), mmap.MADV_DONTNEED)
 
     def unlock(self, nbytes: int) -> int:
-        """Unlocks pieces until that many bytes are unlocked, and locks no more while it is in use.
+        """Unlocks pieces until that many bytes are unlocked, and locks no more for a while.
 
         No copy to or from it may be under way.
 
         Returns:
             The bytes unlocked.
         """
-        self._refused = True
+        self._refused, self.refusals = True, max(1, self.refusals)
         unlocked = 0
         with interrupts_deferred():
             for index, is_pinned in enumerate(self._pinned):
@@ -306,7 +325,7 @@ class Block(HostBlock):
 
     def stop_pinning(self) -> None:
         """Lets threads that are pinning it end after the piece they are at."""
-        self._refused = True
+        self._refused = self._stopped = True
 
     def release(self, goes_on: Callable[[], bool] = lambda: True) -> None:
         """Unlocks it and gives it back to the system. Only for a block that is not in use.
@@ -335,7 +354,7 @@ class Block(HostBlock):
         self._locks = [threading.Lock() for _ in self._locks]
         self._pinned = [False] * len(self._locks)
         self._touches.clear()
-        self._refused, self.preparing = True, False
+        self._refused, self._stopped, self.preparing = True, True, False
 
     def _on_last_death(self) -> None:
         self.idle_since = time.monotonic()
@@ -386,7 +405,7 @@ class Block(HostBlock):
         if not self._pinned[index] and not self._refused:
             self._pinned[index] = pinning.register(*self._piece(index))
             if not self._pinned[index]:
-                self._refused = True
+                self._refused, self.refusals = True, self.refusals + 1
         return self._pinned[index]
 
     def _unpin_piece(self, index: int) -> bool:

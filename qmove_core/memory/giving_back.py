@@ -20,7 +20,7 @@ import psutil
 from .. import homes, hosting
 from ..errors import readable_bytes
 from ..moving import moving
-from . import arena, limits, mirrors, unlocking
+from . import arena, limits, lock_again, mirrors, unlocking
 
 log = logging.getLogger("qmove")
 
@@ -108,8 +108,8 @@ def _resident() -> int:
 
 
 class Watch:
-    """A thread that gives back what was idle for long, and what others lack. It ends when the arena
-    holds nothing.
+    """A thread that gives back what was idle for long, and what others lack, and locks what was
+    refused before. It ends when the arena holds nothing.
 
     Args:
         look_seconds: how often it looks.
@@ -150,6 +150,7 @@ class Watch:
         while not self._ending.wait(min(self._look_seconds, self._idle_seconds / 10)):
             arena.give_back_idle(self._idle_seconds)
             trim_under_pressure()
+            lock_again.look()
             with self._lock:
                 if arena.is_empty():  # whoever makes a block starts the next thread
                     self.thread = None

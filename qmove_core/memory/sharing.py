@@ -267,13 +267,18 @@ def _written_once(parts: Iterable[_Part]) -> WrittenOnce | None:
         return None
     if not has_room_on_host(min(in_all, largest + PIECE)):
         return None
-    return _moved(block, users)
+    return _moved(block, users, bit_by_bit=not has_room_on_host(in_all))
 
 
-def _moved(block: Block, users: Iterable[_User]) -> WrittenOnce | None:
+def _moved(block: Block, users: Iterable[_User], *, bit_by_bit: bool) -> WrittenOnce | None:
     """Moves all that is in a block to one that is written once; None where it had to stop on the
-    way, with every user looking at its own bytes."""
-    kept = block.memory()  # in use to the end, so that all of it is unlocked here
+    way, with every user looking at its own bytes.
+
+    Args:
+        bit_by_bit: what has moved is unlocked and given back at once, as RAM has no room for both.
+            Else that happens in the background, in the end.
+    """
+    kept = block.memory()  # in use to the end
     once, in_use = arena.allocate_once(block.nbytes)
     view = View(once)
     del in_use  # the view keeps it
@@ -285,9 +290,11 @@ def _moved(block: Block, users: Iterable[_User]) -> WrittenOnce | None:
         with interrupts_deferred():
             if not user.look_into(view):
                 return None
-        if here.stop - discarded > PIECE:
+        if bit_by_bit and here.stop - discarded > PIECE:
             block.discard_empty_pieces()
             discarded = here.stop
-    block.discard_empty_pieces()
+    if bit_by_bit:
+        block.discard_empty_pieces()
     del kept, before
+    arena.give_back(block)
     return once

@@ -141,7 +141,10 @@ class TestRefusals:
     def test_the_driver_refuses(self, caplog: pytest.LogCaptureFixture) -> None:
         (storage,) = arena.allocate([3 * PIECE], nothing)
         block = block_of(storage)
-        with simcuda.fail("pin", nth=2, times=9) as fault, caplog.at_level(logging.INFO, "qmove"):
+        with (
+            simcuda.fail("pin", nth=2, times=9) as fault,
+            caplog.at_level(logging.WARNING, "qmove"),
+        ):
             assert not block.pin(0, block.nbytes)
             assert simcuda.last_error() == 0, (
                 "the error would be raised by somebody's next operator"
