@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from qmove_core.offload_hooks import diffusers_hooks
 from qmove_core.offload_hooks.use_order import UseOrder
 from tests.builders.components import NAMES, component, given, modular_pipeline
 from tests.builders.device import GPU
+from tests.builders.models import image_of, tiny_stable_diffusion
 from tests.builders.snapshots import contents
 
 diffusers = pytest.importorskip("diffusers")
@@ -78,6 +80,57 @@ def test_diffusers_own_strategy_leaves_an_int8_component_behind(gpu: GPU) -> Non
     run(model, "cuda:0")
     manager.enable_auto_cpu_offload("cuda:0")
     assert on_gpu(model) == [True]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_stable_diffusion("cpu").save_pretrained(folder)
+    return folder
+
+
+def quantized_by_diffusers(kind: str) -> Any:
+    both = {"components_to_quantize": ["unet", "text_encoder"]}
+    if kind == "int8":
+        options = {"quant_backend": "bitsandbytes_8bit", "quant_kwargs": {"load_in_8bit": True}}
+        return diffusers.PipelineQuantizationConfig(**options, **both)
+    if kind == "nf4":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options = {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": how}
+        return diffusers.PipelineQuantizationConfig(**options, **both)
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        unet = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        unet = diffusers.QuantoConfig(weights_dtype="int8")
+    return diffusers.PipelineQuantizationConfig(quant_mapping={"unet": unet})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ("int8", "nf4", "torchao", "quanto"))
+def test_a_pipeline_that_diffusers_has_quantized_gives_the_same_image(
+    kind: str, saved: Path, gpu: GPU
+) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        saved, quantization_config=quantized_by_diffusers(kind), torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    models = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
+    for model in models.values():
+        if not any(on_gpu(model)):
+            model.to("cuda:0")
+    want = image_of(pipe)
+    manager = diffusers.ComponentsManager()
+    for name, model in models.items():
+        manager.add(name, model)
+    manager.enable_auto_cpu_offload("cuda:0", offload_strategy=offload_strategy(ONLY_ONE))
+    assert not any(on_gpu(*models.values()))
+    for _ in range(2):
+        assert (image_of(pipe) == want).all()
+        assert sum(on_gpu(*models.values())) == 1
+    manager.disable_auto_cpu_offload()
+    assert not any(on_gpu(*models.values()))
 
 
 @pytest.mark.parametrize("kind", ("plain", "int8", "nf4"))
