@@ -101,6 +101,23 @@ def all_or_nothing(step: Callable[[], T], undo: Callable[[], object] = lambda: N
 
 
 @contextmanager
+def cleaning_up_after(error: object) -> Iterator[None]:
+    """For what must be done after an error, too: what fails in it then is logged, and the first
+    error goes on.
+
+    Args:
+        error: the one that is on its way; None where there is none.
+    """
+    try:
+        yield
+    except Exception as another:
+        if error is None:
+            raise
+        log.error("after an error, this failed, too", exc_info=another)
+        clear_own_frames(another)  # who keeps the log's record keeps no memory
+
+
+@contextmanager
 def not_a_failure(later: Later, what: str) -> Iterator[None]:
     """For what is done after a commit: its errors are logged, and interrupts are delivered later.
 

@@ -59,19 +59,27 @@ def kept_still(plan: MovePlan, *, wakes: bool = True, heeds_pins: bool = True) -
         raise InUse(plan.action, pin.thread.name, "keeps it home (qmove.resident)")
     modules, waiting = list(plan.held.modules.values()), _WaitForMove()
     ids = {id(module) for module in modules}
-    try:
-        sleeping.put_to_sleep(plans.outermost(modules), waiting)
-        _let_forwards_end(plan.action, ids, wakes)
-        sleeping.put_to_sleep(modules, waiting)
-        put_away(tensor for move in plan.moves for tensor in move.tensors)
-        _let_forwards_end(plan.action, ids, wakes)
-        torch.clear_autocast_cache()  # it holds copies of the weights in another dtype
-        yield
-    except BaseException:
+
+    def let_go() -> None:
         # All of them, and not what the calls returned: an interrupt inside one loses its result.
-        with interrupts_deferred():
-            sleeping.wake_up(module for module in modules if sleeping.sleeps_by(module, waiting))
-            take_home(tensor for move in plan.moves for tensor in move.tensors)
+        sleeping.wake_up(module for module in modules if sleeping.sleeps_by(module, waiting))
+        take_home(tensor for move in plan.moves for tensor in move.tensors)
+
+    try:
+        try:
+            sleeping.put_to_sleep(plans.outermost(modules), waiting)
+            _let_forwards_end(plan.action, ids, wakes)
+            sleeping.put_to_sleep(modules, waiting)
+            put_away(tensor for move in plan.moves for tensor in move.tensors)
+            _let_forwards_end(plan.action, ids, wakes)
+            torch.clear_autocast_cache()  # it holds copies of the weights in another dtype
+            yield
+        except BaseException:
+            with interrupts_deferred():
+                let_go()
+            raise
+    except BaseException:  # the same once more: another thread's exception may have ended the first
+        let_go()
         raise
 
 

@@ -178,7 +178,12 @@ class Rolling:
         }
         if budget.make_room(coming):
             plan = plans.to_restore(self._model)
-        self._divide(plan)
+        before = self._held, self._homes, self._staying
+        try:
+            self._divide(plan)
+        except BaseException:  # the units are still those of before
+            self._held, self._homes, self._staying = before
+            raise
         there = [unit for unit in self._units if any(map(_is_home, unit.holdings))]
         if there:
             self._let_go(there, (), tight=False)

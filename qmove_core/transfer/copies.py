@@ -20,7 +20,7 @@ from .. import devices
 from ..digests.digest import Digest, Pending, queue_digests, read_together
 from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
-from ..interrupts import all_or_nothing
+from ..interrupts import all_or_nothing, cleaning_up_after
 from ..memory import arena, blocks, giving_back, pages, pinning
 from ..memory.blocks import Block, HostBlock, place_of
 from ..memory.file_reading import ReadAhead
@@ -134,7 +134,8 @@ class Transfer:
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         try:
             if self._wait or kind is not None:
-                self._wait_for(list(self._streams.values()))
+                with cleaning_up_after(kind):
+                    self._wait_for(list(self._streams.values()))
         finally:
             if kind is not None:
                 self._pending.clear()  # whoever keeps the traceback keeps no memory

@@ -6,7 +6,7 @@ from __future__ import annotations
 import linecache
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,8 +33,11 @@ ONLY_LOOK = (
 
 
 @contextmanager
-def at_line(number: int, act: Callable[[], object], file: str = "") -> Iterator[Callable[[], int]]:
-    """Calls `act` when qmove is about to execute its `number`-th line; yields the count of lines.
+def at_line(
+    numbers: Collection[int], act: Callable[[], object], file: str = ""
+) -> Iterator[Callable[[], int]]:
+    """Calls `act` when qmove is about to execute its n-th line, for each of these numbers; yields
+    the count of lines.
 
     Args:
         file: count only lines of files whose names end so.
@@ -52,7 +55,7 @@ def at_line(number: int, act: Callable[[], object], file: str = "") -> Iterator[
             "with "
         ):
             lines += 1
-            if lines == number:
+            if lines in numbers:
                 act()
         return trace
 
@@ -66,4 +69,4 @@ def at_line(number: int, act: Callable[[], object], file: str = "") -> Iterator[
 def ctrl_c_at_line(number: int) -> AbstractContextManager[Callable[[], int]]:
     """Sends this process a real SIGINT when qmove is about to execute its `number`-th line; yields
     the count of lines."""
-    return at_line(number, lambda: signal.raise_signal(signal.SIGINT))
+    return at_line({number}, lambda: signal.raise_signal(signal.SIGINT))

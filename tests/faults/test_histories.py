@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+import qmove_core as qmove
 from qmove_core.transfer import copies
 from tests.faults.builders import histories, runs
 from tests.faults.builders.histories import History
@@ -33,8 +35,9 @@ LONG_RUN = settings(SMALL_RUN, derandomize=False, max_examples=200, stateful_ste
 
 
 @pytest.fixture(autouse=True)
-def singly(monkeypatch: pytest.MonkeyPatch) -> None:
+def singly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(copies, "SMALL", 0)
+    qmove.configure(disk_folder=tmp_path)
 
 
 def test_models_stay_equal_to_their_twins() -> None:
@@ -60,4 +63,14 @@ def test_a_list_that_was_parked_twice_in_part_counts_once() -> None:
     history.compute(0)
     history.park_together({0, 1, 2})
     history.look()
+    history.teardown()
+
+
+def test_a_limit_that_is_refused_leaves_the_one_before() -> None:
+    history = History()
+    history.begin_a_body_with_a_limit(0, 39)
+    history.begin_a_body_with_a_limit(0, 34)  # one layer is larger than that
+    history.resident_meanwhile(0)
+    history.end_a_body(1)
+    history.compute(0)
     history.teardown()

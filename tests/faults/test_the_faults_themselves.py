@@ -28,8 +28,8 @@ def test_each_kind_of_fault_strikes_at_its_first_event_and_not_behind_its_last(
     counts = case_of("plain", operation, tmp_path).counts
     for nth, strikes in ((1, True), (counts[FAULTS[name].counts] + 100, False)):
         _base, subject = begin("plain", OPERATIONS[operation], tmp_path)
-        raised, struck, _unraised = act(OPERATIONS[operation], FAULTS[name], nth, subject)
-        assert struck is strikes
+        raised, struck, _unraised = act(OPERATIONS[operation], [(FAULTS[name], nth)], subject)
+        assert bool(struck) is strikes
         assert strikes or raised is None
 
 

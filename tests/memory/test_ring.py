@@ -25,7 +25,7 @@ def lines_of(step: str) -> int:
     ring = Ring(4 * MIB)
     if step == "end":
         ring.lock(lambda _nbytes: None)
-    with at_line(0, raise_it, "ring.py") as lines:
+    with at_line((), raise_it, "ring.py") as lines:
         run(ring, step)
     count = lines()
     ring.end()
@@ -48,7 +48,7 @@ def test_an_exception_at_any_line_leaves_nothing_locked_after_end(step: str) -> 
         ring = Ring(4 * MIB)
         if step == "end":
             assert ring.lock(lambda _nbytes: None)
-        with at_line(number, raise_it, "ring.py"), pytest.raises(Stop):
+        with at_line({number}, raise_it, "ring.py"), pytest.raises(Stop):
             run(ring, step)
         ring.end()
         assert pinning.registered_bytes() == before, f"line {number} of {step}"

@@ -186,10 +186,15 @@ def _nothing() -> None:
 # Lines --------------------------------------------------------------------------------------------
 
 
-def _at_a_line(act: Callable[[], object], interrupts: type[BaseException]) -> FaultKind:
+def _at_a_line(
+    act: Callable[[], object], interrupts: type[BaseException], *, twice: bool = False
+) -> FaultKind:
+    """At the n-th line; or twice, the second time where the first one is dealt with."""
+
     @contextmanager
     def inject(nth: int) -> Iterator[Callable[[], bool]]:
-        with at_line(nth, act) as lines:
+        numbers = {nth, nth + 1 + nth * 31 % 61} if twice else {nth}
+        with at_line(numbers, act) as lines:
             yield lambda: lines() >= nth
 
     return FaultKind("line", inject, interrupts)
@@ -233,7 +238,12 @@ FAULTS: dict[str, FaultKind] = {
     "thread start": _of_the_system("thread", lambda: RuntimeError("can't start new thread")),
     "Ctrl-C at a line": _at_a_line(lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt),
     "raising handler at a line": _at_a_line(lambda: signal.raise_signal(signal.SIGUSR1), TimeOut),
-    "another thread's exception at a line": _at_a_line(_raise_as_another_thread, Stopped),
+    "Ctrl-C at a line, and again": _at_a_line(
+        lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, twice=True
+    ),
+    "another thread's exception at a line": (
+        STOPPED := _at_a_line(_raise_as_another_thread, Stopped)
+    ),
 }
 
 
@@ -256,7 +266,7 @@ def events(act: Callable[[], object]) -> Counter[str]:
         simcuda.on_copy(note_copy),
         _waits(note_wait, _nothing),
         _watching(note),
-        at_line(0, _nothing) as lines,
+        at_line((), _nothing) as lines,
     ):
         act()
     seen["line"] = lines()
