@@ -23,7 +23,7 @@ SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes stand_ins benchm
 test test-kinds test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kinds matrix test-faults test-hostile test-hostile-sample check audit format bench gpu-check setup clean
+.PHONY: help demo test test-kinds matrix test-faults test-hostile test-hostile-sample check docs publish-check audit format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,17 @@ check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imp
 ifneq ($(BROWSER_STAMP),)
 	$(NPM) run check
 endif
+
+DOCS_STAMP := $(VENV)/.qmove-docs
+docs: $(DOCS_STAMP) ## Build the documentation's site in build/site; a broken link or docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(DOCS_STAMP): pyproject.toml tools/constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint tools/constraints.txt --editable '.[docs]'
+	@touch $@
+
+publish-check: $(STAMP) ## Have the registry's check and two scanners look at what would be published
+	$(BIN)/python -m tools.publish_check $(VENV)-publish
 
 # Not in `check`: it asks an online service, which many a CI cannot reach, and a package index without one
 # answers as if nothing were known. So here what cannot be audited is a failure (--strict).

@@ -30,19 +30,17 @@ class StandIn(nn.Module):
 
     def __init__(self, layers: int, device: torch.device) -> None:
         super().__init__()
-        options: dict[str, Any] = {"bias": False, "dtype": torch.float16, "device": device}
-        made = [nn.Linear(WIDTH, WIDTH, **options) for _ in range(layers)]
-        self.layers = nn.ModuleList(made)
-        for number, layer in enumerate(made):
-            nn.init.constant_(layer.weight, self._value(number))
-        self.requires_grad_(False)
+        self.layers = nn.ParameterList(
+            torch.full((WIDTH, WIDTH), self._value(number), dtype=torch.float16, device=device)
+            for number in range(layers)
+        ).requires_grad_(False)
 
     def _value(self, number: int) -> float:
         return (1 + 500 * self.kind + number % 500) / 2048  # exact in half precision
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         """`given`: half precision, shape (n, 4096), on the model's device. Each layer sees it."""
-        return torch.stack([layer(given)[0, 0] for layer in self.layers])
+        return torch.stack([(given @ weight)[0, 0] for weight in self.layers])
 
     def check(self) -> None:
         """Runs it.

@@ -61,7 +61,8 @@ def from_pretrained(
         QMoveError: `model_class` is no class of transformers.
         UnknownDevice: no accelerator to be parked from, or not this one.
         NotEnoughMemory: RAM, or the device, has too little room.
-        What transformers raises for a folder, a file or an argument that is wrong.
+        OSError, ValueError: what transformers raises for a folder, a file or an argument that is
+            wrong.
     """
     seams = _seams()
     seams.require(model_class)

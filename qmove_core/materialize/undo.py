@@ -48,13 +48,15 @@ def materialized(
     in the state dict in RAM, which goes before a file. No file is written, and none is read again.
 
     Args:
-        model, target_device, progress: as for `materialize_meta_tensors`.
+        model: as for `materialize_meta_tensors`.
+        target_device: as for `materialize_meta_tensors`.
+        progress: as for `materialize_meta_tensors`.
 
     Raises:
-        As `materialize_meta_tensors`. On leaving also ChangesNotKept, for weights that were
-        removed, cast or reshaped, and
-        NotEnoughMemory: then the model stays materialized, with its changes, and without its
-            dispatch.
+        QMoveError: as `materialize_meta_tensors`.
+        ChangesNotKept: on leaving, for weights that were removed, cast or reshaped.
+        NotEnoughMemory: on leaving: then the model stays materialized, with its changes, and
+            without its dispatch.
     """
     found: list[Materialized] = []
 

@@ -38,6 +38,10 @@ def dispatch_model(
 
     Returns:
         The model.
+
+    Raises:
+        MissingDependency: accelerate is missing.
+        ValueError: what accelerate raises for a map that does not name all of the model.
     """
     accelerate = _accelerate()
     if isinstance(device_map, str):

@@ -66,7 +66,14 @@ def enable_to(model: Model) -> Model:
 
 
 def disable_to(model: Model) -> Model:
-    """Gives the model the very methods back that it had before `enable_to`. It is not moved."""
+    """Gives the model the very methods back that it had before `enable_to`. It is not moved.
+
+    Args:
+        model: one that was enabled; nothing happens to another.
+
+    Returns:
+        The model.
+    """
     if is_enabled(model):
         sleeping.exchange_class(model, base_of)
         model.__dict__.pop(METHODS_BEFORE, None)

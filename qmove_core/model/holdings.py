@@ -79,7 +79,15 @@ def _span(tensor: torch.Tensor, enough: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MetaTensor:
-    """A tensor without data; `nbytes` is what it would take."""
+    """A tensor without data, on the meta device.
+
+    Attributes:
+        name: by which the model reaches it.
+        shape: as it would have.
+        dtype: as it would have.
+        nbytes: bytes that its data would take.
+        tensor: the meta tensor.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -215,6 +215,9 @@ def prefetch(model: object) -> Restored | None:
     It is for a model that will be needed next, while another one still computes: nothing is parked
     for it, and no host is asked for room.
 
+    Args:
+        model: as for `restore`. For one that is home there is nothing to begin.
+
     Returns:
         What was begun. None, with the model still parked, if some device has too little free
         memory, or if the model cannot be used while it arrives (see `restore(stream=True)`).
@@ -238,6 +241,9 @@ def prepare(model: object) -> int:
 
     Does nothing for what needs no memory to be parked, where memory cannot be locked, and where
     there is too little of it.
+
+    Args:
+        model: as for `park`; on an accelerator.
 
     Returns:
         Bytes that are being prepared, or are ready.
@@ -268,11 +274,13 @@ def move(
     Args:
         model: as for `park`; it may be parked.
         device: "cpu", "cuda:0", ...
-        allow_live_graph, progress: as for `park`.
+        allow_live_graph: as for `park`.
+        progress: as for `park`.
 
     Raises:
-        As `park`; CannotMove if parts of the model would not run on `device`, with names and
-        reasons; Pinned also where only a part of it is pinned to another place.
+        QMoveError: as `park`.
+        CannotMove: also if parts of the model would not run on `device`, with names and reasons.
+        Pinned: also where only a part of it is pinned to another place.
     """
     started = time.perf_counter()
 
@@ -312,7 +320,7 @@ def attach(
     Raises:
         CannotAttach: the folder or one of its files is missing, cut short, altered or not ours, or
             the model is another one, with names. The model is as it was.
-        As `restore` with a `device`; the model is parked on disk then.
+        QMoveError: as `restore` with a `device`; the model is parked on disk then.
         Pinned: a part of it is pinned.
     """
     started = time.perf_counter()
@@ -329,7 +337,11 @@ def attach(
 
 @moving()
 def is_parked(model: object) -> bool:
-    """Whether anything of `model` is parked."""
+    """Whether anything of `model` is parked.
+
+    Args:
+        model: as for `park`. One without tensors is not parked.
+    """
     held = inventory(model)
     origins = [homes.origin_of_tensor(holding.tensors[0]) for holding in held.holdings]
     away = [origin for origin in origins if origin is not None and origin.is_parked]

@@ -12,22 +12,25 @@ from . import records
 
 @dataclass(frozen=True)
 class Stats:
-    """Attributes:
-    parked_models: models of which anything is parked now.
-    parked_bytes: bytes parked now, by the device they came from.
-    arena_bytes: host memory in which parked models lie, and models moved to the CPU.
-    mirror_bytes: host memory with copies of resident models, so that parking them again copies only
-    what changed.
-    spare_bytes: host memory kept ready for the next park. Both are given back when RAM gets short,
-    or by `qmove.trim()`.
-    pinned_bytes: of all three, bytes that are page-locked.
-    parks, restores, moves: how many there were since the process started.
-    copied_bytes: bytes copied by them.
-    file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They cost
-    page cache, and are in no
-        other figure.
-    shared_bytes: bytes parked now that take no host memory, since another parked model has the same
-        weights there.
+    """What qmove holds now, and what it has done since the process started.
+
+    Attributes:
+        parked_models: models of which anything is parked now.
+        parked_bytes: bytes parked now, by the device they came from.
+        arena_bytes: host memory in which parked models lie, and models moved to the CPU.
+        mirror_bytes: host memory with copies of resident models, so that parking them again copies
+            only what changed.
+        spare_bytes: host memory kept ready for the next park. This and the mirrors are given back
+            when RAM gets short, or by `qmove.trim()`.
+        pinned_bytes: of all three, bytes that are page-locked.
+        parks: how many there were.
+        restores: how many there were.
+        moves: how many there were.
+        copied_bytes: bytes copied by all of them.
+        file_bytes: bytes of mapped files that stand for host memory (`qmove.mirror_files`). They
+            cost page cache, and are in no other figure.
+        shared_bytes: bytes parked now that take no host memory, since another parked model has the
+            same weights there.
     """
 
     parked_models: int

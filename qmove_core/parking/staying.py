@@ -24,7 +24,18 @@ from .requests import Moved, Parked, Restored, is_parked, move, park, restore, r
 
 @contextmanager
 def parked(model: object, **options: Any) -> Iterator[Parked]:
-    """Keeps `model` out of VRAM inside the body, and home again after it, also when that raises."""
+    """Keeps `model` out of VRAM inside the body, and home again after it, also when that raises.
+
+    Args:
+        model: as for `park`.
+        **options: as for `park`.
+
+    Yields:
+        What the park did.
+
+    Raises:
+        QMoveError: as `park`; on leaving as `restore`: the model stays parked then.
+    """
     result = park(model, **options)
     try:
         yield result
@@ -39,6 +50,7 @@ def resident(model: object, *, at_most: int | None = None) -> Iterator[Restored]
     Other threads cannot park or move it meanwhile. Where bodies overlap, the last one parks it.
 
     Args:
+        model: as for `park`.
         at_most: bytes of VRAM that it may take, on each device, if that is less than the model:
             then as many of its layers as fit stay home, and in each forward the others come in
             ahead of their use and go after it. A layer that goes is copied out only if it was
@@ -47,7 +59,7 @@ def resident(model: object, *, at_most: int | None = None) -> Iterator[Restored]
             body itself restores stays until it is parked.
 
     Raises:
-        As `restore`. Another thread that parks or moves it gets InUse.
+        QMoveError: as `restore`. Another thread that parks or moves it gets InUse.
         ValueError: `at_most` is negative.
         NotEnoughMemory: also where a layer is larger than the limit. Nothing was moved.
         CannotMove: it would have to stream, and a part of it is compiled.
@@ -133,7 +145,8 @@ def pin(model: object, device: Device | None = None) -> Moved:
         What bringing it there took.
 
     Raises:
-        As `restore`, or with a `device` as `move`. Nothing is pinned then that was not before.
+        QMoveError: as `restore`, or with a `device` as `move`. Nothing is pinned then that was not
+            before.
     """
     place = None if device is None else devices.resolve(device)
     with moving():
@@ -165,6 +178,10 @@ def unpin(model: object) -> bool:
 
 
 def is_pinned(model: object) -> bool:
-    """Whether `model` is pinned, or belongs as a whole to pinned models."""
+    """Whether `model` is pinned, or belongs as a whole to pinned models.
+
+    Args:
+        model: as for `park`.
+    """
     with moving():
         return pins.is_pinned(model)

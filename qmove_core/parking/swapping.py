@@ -37,17 +37,18 @@ def swap(
     room for both, all of `leaving` goes first; `progress` then begins anew.
 
     Args:
-        leaving, coming: two models, as for `park` and `restore`.
+        leaving: a model, as for `park`.
+        coming: a parked model, as for `restore`.
         progress: as for `park`; what it raises stops the swap.
 
     Returns:
         What `park` and `restore` would have returned.
 
     Raises:
-        As `park` and `restore`. Both models are then where they were. Should there be no way back
-        for `leaving` (another process took its room, the device fails), it is parked instead,
-        whole. If RAM has too little room for that as well, both wait with a part of each on the
-        device, and come home when there is room.
+        QMoveError: as `park` and `restore`. Both models are then where they were. Should there be
+            no way back for `leaving` (another process took its room, the device fails), it is
+            parked instead, whole. If RAM has too little room for that as well, both wait with a
+            part of each on the device, and come home when there is room.
     """
     started = time.perf_counter()
     out, into = plans.to_park(leaving, wake), plans.to_restore(coming)

@@ -169,7 +169,7 @@ def test_a_stand_in_notices_a_weight_that_is_not_what_it_was(host: FakeHost) -> 
 
     model = StandIn(2, torch.device("cuda:0"))
     model.check()
-    model.layers[1].weight.data[0, 0] += 1
+    model.layers[1].data[0, 0] += 1
 
     with pytest.raises(RuntimeError, match="not what they were"):
         model.check()
