@@ -42,7 +42,7 @@ def cpu_offload_with_hook(
     Raises:
         MissingDependency: accelerate is not installed.
         UnknownDevice: there is no such device.
-        As `qmove.park`, and in a forward as `qmove.restore`: the model is where it was.
+        QMoveError: as `qmove.park`, and in a forward as `qmove.restore`: the model is where it was.
     """
     try:
         from .offload_hooks import accelerate_hooks
