@@ -76,7 +76,9 @@ def from_pretrained(
             device = None
         else:
             model = given[0] if isinstance(given, tuple) else given
-            adopting.adopt(model, device, seconds=lambda: time.perf_counter() - started)
+            adopting.adopt(
+                model, device, stays=parked, seconds=lambda: time.perf_counter() - started
+            )
             if not parked:
                 restore(model)
             return given

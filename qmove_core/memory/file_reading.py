@@ -179,6 +179,8 @@ class ReadAhead:
             checksum.add(sums)
             if end == part.end:
                 del self._checksums[id(part)]
+                if part.checksum is None:
+                    part.checksum = checksum.value
                 part.is_proved = checksum.value == part.checksum
                 if not part.is_proved:
                     found.append(part)

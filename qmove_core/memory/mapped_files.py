@@ -80,6 +80,7 @@ class Part:
 
     Attributes:
         digest: None where it was not taken yet.
+        checksum: None until they are read for the first time.
         stamp: of the file when its bytes were last found right; None if that says too little.
         is_proved: whether what was last read through the map were these bytes.
     """
@@ -88,7 +89,7 @@ class Part:
     start: int
     end: int
     digest: Digest | None
-    checksum: int
+    checksum: int | None
     stamp: _Stamp | None
     is_proved: bool = False
 
@@ -156,15 +157,19 @@ class MappedFile(HostBlock):
         self._parts[start] = Part(name, start, end, None, checksum, stamp)
         return self.storage(start, end - start, released)
 
-    def note_content(self, name: str, start: int, end: int) -> None:
-        """Reads what the file has now at a storage that lies in [start, end), so that a later
-        change is seen.
+    def note_content(self, name: str, start: int, end: int, *, now: bool) -> None:
+        """Takes what the file has in [start, end), where a storage lies, for the bytes of that.
+
+        Args:
+            now: reads them, so that a change from now on is seen. Otherwise what is read first is
+                what they are.
 
         Raises:
             MappedFileChanged: the file has become shorter.
         """
-        part = Part(name, start, end, None, 0, self.stamp())
-        part.checksum = self._checksum_in_file(part)
+        part = Part(name, start, end, None, None, self.stamp())
+        if now:
+            part.checksum = self._checksum_in_file(part)
         self._parts[start] = part
 
     def part_at(self, start: int) -> Part:

@@ -46,10 +46,11 @@ def put_away(module: nn.Module, device: torch.device) -> None:
     if is_pinned(module):
         return
     if device.type == "cpu":
-        move(module, device)
+        move(module, device, allow_live_graph=True)
         return
     with suppress(NoTensors):  # an image processor, a safety checker that does nothing
-        park(module)
+        # A graph keeps what it saved on the device, as it does after a `.to()`.
+        park(module, allow_live_graph=True)
 
 
 def bring_by(hook: BringingHook, module: nn.Module) -> None:
@@ -69,7 +70,7 @@ def bring(module: nn.Module, device: torch.device, *, stream: bool) -> None:
     if any(map(_awaits_quantization, module.parameters())):
         module.to(device)  # bitsandbytes quantizes there
     if not is_here(module, device):
-        move(module, device)
+        move(module, device, allow_live_graph=True)
 
 
 def _awaits_quantization(parameter: nn.Parameter) -> bool:

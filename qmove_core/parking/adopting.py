@@ -40,14 +40,16 @@ def to_host(things: object) -> None:
 
 
 @moving()
-def adopt(model: object, home: torch.device, *, seconds: Callable[[], float]) -> Parked:
+def adopt(
+    model: object, home: torch.device, *, stays: bool, seconds: Callable[[], float]
+) -> Parked:
     """Parks a model that lies on the host and is nobody else's, as if it came from `home`.
 
-    What lies in a mapped file stays there and is read once, so that a later change of the file is
-    seen. Everything else goes into the arena, as it is or, in memory of PyTorch's, a piece at a
-    time.
+    What lies in a mapped file stays there; everything else goes into the arena, a piece at a time.
 
     Args:
+        stays: it waits there: what lies in files is read once, so that a later change of them is
+            seen. Otherwise it is restored next, which reads it.
         seconds: how long the loading has taken, for the report.
 
     Raises:
@@ -62,7 +64,7 @@ def adopt(model: object, home: torch.device, *, seconds: Callable[[], float]) ->
         if holding.device.type == "cpu" and holding.kind not in _STAYS
     ]
     _into_arena(action, [holding for holding in parked if place_of(holding.storage) is None])
-    _note_files(parked)
+    _note_files(parked, now=stays)
     with interrupts_deferred(), torch.inference_mode(False), torch.no_grad():
         plan = _sleep(model, action, held, parked, home)
     done = carry_out(MovePlan(action, held, [], lambda: None))
@@ -83,11 +85,11 @@ def _into_arena(action: Action, outside: list[Holding]) -> None:
             rebind(holding.tensors, place)
 
 
-def _note_files(parked: list[Holding]) -> None:
+def _note_files(parked: list[Holding], *, now: bool) -> None:
     def note(holding: Holding) -> None:
         file, start = place_of(holding.storage) or (None, 0)
         if isinstance(file, MappedFile):
-            file.note_content(holding.name, start, start + holding.nbytes)
+            file.note_content(holding.name, start, start + holding.nbytes, now=now)
 
     with ThreadPoolExecutor(_READERS, "qmove-read") as readers:
         list(readers.map(note, parked))

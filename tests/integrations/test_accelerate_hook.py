@@ -168,6 +168,27 @@ def test_a_pinned_model_stays(gpu: GPU) -> None:
     assert qmove.is_parked(models[0])
 
 
+def test_a_chain_runs_with_gradients_too(gpu: GPU) -> None:
+    models: list[nn.Module] = [layers(2).requires_grad_(), layers(3).requires_grad_()]
+    want = models[1](models[0](inputs()))
+    hooks = chain(models)
+    got = models[1](models[0](inputs()))
+    assert torch.equal(got, want) and got.requires_grad
+    assert qmove.is_parked(models[0])
+    hooks[1].offload()
+    assert qmove.is_parked(models[1])
+
+
+def test_on_the_cpu_it_stays_there(gpu: GPU) -> None:
+    model = layers()
+    want = run(model, inputs()).cpu()
+    _model, hook = cpu_offload_with_hook(model, "cpu")
+    assert next(model.parameters()).device.type == "cpu" and not qmove.is_parked(model)
+    assert torch.allclose(run(model, inputs().cpu()), want)
+    hook.offload()
+    hook.remove()
+
+
 def test_a_hook_can_be_added_twice(gpu: GPU) -> None:
     first = layers(2)
     _first, before = cpu_offload_with_hook(first, "cuda:0")

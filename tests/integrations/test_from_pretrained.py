@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from transformers import (
 import qmove_core as qmove
 from qmove_core.loading import mapped_checkpoint, transformers_seams
 from qmove_core.loading.quantizing import QuantizesElsewhere, quantizing_there
+from qmove_core.memory import mirrors
 from qmove_core.memory.blocks import place_of
 from qmove_core.memory.mapped_files import MappedFile
 from tests.builders.device import GPU
@@ -202,6 +204,27 @@ def test_the_checkpoint_is_read_once(
         assert qmove.stats().file_bytes == mapped_bytes(model)
     if kind == "other dtype":
         assert mapped_bytes(model) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onto_the_device_every_byte_is_read_once_too(
+    kind: str, llama: Path, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, preadv = [0], os.preadv
+
+    def counted(*args: Any) -> int:
+        count = preadv(*args)
+        reads[0] += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    model = qmove.from_pretrained(AutoModelForCausalLM, llama, device_map="cuda:0", **options(kind))
+    of_files = qmove.inventory(model).nbytes - sum(
+        mirror.host.nbytes() for mirror in mirrors.in_ram()
+    )
+    assert of_files <= reads[0] <= of_files + 10 * 4096, "and what is left of the pages"
+    assert qmove.park(model).copied_bytes == 0
+    assert mapped_bytes(model) == of_files
 
 
 def test_tied_weights_are_one(tmp_path: Path, gpu: GPU) -> None:
