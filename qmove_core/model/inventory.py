@@ -129,6 +129,11 @@ def _obstacle(tensor: torch.Tensor) -> str:
             "torch's own quantized tensors (qint8, ...) keep scales outside the storage; "
             "use torchao instead"
         )
+    if getattr(tensor, "__dict__", {}).get("is_paged") is True:  # bitsandbytes' get_paged
+        return (
+            "it is managed memory of a paged optimizer of bitsandbytes, which the driver itself "
+            "brings to the GPU and back; park the model, and leave the optimizer out"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "it belongs to a running functorch transform"
     try:

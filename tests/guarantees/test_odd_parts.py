@@ -274,6 +274,40 @@ def test_handles_known_by_their_names_keep_a_layer_where_it_is(
     assert {left.name for left in qmove.park(model).stragglers} == {"0.weight", "0.bias"}
 
 
+def test_a_paged_optimizer_of_bitsandbytes_keeps_its_managed_memory(
+    gpu: GPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU tensor to PyTorch, over memory that the driver pages. `get_paged` is the library's own;
+    only the driver's call is a stand-in."""
+    from bitsandbytes import functional
+
+    class Library:
+        memory = (ctypes.c_char * 4096)()
+
+        def cget_managed_ptr(self, nbytes: ctypes.c_size_t) -> int:
+            assert nbytes.value <= len(self.memory)
+            return ctypes.addressof(self.memory)
+
+    monkeypatch.setattr(functional, "lib", Library())
+    managed = functional.get_paged(512, dtype=torch.float32, device=gpu.device)
+    managed.fill_(3)
+    address = managed.data_ptr()
+    weight = nn.Parameter(torch.ones(8, device="cuda"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight] = {"state1": managed, "step": 1}
+    resident = gpu.allocated()
+
+    assert [item.name for item in qmove.inventory(optimizer).immovable if "paged" in item.reason]
+    qmove.park(optimizer)
+    assert gpu.allocated() == 0
+    qmove.restore(optimizer)
+    with pytest.raises(qmove.CannotMove, match="paged optimizer of bitsandbytes"):
+        qmove.move(optimizer, "cuda")
+    state = optimizer.state[weight]["state1"]
+    assert state is managed and state.data_ptr() == address and state.is_paged
+    assert gpu.allocated() == resident and weight.is_cuda
+
+
 @pytest.mark.parametrize("value", [4, True, "q4", [1, 2], {"bits": 4}])
 def test_settings_under_such_a_name_hinder_nothing(gpu: GPU, value: object) -> None:
     model = layers(1)

@@ -331,6 +331,69 @@ def test_int4_packed_for_cuda_kernels_is_parked_exactly_and_not_moved_to_run_on_
     assert snapshot(model) == before
 
 
+# As torchao had them up to 0.13 (dtypes/uintx, dtypes/floatx): what `__tensor_flatten__` names.
+OLD_TORCHAO = {
+    "TensorCoreTiledAQTTensorImpl": ("packed_weight", "scale_and_zero"),
+    "GemliteAQTTensorImpl": ("packed_weight", "scale", "zero_point"),
+    "MarlinSparseAQTTensorImpl": ("int_data", "scale", "zero", "meta"),
+    "MarlinQQQAQTTensorImpl": ("int_data", "s_group", "s_channel"),
+    "Int4PackedTensorImpl": ("int_data", "scale"),
+    "FloatxTensorCoreAQTTensorImpl": ("packed_floatx_data", "scale"),
+}
+
+
+class Flat(torch.Tensor):
+    """A wrapper around the tensors that `inner` names."""
+
+    inner: tuple[str, ...] = ()
+
+    def __new__(cls, *tensors: torch.Tensor) -> Flat:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (64, 64), dtype=torch.bfloat16, device=tensors[0].device
+        )
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        for name, tensor in zip(self.inner, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return list(self.inner), None
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict, _context: None, _size: object, _stride: object
+    ) -> Flat:  # type: ignore[type-arg]
+        return cls(*inner.values())
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(f"{func} on {cls.__name__}")
+
+
+@pytest.mark.parametrize("name", [*OLD_TORCHAO, "PlainAQTTensorImpl"])
+def test_what_old_torchao_packed_for_kernels_is_parked_and_not_moved_to_run_on_the_cpu(
+    gpu: GPU, name: str
+) -> None:
+    inner = OLD_TORCHAO.get(name, ("int_data", "scale", "zero_point"))
+    impl_class = type(name, (Flat,), {"inner": inner})
+    outer_class = type("AffineQuantizedTensor", (Flat,), {"inner": ("tensor_impl",)})
+    parts = [torch.full((64, 64), i, dtype=torch.uint8, device="cuda") for i in range(len(inner))]
+    model = {"weight": outer_class(impl_class(*parts))}
+
+    qmove.park(model)
+    assert {part.device for part in parts} == {torch.device("cuda:0")}, "it says its home"
+    assert {p.untyped_storage().device.type for p in parts} == {"cpu"} and gpu.allocated() == 0
+    qmove.restore(model)
+    assert [int(part[0, 0]) for part in parts] == list(range(len(inner)))
+    if name in OLD_TORCHAO:
+        with pytest.raises(qmove.CannotMove, match=f"weight.*{name} is packed for the kernels"):
+            qmove.move(model, "cpu")
+        assert gpu.allocated() == 64 * 64 * len(inner)
+    else:
+        qmove.move(model, "cpu")
+        assert model["weight"].device.type == "cpu" and gpu.allocated() == 0
+
+
 def test_jagged_nested_tensors(gpu: GPU) -> None:
     before = gpu.allocated()
     model = {"nested": jagged()}

@@ -33,6 +33,12 @@ _PACKED_FOR_KERNELS = frozenset({
     # torchao
     "Int4OpaqueTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor", "Int4Tensor",
     "Int4TilePackedTo4dTensor", "Float8OpaqueTensor", "IntxOpaqueTensor",
+    # torchao up to 0.13: what is inside an AffineQuantizedTensor
+    "BlockSparseAQTTensorImpl", "CutlassSemiSparseTensorImpl", "DA8W4CPUAQTTensorImpl",
+    "FloatxTensorCoreAQTTensorImpl", "GemliteAQTTensorImpl", "Int4CPUAQTTensorImpl",
+    "Int4PackedTensorImpl", "Int4XPUAQTTensorImpl", "MarlinQQQAQTTensorImpl",
+    "MarlinSparseAQTTensorImpl", "PackedLinearInt8DynamicActivationIntxWeightAQTTensorImpl",
+    "SemiSparseAQTTensorImpl", "TensorCoreTiledAQTTensorImpl",
 })  # fmt: skip
 
 
