@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import contenders, forwards, little_room, machine, page, plots, terminal, workloads
+from .targets import SWAP_LINKS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENDERS = [contender.name for contender in contenders.ALL]
@@ -161,6 +162,7 @@ class Run:
                 "simulated": self.simulated,
                 "quick": quick,
                 "links": self.links,
+                "swap links": list(SWAP_LINKS) if self.simulated else self.links,
                 "machine": machine.describe(
                     "a simulated GPU (simcuda)" if self.simulated else _gpu_name()
                 ),

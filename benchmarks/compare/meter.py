@@ -18,8 +18,10 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .targets import SWAP_LINKS
+
 SIMULATED = "simcuda" in sys.modules and sys.modules["simcuda"].is_active()
-LINKS: tuple[str | None, ...] = ("pcie4", "pcie5") if SIMULATED else (None,)
+LINKS: tuple[str | None, ...] = SWAP_LINKS if SIMULATED else (None,)
 
 
 @dataclass

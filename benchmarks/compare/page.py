@@ -15,8 +15,8 @@ over the link is one within host memory, and qmove's digests, matrix products ma
 five times a swap there and back, as that clock repeats itself exactly. On a real GPU the same command gives real seconds.
 
 A copy from or to pageable memory, as plain `.to()` makes it, has no rate of its own: others measured 6 to 12 GB/s to the device,
-and from it 6 to 10 GB/s into pages that were touched before, 1.4 GB/s into fresh ones (`simcuda/link.py` has the sources; "pcie4"
-and "pcie5" take the fast end).
+and from it 6 to 10 GB/s into pages that were touched before, 1.4 GB/s into fresh ones (`simcuda/link.py` has the sources). "PCIe 4"
+and "PCIe 5" take the fast end, "PCIe 4, slow pageable" the slow one: fresh pages.
 """
 
 READING = """\

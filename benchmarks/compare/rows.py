@@ -8,7 +8,7 @@ from .targets import LINK_NAMES, Target, in_the_link_model, on_the_wall
 
 
 def headings(results: dict[str, Any]) -> list[str]:
-    seconds = [f"ten swaps, s, {LINK_NAMES[link]}" for link in results["links"] if link]
+    seconds = [f"ten swaps, s, {LINK_NAMES[link]}" for link in _swap_links(results)]
     return [
         "",
         *(
@@ -21,9 +21,14 @@ def headings(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def _swap_links(results: dict[str, Any]) -> list[str]:
+    """Those that all contenders swapped on; none on a real GPU. Older results do not name them."""
+    return [link for link in results.get("swap links", results["links"]) if link]
+
+
 def row(results: dict[str, Any], name: str, figures: dict[str, Any]) -> list[str]:
     """One contender; what it did not reach is empty."""
-    links = [link for link in results["links"] if link]
+    links = _swap_links(results)
     ten = figures.get(f"swaps {links[0]}" if links else "swaps")
     first = figures.get("first")
     cells = [name]

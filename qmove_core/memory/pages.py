@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from .. import workers
+from . import numa
 
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on, which Python's mmap does not name yet
@@ -152,20 +153,22 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def touch_in_background(memory: numpy.ndarray) -> list[Future[float]]:
-    """`touch` by several threads, each future with the seconds that its part took. The memory is
-    made when all that is returned is done.
+    """`touch` by several threads, near the GPU, each future with the seconds that its part took.
+    The memory is made when all that is returned is done.
 
     Where no thread starts, locking makes the pages too, only slower.
     """
     stripes = (memory[at : at + _STRIPE] for at in range(0, len(memory), _STRIPE))
-    futures = [workers.submit(_timed_touch, stripe) for stripe in stripes]
+    near = numa.near_devices_in_use()
+    futures = [workers.submit(_timed_touch, stripe, near) for stripe in stripes]
     return [future for future in futures if future is not None]
 
 
-def _timed_touch(memory: numpy.ndarray) -> float:
-    began = clock()
-    touch(memory)
-    return clock() - began
+def _timed_touch(memory: numpy.ndarray, processors: frozenset[int] | None) -> float:
+    with numa.running_on(processors):
+        began = clock()
+        touch(memory)
+        return clock() - began
 
 
 def is_slow(nbytes: int, seconds: float) -> bool:
