@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from qmove_pack.nodes.host import browser
@@ -12,7 +13,13 @@ from qmove_pack.nodes.host.stages import job_queue
 import qmove_core as qmove
 from tests.nodes.builders.careless_nodes import model_of
 from tests.nodes.builders.fake_host import FakeHost
-from tests.nodes.builders.http_routes import RoutesServer
+from tests.nodes.builders.http_routes import RoutesServer, served
+
+
+@pytest.fixture
+def server(host: FakeHost) -> Iterator[RoutesServer]:
+    with served(host) as running:
+        yield running
 
 
 @pytest.mark.simulated
