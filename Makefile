@@ -20,10 +20,10 @@ NPM := PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/npm --prefix tests/web
 SOURCES := qmove_core simcuda tests tools $(wildcard *.py nodes stand_ins benchmarks examples)
 
 # Tests run many small kernels: waiting for a second thread costs more than it brings, most of all on a busy machine.
-test test-kinds test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
+test test-kinds test-ray test-faults test-hostile test-hostile-sample: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kinds matrix test-faults test-hostile test-hostile-sample check docs publish-check audit format bench gpu-check setup clean
+.PHONY: help demo test test-kinds test-ray matrix test-faults test-hostile test-hostile-sample check docs publish-check audit format bench gpu-check setup clean
 
 help: ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ endif
 test-faults: $(STAMP) ## Try faults, histories, threads and memory for MINUTES (60), and write docs/results/faults.json
 	QMOVE_FAULT_MINUTES=$(MINUTES) QMOVE_FAULT_RESULTS=docs/results/faults.json $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 	$(BIN)/python -m tools.guarantees
+
+test-ray: $(STAMP) ## Run the tests with a real Ray Serve, and write docs/results/ray.json
+	$(BIN)/python -m pip install --quiet --constraint tools/constraints.txt 'ray[serve]>=2.60'
+	QMOVE_RAY=1 QMOVE_RAY_RESULTS=docs/results/ray.json $(BIN)/python -m pytest tests/serving $(PYTEST_ARGS)
 
 # What the guarantees' suites need on a card, without one: every knob of simcuda that is off by default.
 HOSTILE ?= tests/guarantees

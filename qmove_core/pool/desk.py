@@ -239,8 +239,17 @@ class Desk:
         self._begin_prefetch()
 
     def _begin_prefetch(self) -> None:
-        if self._next and not self.is_closed:
-            self._background.submit(self._bring_next)
+        if self._next:
+            self.in_background(self._bring_next)
+
+    def in_background(self, call: Callable[..., object], *arguments: object) -> None:
+        """Calls something in the pool's own thread, unless the pool is closed."""
+        if self.is_closed:
+            return
+        try:
+            self._background.submit(call, *arguments)
+        except RuntimeError:  # the interpreter ends
+            log.debug("nothing is done in the background any more")
 
     def _bring_next(self) -> None:
         for name in list(self._next):

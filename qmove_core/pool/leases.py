@@ -68,6 +68,11 @@ class Lease:
         """Gives the lease back; a second time it does nothing. It waits for nobody."""
         self._pool.give_back(self.claim)
 
+    def detach(self) -> Lease:
+        """From now on it belongs to no thread or task: who asked for it may end, or wait."""
+        self.claim.owner = object()
+        return self
+
     def __del__(self) -> None:
         if self.claim.is_held:  # everybody has forgotten it
             self.release()
@@ -115,22 +120,27 @@ class Section:
 
     def __init__(self) -> None:
         self.returned: deque[Claim] = deque()
+        self.holder = 0  # the thread that has it
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        self.holder = threading.get_ident()
 
     def __exit__(self, *_raised: object) -> None:
+        self.holder = 0
         self._lock.release()
         self.settle()
 
     def settle(self) -> None:
         """Takes back what has come back, unless somebody holds the lock, who will do it then."""
         while self.returned and self._lock.acquire(blocking=False):
+            self.holder = threading.get_ident()
             try:
                 while self.returned:
                     self.take_back(self.returned.popleft())
             finally:
+                self.holder = 0
                 self._lock.release()
 
     def take_back(self, claim: Claim) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -184,6 +185,16 @@ class ModelPool:
         """Sends a model away now, without waiting for others to need its room: to RAM, to disk, or
         nowhere, as always. Returns whether it has left; one that is on lease does not."""
         return self._mover.send_away_now(self._pooled(name))
+
+    def park_soon(self, name: str) -> None:
+        """`park` in the background: for finalizers, which must not wait."""
+        if (pooled := self._keeping.get(name)) is not None:
+            self._desk.in_background(self._mover.send_away_now, pooled)
+
+    @property
+    def is_locked_by_me(self) -> bool:
+        """Whether this thread is in the middle of one of the pool's own steps."""
+        return self._section.holder == threading.get_ident()
 
     # All of it ------------------------------------------------------------------------------------
 
