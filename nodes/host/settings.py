@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ VERIFY = "qmove.verify"
 NOTIFICATIONS = "qmove.notifications"  # only the browser uses it; kept here so that all tabs agree
 NEEDED, STAGE = "needed", "stage"
 GIB = 2**30
+DISK_FOLDER = "QMOVE_DISK_FOLDER"  # environment: where models go for which RAM has no room
 
 DEFAULTS: dict[str, Any] = {
     AUTO_PARK: True,
@@ -163,7 +165,10 @@ def _check(name: str, value: Any) -> None:
 
 @never_fails("read ComfyUI's stored settings", None)
 def load_stored() -> None:
-    """Takes over what ComfyUI has stored for its default user, as far as it is valid."""
+    """Takes over what ComfyUI has stored for its default user, as far as it is valid, and the
+    folder for models that the environment names."""
+    if disk_folder := os.environ.get(DISK_FOLDER):
+        qmove.configure(disk_folder=disk_folder)
     folder = comfy.user_directory()
     file = Path(folder) / "default" / "comfy.settings.json" if folder else None
     if file is None or not file.is_file():

@@ -25,11 +25,13 @@ class ModelHandle:
         name: of the model in the pool.
     """
 
-    def __init__(self, pool: ModelPool, name: str, lease: Lease) -> None:
-        """`lease` is one that was granted; it is the handle's from now on."""
+    def __init__(self, pool: ModelPool, name: str, lease: Lease | None) -> None:
+        """`lease` is one that was granted; it is the handle's from now on. None: the model is
+        loaded, and the pool decides whether it is in VRAM."""
         self.name = name
         self._pool = pool
-        self._lease: Lease | None = lease.detach()
+        self._lease: Lease | None = None if lease is None else lease.detach()
+        self._is_held = True
 
     def use(self, *, timeout: float | None = None) -> Lease:
         """A lease for one request. It brings the model home if the server has dropped the handle
@@ -43,7 +45,7 @@ class ModelHandle:
             lease.release()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_lease") is None:  # it is done, or __init__ failed
+        if not self.__dict__.pop("_is_held", False):  # it is done, or __init__ failed
             return
         self.let_go()
         if _may_move_here(self._pool):

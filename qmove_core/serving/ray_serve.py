@@ -104,13 +104,16 @@ class Models:
         known = loaders() if callable(loaders) else loaders
         options = dict(options)
         timeout, disk_folder = options.pop("timeout"), options.pop("disk_folder")
+        holds_vram = options.pop("holds_vram")
         if disk_folder is not None:
             configure(disk_folder=disk_folder)
         self._answer, self._metrics = answer, Metrics()
         pool = ModelPool(**options)
         for name, loader in known.items():
             pool.add(name, loader)
-        self.replica = Replica(pool, timeout=timeout, on_wake=self._metrics.note_wake)
+        self.replica = Replica(
+            pool, timeout=timeout, on_wake=self._metrics.note_wake, holds_vram=holds_vram
+        )
 
     async def handle(self, name: str) -> Any:
         """What Ray's multiplexing calls, and keeps."""
@@ -259,6 +262,7 @@ def application(
     device: str | None = None,
     disk_folder: str | None = None,
     models_in_vram: int = 1,
+    models_loaded: int | None = None,
     replicas: int = 1,
     timeout: float | None = 60.0,
     tries: int = 3,
@@ -274,7 +278,11 @@ def application(
             its RAM: give each its part.
         disk_folder: where each replica parks what its RAM has no room for, on a disk of its own
             machine.
-        models_in_vram: how many models Ray keeps in each replica. They must fit into `vram`.
+        models_in_vram: how many models Ray holds in each replica, and the router looks for. They
+            stay in VRAM meanwhile, so they must fit into `vram`.
+        models_loaded: instead of that how many models Ray holds in VRAM and RAM together, so that
+            the router looks for a replica that has the model in either; the pool decides which are
+            in VRAM. It pays from some tens of models on (docs/serving.md).
         replicas: how many there are; a larger number is all that a cluster takes.
         timeout: seconds that a request waits for room.
         tries: how often a request is sent whose replica dies while it runs.
@@ -284,9 +292,10 @@ def application(
         MissingDependency: Ray Serve is not installed.
     """
     ray_serve = serve()
+    held = models_in_vram if models_loaded is None else models_loaded
 
     class Multiplexed(Models):
-        @ray_serve.multiplexed(max_num_models_per_replica=models_in_vram)  # type: ignore[misc]
+        @ray_serve.multiplexed(max_num_models_per_replica=held)  # type: ignore[misc]
         async def handle(self, name: str) -> Any:
             return await self.replica.handle(name)
 
@@ -296,6 +305,7 @@ def application(
         "device": device,
         "timeout": timeout,
         "disk_folder": disk_folder,
+        "holds_vram": models_loaded is None,
     }
     models = ray_serve.deployment(
         Multiplexed,

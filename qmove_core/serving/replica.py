@@ -21,12 +21,19 @@ class Replica:
         pool: with all models that the replica may be asked for.
         timeout: seconds that a request waits for room.
         on_wake: called after a model came home from RAM or disk.
+        holds_vram: whether a model stays in VRAM as long as the server holds its handle. Otherwise
+            the pool decides, and what the server holds may wait in RAM.
     """
 
     def __init__(
-        self, pool: ModelPool, *, timeout: float | None = None, on_wake: Woken | None = None
+        self,
+        pool: ModelPool,
+        *,
+        timeout: float | None = None,
+        on_wake: Woken | None = None,
+        holds_vram: bool = True,
     ) -> None:
-        self.pool = pool
+        self.pool, self._holds_vram = pool, holds_vram
         self._timeout, self._on_wake = timeout, on_wake
         self._handles: weakref.WeakSet[ModelHandle] = weakref.WeakSet()
 
@@ -39,7 +46,9 @@ class Replica:
         lease = self.pool.use(name, timeout=self._timeout)
         await lease.acquire_async()
         self._note(name, lease.came_from, lease.seconds)
-        handle = ModelHandle(self.pool, name, lease)
+        if not self._holds_vram:
+            lease.release()
+        handle = ModelHandle(self.pool, name, lease if self._holds_vram else None)
         self._handles.add(handle)
         return handle
 

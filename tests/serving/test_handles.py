@@ -116,6 +116,21 @@ def test_a_replica_sleeps_though_the_server_holds_models(pool: ModelPool, gpu: G
     assert replica.figures()["loads"] == 1
 
 
+def test_where_the_pool_decides_a_held_model_may_wait_in_ram(pool: ModelPool) -> None:
+    replica = Replica(pool, timeout=60, holds_vram=False)
+
+    async def run() -> None:
+        handles = [await replica.handle(name) for name in "abc"]
+        for handle in [*handles, *handles]:
+            assert await replica.answer(handle, is_right, handle.name)
+        assert pool.state("c") is State.HOME
+        await asyncio.to_thread(handles[2].__del__)
+        assert pool.state("c") is State.IN_RAM
+
+    asyncio.run(run())
+    assert replica.figures()["loads"] == 3
+
+
 def test_the_seconds_to_wake_are_told(pool: ModelPool) -> None:
     woken: dict[str, float] = {}
     replica = Replica(pool, on_wake=woken.__setitem__)

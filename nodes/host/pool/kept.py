@@ -86,7 +86,7 @@ class Kept(for_hosts.Kept):
         """Bytes that each of its models takes, wherever they are."""
         sizes = self.bytes_in_ram()
         for adopted in self.adopted:
-            sizes[adopted] += sum(adopted.resident.values())
+            sizes[adopted] += sum(adopted.resident.values()) + adopted.on_disk
         return sizes
 
     def bytes_on_disk(self) -> dict[Any, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,6 +246,79 @@ def test_but_while_comfyui_has_it_the_error_is_told(comfy: FakeHost) -> None:
     with pytest.raises(qmove.NotEnoughMemory):
         park_all()
     assert model() is not None
+
+
+def test_what_ram_has_no_room_for_goes_to_disk_where_a_folder_is_set(
+    comfy: FakeHost, tmp_path: Path
+) -> None:
+    qmove.configure(disk_folder=tmp_path)
+    budget(1)
+    models = []
+    for shape in SHAPES:
+        models.append(run(comfy, shape, seconds=100.0))
+        leave(comfy)
+        park_all()
+        assert held() <= SIZE
+    assert all(model() is not None for model in models)
+    figures = pool.figures()
+    assert figures["on_disk"] == figures["nbytes"] - figures["in_ram"] > 2 * SIZE
+    assert figures["spills"] == len(SHAPES) - 1
+    for shape, model in zip(SHAPES, models, strict=True):
+        assert run(comfy, shape)() is model()  # the same live object, whose loader did not run
+        leave(comfy)
+        park_all()
+        assert held() <= SIZE
+    assert pool.misses == len(SHAPES)
+
+
+def test_also_what_comfyui_itself_still_holds(comfy: FakeHost, tmp_path: Path) -> None:
+    """Letting go of it would free nothing."""
+    qmove.configure(disk_folder=tmp_path)
+    budget(1)
+    first = run(comfy, "plain", seconds=100.0)
+    holder = first()
+    leave(comfy)
+    park_all()
+    run(comfy, "list", seconds=100.0)
+    leave(comfy)
+    park_all()
+    assert held() <= SIZE and sum(qmove.stats().parked_bytes.values()) > 2 * SIZE - 2 * MIB
+    assert first() is holder and qmove.stats().arena_bytes <= SIZE
+
+
+def test_a_model_that_loads_quicker_than_the_disk_reads_is_let_go_of(
+    comfy: FakeHost, tmp_path: Path
+) -> None:
+    qmove.configure(disk_folder=tmp_path)
+    budget(1)
+    quick = run(comfy, "plain", seconds=1e-9)
+    leave(comfy)
+    park_all()
+    run(comfy, "list", seconds=100.0)
+    leave(comfy)
+    park_all()
+    assert quick() is None and pool.figures()["spills"] == 0
+
+
+def test_a_full_disk_lets_go_instead(comfy: FakeHost, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    qmove.configure(disk_folder=tmp_path / "file" / "below")
+    budget(1)
+    models = []
+    for shape in SHAPES[:3]:
+        models.append(run(comfy, shape, seconds=100.0))
+        leave(comfy)
+        park_all()
+        assert held() <= SIZE
+    assert [model() is not None for model in models] == [False, False, True]
+
+
+def test_the_environment_names_the_folder(
+    comfy: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QMOVE_DISK_FOLDER", str(tmp_path))
+    settings.load_stored()
+    assert qmove.configure().disk_folder == tmp_path
 
 
 def test_pressure_from_others_shrinks_it_the_least_useful_first(
