@@ -51,7 +51,7 @@ def serve() -> Any:
         from ray import serve
     except ImportError as error:
         raise MissingDependency(
-            "qmove's deployment for Ray needs Ray Serve: pip install 'qmove[ray]'"
+            "Ray Serve, which this needs, is not installed: pip install 'qmove[ray]'"
         ) from error
     return serve
 
