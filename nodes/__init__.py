@@ -6,6 +6,7 @@ load_core()
 
 from . import host  # noqa: E402
 from .free_vram import QMoveFreeVRAM  # noqa: E402
+from .host import progress  # noqa: E402
 from .materialize import QMoveMaterialize  # noqa: E402
 from .park import QMovePark  # noqa: E402
 from .pin import QMovePin  # noqa: E402
@@ -29,5 +30,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "QMovePin": "Pin Model",
 }
 WEB_DIRECTORY = "./web"
+
+for _node in NODE_CLASS_MAPPINGS.values():  # what moves in one of them shows on it
+    _function = _node.FUNCTION  # type: ignore[attr-defined]
+    setattr(_node, _function, progress.on_own_node()(getattr(_node, _function)))
 
 host.start()

@@ -15,7 +15,7 @@ def shown(report: str, result: tuple[Any, ...], *, succeeded: bool = True) -> di
     running node."""
     node_id = comfy.running_node()
     if node_id is not None:
-        browser.show_on_node(report, node_id)
+        browser.show_on_own_node(report, node_id)
     log.log(logging.INFO if succeeded else logging.WARNING, "%s", report)
     return {"ui": {"text": [report]}, "result": result}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from qmove_core import for_hosts
 
-from . import comfy, routes, settings
+from . import comfy, console, progress, routes, settings
 from .guard import never_fails
 from .models import page_locks, residency
-from .panel import events
+from .panel import events, history, version
 from .pool import provider
 from .stages import auto_parking, executor, idle, needs
 
@@ -16,6 +16,7 @@ def start() -> None:
     """Hooks qmove into the ComfyUI of this process; logs what this version of it lacks."""
     if comfy.model_management() is None:
         return
+    console.use_prefix()
     settings.load_stored()
     needs.use_file_of_host()
     listen_to_core()
@@ -23,12 +24,16 @@ def start() -> None:
         never_fails("keep models loaded between workflows", False)(provider.install)()
     never_fails("free VRAM after idle minutes", None)(idle.watch.follow_setting)()
     never_fails("serve its state and settings", False)(routes.install)()
+    never_fails("say that it has started", None)(console.say_start)(version.about()["version"])
 
 
 @never_fails("follow its own moves", None)
 def listen_to_core() -> None:
     """Follows each move, answers requests for room, and keeps our models in ComfyUI's list; calling
     it twice changes nothing."""
+    settings.on_change(residency.follow_auto_park)
+    progress.on_change(history.note_move)
+    progress.on_change(events.watch_move)
     for_hosts.on_move(residency.note_move)
     for_hosts.on_move(events.model_moved)
     for_hosts.on_move(page_locks.book)

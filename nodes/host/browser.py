@@ -11,6 +11,7 @@ SETTINGS = "qmove.settings"
 MOVE = "qmove.move"
 HISTORY = "qmove.history"
 RESULT = "qmove.result"
+FAILURE = "qmove.failure"
 
 
 def send(event: str, data: dict[str, Any]) -> None:
@@ -20,8 +21,12 @@ def send(event: str, data: dict[str, Any]) -> None:
         server.send_sync(event, data)
 
 
-def show_on_node(text: str, node_id: str) -> None:
-    """Shows a line of text on a node, in the browser whose prompt runs."""
+def show_on_own_node(text: str, node_id: str) -> None:
+    """Shows a line of text on a node of qmove, in the browser whose prompt runs.
+
+    Never on another pack's node: such text makes a node grow, may be saved with the workflow, and
+    is not about that node.
+    """
     server = comfy.server()
     if server is not None and server.client_id is not None:
         server.send_progress_text(text, node_id, server.client_id)

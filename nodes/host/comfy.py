@@ -49,6 +49,31 @@ def names_of_node_classes() -> dict[type, str]:
     return {cls: titles.get(name, name) for name, cls in node_classes().items()}
 
 
+def title_of_node_class(name: str) -> str:
+    """What the pack of a node calls its class."""
+    titles = getattr(module("nodes"), "NODE_DISPLAY_NAME_MAPPINGS", {})
+    return str(titles.get(name) or name)
+
+
+def running_workflow() -> str | None:
+    """The id of the workflow whose prompt runs; None where nobody has said it."""
+    queue: Any = getattr(server(), "prompt_queue", None)
+    for item in list(getattr(queue, "currently_running", {}).values()):
+        extra = item[3] if len(item) > 3 and isinstance(item[3], dict) else {}
+        told = extra.get("extra_pnginfo")
+        workflow = told.get("workflow") if isinstance(told, dict) else None
+        found = workflow.get("id") if isinstance(workflow, dict) else None
+        if isinstance(found, str) and found:
+            return found
+    return None
+
+
+def has_browsers() -> bool | None:
+    """Whether a browser is connected; None where this ComfyUI does not say."""
+    sockets = getattr(server(), "sockets", None)
+    return None if sockets is None else bool(sockets)
+
+
 def execution_list_class() -> type | None:
     return getattr(module("comfy_execution.graph"), "ExecutionList", None)
 

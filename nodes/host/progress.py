@@ -1,4 +1,6 @@
-"""Shows each move on its node, in ComfyUI's bar and in the panel; and cancels moves.
+"""Shows each move in ComfyUI's bar, in the panel and on nodes of qmove; and cancels moves.
+
+Another pack's node gets no text of ours: only the bar that ComfyUI itself draws on it.
 
 A move inside a prompt is stopped by the user's interrupt, one that a button asked for by `cancel`.
 Both raise in the callback of the core, which then rolls the move back.
@@ -9,14 +11,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from qmove_core.for_hosts import readable_bytes
 
-from . import browser, comfy
+from . import advice, browser, comfy, node_names
 from .guard import is_interrupt, never_fails
 
 SECONDS_BETWEEN_UPDATES = 0.1
@@ -29,9 +31,17 @@ _WORDS = {
 
 _staged_node: ContextVar[str | None] = ContextVar("qmove_staged_node", default=None)
 _asked_for: ContextVar[bool] = ContextVar("qmove_asked_for", default=False)
+_on_own_node: ContextVar[bool] = ContextVar("qmove_on_own_node", default=False)
 _numbers = itertools.count(1)
 _running: dict[int, Move] = {}
+_followers: list[Callable[[Move], None]] = []
 _lock = threading.Lock()
+
+
+def on_change(follower: Callable[[Move], None]) -> None:
+    """Registers `follower`, called as each move begins and when it has ended, in its thread."""
+    if follower not in _followers:
+        _followers.append(follower)
 
 
 class Cancelled(BaseException):
@@ -57,6 +67,16 @@ def for_node(node_id: str) -> Iterator[None]:
 
 
 @contextmanager
+def on_own_node() -> Iterator[None]:
+    """Inside, a node of qmove runs: its moves show as text on it."""
+    token = _on_own_node.set(True)
+    try:
+        yield
+    finally:
+        _on_own_node.reset(token)
+
+
+@contextmanager
 def asked_for() -> Iterator[None]:
     """Inside, moves are those that a button asked for: `cancel` stops them."""
     token = _asked_for.set(True)
@@ -78,13 +98,15 @@ def shown(verb: str, name: str, model: int, nbytes: int) -> Iterator[Move]:
     move = Move(verb, name, model, nbytes)
     with _lock:
         _running[move.number] = move
-    move.send()
+    move.begin()
     try:
         yield move
         move.state = "done"
     except BaseException as error:
         stopped = isinstance(error, Cancelled) or is_interrupt(error)
         move.state = "cancelled" if stopped else "failed"
+        if not stopped:
+            move.reason, move.advice = advice.for_people(error), advice.way_out(error)
         raise
     finally:
         with _lock:
@@ -127,6 +149,7 @@ class Move:
         done, total: bytes copied, and to copy; before the first report, the bytes of the model.
         cancels: what `cancel` stops: the "move", the "prompt" that needs it, or None for nothing.
         state: "running", "done", "cancelled" or "failed".
+        reason, advice: why it failed, in words for people, and what helps (`advice.way_out`).
         result: what the core's call returned.
     """
 
@@ -134,15 +157,18 @@ class Move:
         self.number = next(_numbers)
         self.verb, self.name, self.model = verb, name, model
         self.node_id = _staged_node.get() or comfy.running_node()
+        self._stage = node_names.of(self.node_id)
         self.done, self.total = 0, nbytes
         self.state = "running"
+        self.reason = self.advice = ""
         self.result: Any = None
         # ComfyUI unloads models outside of prompts too (POST /free). An interrupt that was left
         # over must not stop that: there it would end ComfyUI's worker.
         self._host = comfy.model_management() if self.node_id is not None else None
         self.cancels = "prompt" if self._host else "move" if _asked_for.get() else None
+        self._is_on_own_node = _on_own_node.get() and self.node_id == comfy.running_node()
         self._cancelled = False
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._seconds: float | None = None
         self._next_update = 0.0
         bar_class: Any = comfy.progress_bar_class() if self._host else None
@@ -150,7 +176,7 @@ class Move:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began if self._seconds is None else self._seconds
+        return time.monotonic() - self.began if self._seconds is None else self._seconds
 
     def cancel(self) -> None:
         if self._host is not None:
@@ -180,22 +206,25 @@ class Move:
         self.send()
         if self._bar is not None:
             self._bar.update_absolute(self.done, self.total)  # it too raises the user's interrupt
-        if self.node_id is not None:
+        if self.node_id is not None and self._is_on_own_node:
             how_far = f"{readable_bytes(self.done)} of {readable_bytes(self.total)}"
-            browser.show_on_node(f"{_WORDS[self.verb][0]} {self.name}: {how_far}", self.node_id)
+            said = f"{_WORDS[self.verb][0]} {self.name}: {how_far}"
+            browser.show_on_own_node(said, self.node_id)
 
-    @never_fails("show the result of a move on its node", None)
+    @never_fails("show that a move begins", None)
+    def begin(self) -> None:
+        """Shows that it has begun."""
+        self.send()
+        for follower in _followers:
+            follower(self)
+
+    @never_fails("show how a move ended", None)
     def end(self) -> None:
         """Shows how it ended."""
         self._seconds = self.seconds
         self.send()
-        if self.node_id is not None and self.state == "done":
-            nbytes = readable_bytes(getattr(self.result, "nbytes", self.total))
-            copied = getattr(self.result, "copied_bytes", self.done)
-            how = f"in {self.seconds:.1f} s" if copied else "nothing had to be copied"
-            browser.show_on_node(
-                f"{_WORDS[self.verb][1]} {self.name}: {nbytes}, {how}", self.node_id
-            )
+        for follower in _followers:
+            follower(self)
 
     def to_dict(self) -> dict[str, Any]:
         seconds, running = self.seconds, self.state == "running"
@@ -214,6 +243,9 @@ class Move:
             "bytes_per_second": speed,
             "seconds_left": left,
             "node": self.node_id,
+            "stage": None if self._stage is None else self._stage.to_dict(),
+            "reason": self.reason,
+            "advice": self.advice,
             "cancel": self.cancels if running else None,
             "state": self.state,
         }

@@ -15,8 +15,8 @@ import torch
 
 from qmove_core import QMoveError, for_hosts
 
-from . import browser, comfy, progress, settings, words
-from .models import node_models, pins
+from . import advice, browser, comfy, progress, settings, words
+from .models import finding, node_models, pins
 from .models.adopted import Adopted, adopted_models
 from .panel import events, history, state
 from .stages import idle, job_queue, lending, making_room, pinning, requests
@@ -77,7 +77,7 @@ def install() -> bool:
 
             return await answer(give)
 
-    add_get("/qmove/state", state.snapshot)
+    add_get("/qmove/state", _state)
     add_get("/qmove/settings", settings.current)
     add_get("/qmove/history", lambda: {"run": history.last_run()})
     add_post("/qmove/settings", _change_settings)
@@ -86,15 +86,19 @@ def install() -> bool:
     add_post("/qmove/restore", lambda body: _run(read_restore(body)))
     add_post("/qmove/pin", lambda body: _run(read_pin(body)))
     add_post("/qmove/free", lambda body: _run(making_room.or_fail(read_free(body))))
+    add_post("/qmove/unload", lambda body: _run(read_unload(body)))
     add_post("/qmove/release", _release)
     add_post("/qmove/take_back", _take_back)
     return True
 
 
 def read_park(body: Any) -> Callable[[], str]:
-    """`{"models": [1, 2]}`, `{"models": "all"}`, or those of `{"node": "5", "class": "Load"}`."""
+    """`{"models": [1, 2]}`, `{"models": "all"}`, or those of `{"node": "5", "class": "Load"}`.
+
+    With a node there may be `"workflow"`, the id of the one that it is of.
+    """
     if isinstance(body, dict) and "node" in body:
-        found = _models_of_node(_object(body, {"node", "class"}))
+        found = _models_of_node(_object(body, {"node", "class"}, {"workflow"}))
         return lambda: requests.park_value(found)
     wanted = _object(body, {"models"})["models"]
     if wanted == "all":
@@ -106,7 +110,8 @@ def read_park(body: Any) -> Callable[[], str]:
 def read_restore(body: Any) -> Callable[[], str]:
     """As for park, and `"device"`: "home" (also when it is left out) or one of the machine's."""
     by_node = isinstance(body, dict) and "node" in body
-    body = _object(body, {"node", "class"} if by_node else {"models"}, {"device"})
+    optional = {"device", "workflow"} if by_node else {"device"}
+    body = _object(body, {"node", "class"} if by_node else {"models"}, optional)
     device = _device(body.get("device", requests.HOME), requests.HOME) or requests.HOME
     if by_node:
         found = _models_of_node(body)
@@ -120,7 +125,8 @@ def read_restore(body: Any) -> Callable[[], str]:
 def read_pin(body: Any) -> Callable[[], str]:
     """As for park, and `"pin"`: "pin", "unpin", "forget", or the device to keep the models on."""
     by_node = isinstance(body, dict) and "node" in body
-    body = _object(body, {"node", "class", "pin"} if by_node else {"models", "pin"})
+    required = {"node", "class", "pin"} if by_node else {"models", "pin"}
+    body = _object(body, required, {"workflow"} if by_node else set())
     choice = body["pin"]
     if not isinstance(choice, str) or choice not in pins.choices():
         raise BadRequest(f"pin is one of {', '.join(pins.choices())}, not {echo(choice)}")
@@ -139,6 +145,17 @@ def read_free(body: Any) -> Callable[[], making_room.Room]:
     if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= 1024:
         raise BadRequest(f"gib is a number of GiB above 0, up to 1024, not {echo(gib)}")
     return lambda: making_room.free(int(gib * 2**30), device)
+
+
+def read_unload(body: Any) -> Callable[[], str]:
+    """`{"comfyui_models": [1, 2]}`: ComfyUI's own models, by their ids in the state."""
+    numbers = _object(body, {"comfyui_models"})["comfyui_models"]
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise BadRequest("comfyui_models is a list of ids from /qmove/state")
+    found = state.hosts_own_of(numbers)
+    if len(found) < len(set(numbers)):
+        raise BadRequest("no such model of ComfyUI's own, or it is unloaded already")
+    return lambda: requests.park_models([], found)
 
 
 def read_nothing(body: Any) -> None:
@@ -191,6 +208,14 @@ def _take_back(body: Any) -> Answer:
     return 202 if answer["began"] else 200, answer
 
 
+def _state() -> Mapping[str, Any]:
+    """The state; who asks for it gets what changes from now on."""
+    events.watch()
+    if not settings.auto_park() and not progress.running():
+        job_queue.run_if_free(finding.look)  # what no wire carries is shown too
+    return state.snapshot()
+
+
 def _run(job: Callable[[], str]) -> Answer:
     def run() -> Answer:
         has_run, report = job_queue.run_or_queue(job)
@@ -209,7 +234,7 @@ def _answer_of(act: Callable[[], Answer]) -> Answer:
     except progress.Cancelled as cancelled:
         return 409, {"error": str(cancelled), "cancelled": True}
     except (QMoveError, torch.OutOfMemoryError) as error:
-        return 409, {"error": str(error)}
+        return 409, advice.told(error)
     except Exception as error:
         return _failed(error)
     finally:
@@ -249,7 +274,10 @@ def _models_of_node(body: dict[str, Any]) -> list[Any]:
     node_id, class_name = body["node"], body["class"]
     if not isinstance(node_id, str) or not isinstance(class_name, str):
         raise BadRequest("node is the id of a node, class its type; both are strings")
-    found = node_models.models_of(node_id, class_name)
+    workflow = body.get("workflow")
+    if workflow is not None and not isinstance(workflow, str):
+        raise BadRequest("workflow is the id of a workflow, a string")
+    found = node_models.models_of(node_id, class_name, workflow)
     if not found:
         raise BadRequest(
             f"Node {names([node_id])} ({names([class_name])}) has no model that is still there. "

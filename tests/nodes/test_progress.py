@@ -134,3 +134,38 @@ def test_an_interrupt_between_stages_ends_the_prompt_as_comfyui_does_it(
     assert gpu.allocated() == 0
     prompt["use"]["inputs"]["seed"] = 1
     assert host.run(prompt)["use"] == first
+
+
+def test_nothing_is_written_on_a_node_of_another_pack(host: FakeHost, gpu: GPU) -> None:
+    """Whatever moves for it: what it was given comes home, and what it wakes itself."""
+    prompt = {
+        "load": node("Load", mib=16, shape="plain"),
+        "use": node("Use", model=("load", 0), seed=1),
+    }
+    host.run(prompt)
+    residency.park(residency.idle_models([]))
+    host.server.sent.clear()
+    prompt["use"]["inputs"]["seed"] = 2
+    host.run(prompt)
+    with host.node_runs("use"):
+        residency.park(residency.idle_models([]))
+
+    moves = [data for event, data in host.server.sent if event == "qmove.move"]
+    assert {(move["verb"], move["node"]) for move in moves} == {("restore", "use"), ("park", "use")}
+    assert host.server.texts == []
+
+
+def test_a_node_of_qmove_shows_its_moves(host: FakeHost) -> None:
+    model = model_of(16)
+    prompt = {"load": node("Give", model=model), "park": node("QMovePark", model=("load", 0))}
+
+    class Give(careless_nodes._Node):
+        def run(self, model: Any) -> tuple[Any]:
+            return (model,)
+
+    host.add(Give)
+    host.run(prompt)
+
+    assert {node_id for node_id, _text in host.server.texts} == {"park"}
+    assert host.server.texts[0][1].startswith("Parking ")
+    assert host.server.texts[-1][1].startswith("Parked ")

@@ -23,7 +23,7 @@ import qmove_core as qmove
 from qmove_core import for_hosts
 
 from .. import progress
-from . import managers
+from . import managers, names
 from .emptied import is_emptied
 from .loose_tensors import LooseTensors, living_groups
 
@@ -64,6 +64,8 @@ class Adopted:
         last_used_at: seconds since the epoch; None for one that was not used yet.
         description: what people call it, for the browser.
         left_alone: the user wants that qmove does not touch it (`pins.py`).
+        only_shown: auto-parking is off and nobody has asked for it to be moved: it is in the
+            browser's list, and in nobody's who makes room.
     """
 
     def __init__(self, model: Any) -> None:
@@ -73,6 +75,7 @@ class Adopted:
         self.description = for_hosts.Description()
         self.place = ""
         self.left_alone = False
+        self.only_shown = False
         self.users: weakref.WeakSet[type] = weakref.WeakSet()  # a class may hold the model
         self._model = weakref.ref(model)
         self._fingerprint: object = None
@@ -92,9 +95,9 @@ class Adopted:
 
     @property
     def name(self) -> str:
-        """For people: the model's class, or that of what it was found in."""
+        """What its user calls it (`names`); for tensors without an owner, where they are kept."""
         model = self.model
-        return model.place if isinstance(model, LooseTensors) else type(model).__name__
+        return model.place if isinstance(model, LooseTensors) else names.of(model)
 
     def note_use(self) -> None:
         self.last_used = next(_uses)
@@ -194,6 +197,7 @@ class Adopted:
     def _move(self, verb: str, move: Callable[..., Any], nbytes: int) -> None:
         model = self.movable
         if model is not None and nbytes:
+            self.only_shown = False
             with progress.shown(verb, self.name, self.number, nbytes) as shown:
                 shown.result = move(model, progress=shown.report)
 
@@ -214,7 +218,9 @@ class Adopted:
 def adopted_models() -> list[Adopted]:
     """All adopted models, in the order in which they were adopted."""
     living_groups()
-    return sorted(_by_model.values(), key=lambda adopted: adopted.number) if _by_model.data else []
+    known = list(_by_model.data.items())  # at once: other threads adopt
+    living = [adopted for model, adopted in known if model() is not None]
+    return sorted(living, key=lambda adopted: adopted.number)
 
 
 def adopted_of(model: object) -> Adopted | None:

@@ -185,7 +185,7 @@ def _tensors_on_wires() -> Iterator[torch.Tensor]:
     for key, reference in list(_books.on_wires.items()):
         tensor = reference()
         if tensor is None:
-            del _books.on_wires[key]
+            _books.on_wires.pop(key, None)  # another thread may have looked too
         else:
             yield tensor
 

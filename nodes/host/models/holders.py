@@ -12,7 +12,7 @@ from qmove_core.for_hosts import readable_bytes
 
 from .. import meter
 from ..words import say
-from . import finding, pins, residency
+from . import finding, names, pins, residency
 from .adopted import Adopted, adopted_models
 
 
@@ -74,13 +74,13 @@ def models_on(device: torch.device) -> list[Holder]:
     for entry in residency.hosts_own_entries():
         if entry.load_device == device:
             yields = residency.is_dynamic(entry)
-            name = f"{type(entry.model).__name__} (ComfyUI's own{', dynamic' if yields else ''})"
+            name = f"{names.of(entry.model)} (ComfyUI's own{', dynamic' if yields else ''})"
             way_out = "it yields by itself" if yields else "ComfyUI's Unload Models"
             held.append(_holder(entry, name, int(entry.loaded_size()), way_out))
     return sorted((holder for holder in held if holder.nbytes), key=lambda holder: -holder.nbytes)
 
 
-_PARK = "Park Model, or the GPU memory tab"
+_PARK = "Park Model, or the VRAM tab"
 
 
 def _holder(model: residency.Model, name: str, nbytes: int, way_out: str) -> Holder:
@@ -97,7 +97,7 @@ def pinned_on(device: torch.device) -> list[str]:
         if isinstance(model, Adopted):
             name, there = model.name, model.resident.get(device, 0)
         else:
-            name = type(model.model).__name__
+            name = names.of(model.model)
             there = int(model.loaded_size()) if model.load_device == device else 0
         if there and pins.stays(model):
             said = say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -36,22 +37,25 @@ class LooseTensors:
 
 
 _groups: list[LooseTensors] = []  # nothing else keeps a group; it keeps no tensor
+_lock = threading.RLock()  # a thread that only looks drops groups as well
 
 
 def group_of(place: str, tensors: Sequence[torch.Tensor]) -> LooseTensors:
     """The group that is kept in this place or has one of these tensors, with all of them in it."""
     ids = set(map(id, tensors))
-    groups = living_groups()
-    group = next((g for g in groups if g.place == place or not ids.isdisjoint(g.ids())), None)
-    if group is None:
-        group = LooseTensors(place, tensors)
-        _groups.append(group)
-    else:
-        group.take(tensors)
-    return group
+    with _lock:
+        groups = living_groups()
+        group = next((g for g in groups if g.place == place or not ids.isdisjoint(g.ids())), None)
+        if group is None:
+            group = LooseTensors(place, tensors)
+            _groups.append(group)
+        else:
+            group.take(tensors)
+        return group
 
 
 def living_groups() -> list[LooseTensors]:
     """The groups of which a tensor is alive; the others are forgotten."""
-    _groups[:] = [group for group in _groups if group.tensors()]
-    return list(_groups)
+    with _lock:
+        _groups[:] = [group for group in _groups if group.tensors()]
+        return list(_groups)

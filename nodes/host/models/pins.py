@@ -63,4 +63,4 @@ def in_words(model: Adopted | HostEntry) -> str:
 
 def way_out() -> str:
     """How a pin is taken off, in words."""
-    return say("unpin it (Pin Model, or the GPU memory tab)")
+    return say("unpin it (Pin Model, or the VRAM tab)")

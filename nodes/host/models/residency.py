@@ -18,7 +18,7 @@ import torch
 import qmove_core as qmove
 from qmove_core import for_hosts
 
-from .. import comfy, hooks, meter, progress
+from .. import comfy, hooks, meter, progress, settings
 from ..contract import HostEntry, ListedModel
 from ..guard import is_interrupt, never_fails
 from . import page_locks, pins
@@ -36,11 +36,17 @@ _left: set[str] = set()  # kinds of objects in ComfyUI's list that were said to 
 
 
 def take_in(models: Iterable[Any], *, registered: bool = True) -> list[Adopted]:
-    """Adopts models, and registers those on a device with ComfyUI (unless they leave at once)."""
+    """Adopts models, and registers those on a device with ComfyUI (unless they leave at once).
+
+    With auto-parking off what is new is only shown to the user, until somebody moves it.
+    """
     result: dict[int, Adopted] = {}
+    known = {adopted.number for adopted in adopted_models()}
     for model in models:
         adopted, parts = adopt(model)
         _drop([entry for part in parts for entry in entries_of(part)])
+        if adopted.number not in known:
+            adopted.only_shown = not settings.auto_park()
         result[adopted.number] = adopted
     if registered:
         register(result.values())
@@ -55,7 +61,7 @@ def register(models: Iterable[Adopted]) -> None:
     evict other models for a line in its list.
     """
     host = comfy.model_management()
-    models = list(models)
+    models = [adopted for adopted in models if not adopted.only_shown]
     if host is None or not models:
         return
     _alive = [adopted.model for adopted in models]  # until ComfyUI has asked for all sizes
@@ -214,8 +220,19 @@ def park_until_free(order: Sequence[Model], device: torch.device, nbytes: float)
 
 
 def evictable_models(used: Collection[Adopted]) -> list[Adopted]:
-    """Idle models that may go without anybody's word: not what another manager moves."""
-    return [adopted for adopted in idle_models(used) if adopted.moved_by is None]
+    """Idle models that may go without anybody's word: not what another manager moves, nor what is
+    only shown."""
+    return [m for m in idle_models(used) if m.moved_by is None and not m.only_shown]
+
+
+@never_fails("follow the switch of auto-parking", None)
+def follow_auto_park() -> None:
+    """After the switch was turned on: what was only shown can leave like all others."""
+    if settings.auto_park():
+        shown = [adopted for adopted in adopted_models() if adopted.only_shown]
+        for adopted in shown:
+            adopted.only_shown = False
+        register(shown)
 
 
 def idle_models(used: Collection[Adopted]) -> list[Adopted]:

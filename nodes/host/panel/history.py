@@ -2,7 +2,8 @@
 
 Memory is measured where a stage begins and ends, as far as that takes only a small share of the
 time: many quick nodes cost next to nothing. In between a thread reads PyTorch's own counters, which
-needs no call of the driver, so that a long stage shows what it takes.
+needs no call of the driver, so that a long stage shows what it takes. What the run has gained is
+said at its end (`summary.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 
 from qmove_core import for_hosts
 
-from .. import browser, comfy, meter
+from .. import browser, comfy, meter, node_names, progress
 from ..guard import never_fails
+from .summary import Gains
 
 SECONDS_BETWEEN_SAMPLES = 0.2
 SECONDS_BETWEEN_EVENTS = 0.5
@@ -44,6 +46,10 @@ class _Run:
         sent: how many points the browsers have.
         ended: set when the run has ended, for the thread that samples.
         next_measurement_at: on the clock of `time.perf_counter`.
+        latest: the newest reading by device, also where it is no point of its own.
+        counts_peak: whether the allocator's peak counters are those of the stage that runs.
+        gains: what parking has gained so far.
+        summary: the same in figures when the run has ended well; None where it gained nothing.
     """
 
     nodes: weakref.ReferenceType[Any]
@@ -65,12 +71,26 @@ class _Run:
     sent_at: float = 0.0
     ended: threading.Event = field(default_factory=threading.Event)
     next_measurement_at: float = 0.0
+    latest: dict[torch.device, int] = field(default_factory=dict)
+    counts_peak: bool = False
+    gains: Gains = field(default_factory=Gains)
+    summary: dict[str, Any] | None = None
 
 
 def last_run() -> dict[str, Any] | None:
     """The run that runs now, or the last one; None before the first."""
     with _lock:
         return None if _last is None else _to_dict(_last, 0)
+
+
+def run_number() -> int:
+    """The id of the run that runs now, or of the last one; 0 before the first."""
+    return 0 if _last is None else _last.number
+
+
+def is_running() -> bool:
+    """Whether a prompt runs."""
+    return _last is not None and _last.running
 
 
 @never_fails("record a stage", None)
@@ -86,22 +106,29 @@ def stage_begins(nodes: Any, node_id: str, class_name: str) -> None:
             run.running, run.ended = True, threading.Event()
             _watch(run)
         if node_id not in run.open:
-            names = getattr(comfy.module("nodes"), "NODE_DISPLAY_NAME_MAPPINGS", {})
-            name = names.get(class_name) or class_name
-            stage = {"node": node_id, "class": class_name, "name": name}
+            name = node_names.of(node_id)
+            if name is None or name.class_name != class_name:
+                title = comfy.title_of_node_class(class_name)
+                name = node_names.NodeName(node_id, class_name, title)
+            stage = name.to_dict() | {"name": name.title, "peak": {}}
             run.open[node_id] = stage | {"begin": _now(run), "end": None}
             run.stages.append(run.open[node_id])
+        run.counts_peak = False
         if not run.times or _now(run) > run.times[-1] + STILL_TRUE:
             _measure(run)
         _send(run)
 
 
 @never_fails("record a stage", None)
-def stage_goes_on(nodes: Any) -> None:
-    """What the stage needed is parked or home, and its node runs now."""
+def stage_goes_on(nodes: Any, *, counts_peak: bool = False) -> None:
+    """What the stage needed is parked or home, and its node runs now.
+
+    With `counts_peak` the allocator's peak counters have begun anew for it.
+    """
     with _lock:
         if _last is not None and _last.nodes() is nodes and _last.running:
             _measure(_last)
+            _last.counts_peak = counts_peak
 
 
 @never_fails("record a stage", False)
@@ -115,9 +142,29 @@ def stage_ends(nodes: Any, node_id: str) -> bool:
         if stage is None:
             return False
         _measure(run)
+        _count_peak(run, stage)
         stage["end"] = _now(run)
         _send(run)
         return True
+
+
+@never_fails("record a move", None)
+def note_move(move: progress.Move) -> None:
+    """A move begins or has ended: it is counted where it was for the run that goes on."""
+    with _lock:
+        run = _last
+        if run is not None and run.running and move.node_id is not None:
+            run.counts_peak = False  # its peak may be that of bytes that were under way
+            if move.state == "done" and move.verb in ("park", "restore"):
+                run.gains.note_move(move.verb, move.model, move.name, move.began, move.seconds)
+
+
+@never_fails("record that a run has failed", None)
+def run_fails(nodes: Any) -> None:
+    """Nothing is said of what the run has gained."""
+    with _lock:
+        if _last is not None and nodes is not None and _last.nodes() is nodes:
+            _last.gains.fail()
 
 
 @never_fails("record the end of a run", None)
@@ -154,11 +201,12 @@ def _end(run: _Run | None) -> None:
     for stage in run.open.values():
         stage["end"] = _now(run)
     run.open.clear()
+    run.summary = run.gains.summary()
     _send(run, at_once=True)
 
 
 def _sample(run: _Run, ended: threading.Event) -> None:
-    while not ended.wait(run.interval):
+    while not ended.wait(min(run.interval, SECONDS_BETWEEN_EVENTS)):
         with _lock:
             if ended.is_set():
                 return
@@ -169,7 +217,9 @@ def _sample(run: _Run, ended: threading.Event) -> None:
             for device in run.devices:
                 allocated = meter.bytes_of(meter.stats_of(device), "allocated", "current")
                 used[device] = run.others.get(device, 0) + allocated
-            _add(run, used)
+            _note(run, used)
+            if not run.times or _now(run) >= run.times[-1] + run.interval * 0.99:
+                _add(run, used)
             _send(run)
 
 
@@ -184,9 +234,34 @@ def _measure(run: _Run) -> None:
             run.others[device] = reading.used - reading.allocated
         # Without a reading the card is not in use here: asking for one would take some of it.
         used[device] = 0 if reading is None else reading.used
+    _note(run, used)
     _add(run, used)
     done = time.perf_counter()
     run.next_measurement_at = done + (done - started) / SHARE_OF_TIME
+
+
+def _note(run: _Run, used: dict[torch.device, int]) -> None:
+    """Takes a reading: it is the newest one, and may be the highest of the stages that run."""
+    run.latest = used
+    is_quiet = not progress.running()  # what moves is counted in two places meanwhile
+    for device, nbytes in used.items():
+        for stage in run.open.values():
+            peak = stage["peak"]
+            peak[str(device)] = max(peak.get(str(device), 0), nbytes)
+        run.gains.note_use(device, nbytes, run.totals[str(device)], is_quiet=is_quiet)
+
+
+def _count_peak(run: _Run, stage: dict[str, Any]) -> None:
+    """Takes what the allocator has counted: a node's highest moment is often a short one."""
+    if not run.counts_peak:
+        return
+    run.counts_peak = False
+    for device in run.devices:
+        highest = meter.bytes_of(meter.stats_of(device), "allocated", "peak")
+        nbytes = run.others.get(device, 0) + highest
+        name, total = str(device), run.totals[str(device)]
+        stage["peak"][name] = min(total, max(stage["peak"].get(name, 0), nbytes))
+        run.gains.note_use(device, nbytes, total, is_quiet=not progress.running())
 
 
 def _add(run: _Run, used: dict[torch.device, int]) -> None:
@@ -218,11 +293,19 @@ def _to_dict(run: _Run, first: int) -> dict[str, Any]:
         "running": run.running,
         "devices": list(run.totals),
         "totals": dict(run.totals),
-        "stages": [dict(stage) for stage in run.stages],
+        "stages": [stage | {"peak": dict(stage["peak"])} for stage in run.stages],
         "from": first,
         "times": run.times[first:],
         "used": {name: points[first:] for name, points in run.used.items()},
         "parked": run.parked[first:],
+        "now": {
+            "time": _now(run),
+            "used": {str(device): nbytes for device, nbytes in run.latest.items()},
+            "parked": sum(for_hosts.parked_bytes().values()),
+        }
+        if run.running
+        else None,
+        "summary": run.summary,
     }
 
 

@@ -26,7 +26,7 @@ from qmove_core.for_hosts import readable_bytes
 from .. import comfy, graph, meter, settings
 from ..contract import ExecutionList, HostEntry
 from ..guard import never_fails
-from ..models import finding, holders, managers, residency, wires
+from ..models import finding, holders, managers, names, naming, residency, wires
 from ..models.adopted import Adopted, adopted_models, adopted_of
 from ..models.emptied import emptied_in
 from ..models.residency import Model
@@ -158,16 +158,16 @@ def give_room(device: torch.device, nbytes: int) -> None:
 def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) -> None:
     """After a node has run: what it gave is adopted, what it took is remembered."""
     moved = residency.register_woken()
+    if not settings.auto_park():
+        show(nodes, node_id)
+        return
     outputs = graph.outputs_of(nodes, node_id)
-    given: list[Adopted] = []
-    stats: meter.Stats = {}
-    if settings.auto_park() or measurement is not None:
-        stats = meter.all_stats()  # read once: it is most of what qmove costs a node
-    if settings.auto_park():
-        known = {adopted.number for adopted in adopted_models()}
-        taken = residency.take_in(filter(_is_ours, wires.find_models(outputs).modules))
-        finding.look(nodes, node_id, stats)  # what a node keeps it does not take again
-        given = [adopted for adopted in taken if adopted.number not in known]
+    stats = meter.all_stats()  # read once: it is most of what qmove costs a node
+    known = {adopted.number for adopted in adopted_models()}
+    taken = residency.take_in(filter(_is_ours, wires.find_models(outputs).modules))
+    found = finding.look(nodes, node_id, stats)  # what a node keeps it does not take again
+    naming.note(nodes, node_id, [adopted.model for adopted in found])
+    given = [adopted for adopted in taken if adopted.number not in known]
     if measurement is not None and measurement.allocated and not moved:
         peak, left = needs.taken(measurement, stats)
         kept = Counter(left)
@@ -176,6 +176,13 @@ def finish(nodes: ExecutionList, node_id: str, measurement: Measurement | None) 
                 kept.subtract(adopted.resident)
             kept.subtract(_bytes_of_tensors(outputs))
         needs.learned.learn(measurement.signature, peak, +kept)
+
+
+def show(nodes: ExecutionList, node_id: str) -> None:
+    """With auto-parking off: what a node gave is listed for the user, and stays where it is."""
+    modules = wires.find_models(graph.outputs_of(nodes, node_id)).modules
+    residency.take_in(m for m in modules if managers.manager_of(m) is None)
+    naming.note(nodes, node_id)
 
 
 def _bytes_of_tensors(outputs: Iterable[Any]) -> Needed:
@@ -206,16 +213,21 @@ def note_shortage(
     log.error("\n".join(lines))
 
 
-def lost_by(inputs: NodeInputs) -> list[str]:
-    """A line for each of these models of which somebody has emptied storages."""
-    lost = [(m.name, m.lost) for m in inputs.models]
-    lost += [(type(p.model).__name__, emptied_in(p.model)) for p in inputs.patchers]
+def lost_by(inputs: NodeInputs) -> list[tuple[str, list[str]]]:
+    """For each of these models of which somebody has emptied storages: its name, and theirs."""
+    lost = [(model.name, model.lost) for model in inputs.models]
+    lost += [(names.of(p.model), emptied_in(p.model)) for p in inputs.patchers]
+    return [(name, tensors) for name, tensors in lost if tensors]
+
+
+def lost_in_words(lost: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A line for each model that has lost bytes."""
     return [
-        f"{len(names)} of the tensors of {name} have no bytes any more ({for_hosts.first_of(names)}"
-        "): another node has emptied them (resize_(0)). Load the model again: change an input of "
-        "its loader, or use ComfyUI's Unload Models and Clear Cache."
-        for name, names in lost
-        if names
+        f"{len(tensors)} of the tensors of {name} have no bytes any more "
+        f"({for_hosts.first_of(tensors)}): another node has emptied them (resize_(0)). Load the "
+        "model again: change an input of its loader, or use ComfyUI's Unload Models and Clear "
+        "Cache."
+        for name, tensors in lost
     ]
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from .. import comfy, graph, hooks, progress, settings
+from .. import comfy, graph, hooks, node_names, progress, settings
 from ..contract import ExecutionList
 from ..guard import is_interrupt, never_fails
-from ..models import dynamic, entries, node_models, page_locks, residency
+from ..models import dynamic, entries, finding, node_models, page_locks, residency
 from ..models.adopted import adopted_models
-from ..panel import events, history
+from ..panel import events, failures, history
 from ..pool.keeping import pool
 from . import auto_parking, idle, job_queue, last_run, needs, second_try
 from .needs import Measurement
@@ -112,8 +112,9 @@ def _wrap_complete(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _wrap_error(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_execution_error(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _name_lost(kwargs.get("error", args[4] if len(args) > 4 else None))
-        _fail(kwargs.get("ex", args[-1] if args else None))
+        details = kwargs.get("error", args[4] if len(args) > 4 else None)
+        _name_lost(details)
+        _fail(kwargs.get("ex", args[-1] if args else None), _node_of(details))
         return original(self, *args, **kwargs)
 
     return handle_execution_error
@@ -137,7 +138,9 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     entries.unload_only(None)
     dynamic.keep_headroom(settings.vram_to_keep_free() if settings.auto_park() else 0)
     page_locks.book()
+    node_names.note(nodes, node_id)
     history.stage_begins(nodes, node_id, graph.class_name_of(nodes, node_id))
+    events.watch()
     if auto_parking.has_nothing_to_do():
         return
     run = _runs.setdefault(nodes, _Run())
@@ -152,7 +155,7 @@ def _begin(nodes: ExecutionList, node_id: str) -> None:
     run.unfinished.intersection_update(nodes.pendingNodes)
     run.unfinished.add(node_id)
     _tell_pool(nodes, node_id)
-    history.stage_goes_on(nodes)
+    history.stage_goes_on(nodes, counts_peak=run.measurement is not None)
 
 
 @never_fails("tell what stays loaded that a node runs", None)
@@ -182,6 +185,8 @@ def _complete(nodes: ExecutionList, node_id: str) -> None:
         run.node = run.measurement = None
         pool.node_ends(nodes, node_id)
     if history.stage_ends(nodes, node_id):  # it ran, it was not cached
+        if run is None and not settings.auto_park():
+            auto_parking.show(nodes, node_id)
         node_models.remember(nodes, node_id)
     job_queue.node_ended()
 
@@ -189,26 +194,37 @@ def _complete(nodes: ExecutionList, node_id: str) -> None:
 @never_fails("say whose bytes are gone", None)
 def _name_lost(details: Any) -> None:
     """Adds to what ComfyUI shows of a node's error which weights somebody has emptied."""
-    lines = auto_parking.lost_by(auto_parking.in_use)
+    lost = auto_parking.lost_by(auto_parking.in_use)
+    lines = auto_parking.lost_in_words(lost)
     if lines:
         log.error("%s", "\n".join(lines))
+        failures.tell_lost(_node_of(details), lost)
     if lines and isinstance(details, dict):
         said = str(details.get("exception_message", "")).strip()
         details["exception_message"] = "\n".join([said, *lines]).strip() + "\n"
 
 
+def _node_of(details: Any) -> node_names.NodeName | None:
+    """The node that an error is of."""
+    node_id = details.get("node_id") if isinstance(details, dict) else None
+    return node_names.of(node_id) if isinstance(node_id, str) else None
+
+
 @never_fails("make room after an error", None)
-def _fail(error: BaseException | None) -> None:
+def _fail(error: BaseException | None, node: node_names.NodeName | None = None) -> None:
     nodes = _latest() if _latest is not None else None
     run = _runs.get(nodes) if nodes is not None else None
     try:
         is_full = second_try.is_out_of_memory(error)
+        if is_full and error is not None and nodes is not None:
+            failures.tell_shortage(node, error, second_try.full_devices(error))
         if run is not None and run.node is not None and error is not None and is_full:
             auto_parking.note_shortage(*run.node, run.measurement, error)
             auto_parking.make_room_again(second_try.full_devices(error))
     finally:
         entries.unload_only(None)
         residency.register_again(adopted_models())
+        history.run_fails(nodes)
         _end(nodes)
 
 
@@ -253,6 +269,8 @@ def _run_of(node_id: str) -> _Run | None:
 @never_fails("end a prompt", None)
 def _end(nodes: Any) -> None:
     if nodes is not None:
+        if not settings.auto_park() and comfy.has_browsers():
+            finding.look()  # what no wire carries is shown too
         needs.save()
         _runs.pop(nodes, None)
         history.run_ends(nodes)

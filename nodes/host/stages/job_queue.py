@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from qmove_core import QMoveError
 
-from .. import browser, progress
+from .. import advice, browser, progress
 from ..guard import log_once
 from ..web_requests import settle
 
@@ -112,7 +112,7 @@ def _tell_browsers(job: Job) -> None:
     except progress.Cancelled as cancelled:
         browser.send(browser.RESULT, {"error": str(cancelled), "cancelled": True})
     except QMoveError as error:  # a refusal, which the report or the log explains
-        browser.send(browser.RESULT, {"error": str(error)})
+        browser.send(browser.RESULT, advice.told(error))
     except Exception as error:
         log_once("do what was asked for while a node ran", error)
-        browser.send(browser.RESULT, {"error": str(error)})
+        browser.send(browser.RESULT, advice.told(error))

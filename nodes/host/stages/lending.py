@@ -16,7 +16,7 @@ from qmove_core.for_hosts import readable_bytes
 
 from .. import comfy, meter, settings
 from ..contract import HostEntry
-from ..models import finding, pins, residency
+from ..models import finding, names, pins, residency
 from ..models.adopted import Adopted, adopted_models
 from ..models.residency import Model
 from ..panel import events
@@ -220,7 +220,7 @@ def _resident(model: Model) -> dict[torch.device, int]:
 
 
 def _name(model: Model) -> str:
-    return model.name if isinstance(model, Adopted) else type(model.model).__name__
+    return model.name if isinstance(model, Adopted) else names.of(model.model)
 
 
 def _identity(model: Adopted | HostEntry) -> int:

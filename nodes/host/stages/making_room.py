@@ -11,7 +11,7 @@ import qmove_core as qmove
 from qmove_core.for_hosts import readable_bytes
 
 from .. import comfy, meter
-from ..models import holders, residency
+from ..models import holders, names, residency
 from ..models.adopted import Adopted
 from ..words import say
 from . import auto_parking, executor, waiting
@@ -107,4 +107,4 @@ def _report(device: torch.device, free: int, asked: int, parked: list[str]) -> l
 
 
 def name_of(model: residency.Model) -> str:
-    return model.name if isinstance(model, Adopted) else type(model.model).__name__
+    return model.name if isinstance(model, Adopted) else names.of(model.model)

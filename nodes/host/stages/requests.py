@@ -13,7 +13,7 @@ from qmove_core.for_hosts import readable_bytes
 
 from .. import comfy, meter
 from ..contract import HostEntry
-from ..models import pins, residency, wires
+from ..models import names, pins, residency, wires
 from ..models.adopted import Adopted, adopted_models
 from ..models.loose_tensors import group_of
 from ..models.residency import Model
@@ -282,4 +282,4 @@ def what(value: object) -> str:
 
 
 def name_of(patcher: HostEntry) -> str:
-    return type(patcher.model).__name__
+    return names.of(patcher.model)
