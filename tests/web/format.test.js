@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { bytes, duration, percent, speed } from "../../web/js/format.js";
+import { bytes, duration, gib, percent, speed } from "../../web/js/format.js";
 
 describe("sizes", () => {
   test.each([
@@ -23,9 +23,17 @@ test.each([
 ])("%d seconds are %s", (seconds, text) => expect(duration(seconds)).toBe(text));
 
 test.each([
-  [25.2e9, "25.2 GB/s"],
-  [5e6, "0.005 GB/s"],
+  [25.2 * 2 ** 30, "25.2 GiB/s"],
+  [5 * 2 ** 20, "5.0 MiB/s"],
 ])("%d bytes in a second are %s", (rate, text) => expect(speed(rate)).toBe(text));
+
+test.each([
+  [18.24, "18.2"],
+  [23.98, "24"],
+  [0.53, "0.5"],
+  [0, "0.0"],
+  [141.2, "141"],
+])("%d GiB are %s", (size, text) => expect(gib(size * 2 ** 30)).toBe(text));
 
 test.each([
   [0.426, "43%"],

@@ -3,7 +3,7 @@ import { memories } from "../../web/js/memory.js";
 import { en } from "../../web/js/texts/en.js";
 import { ja } from "../../web/js/texts/ja.js";
 import { zh } from "../../web/js/texts/zh.js";
-import { GIB, model, parkedModel, snapshot } from "./samples.js";
+import { GIB, hostModel, model, move, parkedModel, snapshot } from "./samples.js";
 
 /** @param {any} state */
 const parts = (state) =>
@@ -28,8 +28,8 @@ test("a parked model lies in RAM, and kept copies beside it", () => {
 });
 
 test("ComfyUI's own models are told by name", () => {
-  const state = snapshot({ comfyui_models: [{ name: "SDXL", resident: { "cuda:0": 2 * GIB } }] });
-  expect(parts(state)[0]).toEqual(["cuda:0", { Flux: 6, SDXL: 2, free: 16 }]);
+  const state = snapshot({ comfyui_models: [hostModel()] });
+  expect(parts(state)[0]).toEqual(["cuda:0", { Flux: 6, "SDXL (managed by ComfyUI)": 2, free: 16 }]);
 });
 
 test("a model over two GPUs shows on each with what it has there", () => {
@@ -66,6 +66,23 @@ test("what nobody explains, and what flows on wires, is told in the reader's lan
     const { wires, unexplained } = words.others;
     expect(names.slice(0, 4)).toEqual([wires, "python (1234)", unexplained, "of a backend that says no kind"]);
   }
+});
+
+test("parts that are too narrow to be seen are one, and leave no hole", () => {
+  const small = [2, 3, 4].map((id) => model({ id, name: `Small ${id}`, resident: { "cuda:0": GIB / 8 } }));
+  const state = snapshot({ models: [model(), ...small] });
+  const [gpu] = memories(state, en);
+  expect(gpu.parts.map(({ key }) => key)).toEqual(["model-1", "small", "other", "free"]);
+  expect(gpu.parts[1]).toMatchObject({ name: "3 small ones: Small 2, Small 3, Small 4", nbytes: (3 * GIB) / 8 });
+  expect(gpu.parts.reduce((sum, part) => sum + part.nbytes, 0)).toBe(24 * GIB);
+});
+
+test("what has come of a model that is on its way is its own, and not unexplained", () => {
+  const [device] = snapshot().devices;
+  const others = [{ name: "?", nbytes: 2 * GIB, kind: "unexplained" }];
+  const moves = [move({ verb: "restore", done: 2 * GIB })];
+  const state = /** @type {any} */ (snapshot({ models: [parkedModel()], moves, devices: [{ ...device, free: 22 * GIB, others }] }));
+  expect(parts(state)[0]).toEqual(["cuda:0", { "Flux (arriving)": 2, free: 22 }]);
 });
 
 test("figures that contradict each other still fill a bar exactly", () => {

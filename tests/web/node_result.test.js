@@ -1,6 +1,7 @@
 import { beforeEach, expect, test, vi } from "vitest";
 import { followRuns, keepResultOf } from "../../web/js/node_result.js";
 import { api } from "./fake_host/api.js";
+import { app, graphOf } from "./fake_host/app.js";
 
 /** A node as far as results need one. @param {string} comfyClass */
 function nodeOf(comfyClass) {
@@ -17,51 +18,43 @@ function nodeOf(comfyClass) {
   return node;
 }
 
-const end = async () => {
-  api.send("execution_success");
-  await new Promise((resolve) => setTimeout(resolve));
-};
-
 beforeEach(() => {
   api.reset();
+  app.reset();
   followRuns();
 });
 
-test("the result of a run shows when it has ended, and is not saved with the workflow", async () => {
+test("a node has its place for results from the beginning, not saved, and no run changes its size", () => {
   const node = nodeOf("QMovePark");
-  node.onExecuted({ text: ["Parked Flux: 6 GiB left cuda:0."] });
-  expect(node.widgets).toEqual([]);
-  await end();
-  expect(node.widgets.map((/** @type {any} */ widget) => [widget.value, widget.serialize, widget.options.serialize])).toEqual([
-    ["Parked Flux: 6 GiB left cuda:0.", false, false],
-  ]);
-  expect(node.size).toEqual([240, 120]);
-});
-
-test("the next result takes its place", async () => {
-  const node = nodeOf("QMovePark");
-  for (const text of ["one", "two"]) {
+  const size = [...node.size];
+  const shown = () => node.widgets.map((/** @type {any} */ widget) => [widget.value, widget.serialize, widget.options.serialize]);
+  expect(shown()).toEqual([["", false, false]]);
+  for (const text of ["Parked Flux: 6 GiB left cuda:0.", "two"]) {
     node.onExecuted({ text: [text] });
-    await end();
+    expect(shown()).toEqual([[text, false, false]]);
   }
-  expect(node.widgets.map((/** @type {any} */ widget) => widget.value)).toEqual(["two"]);
+  expect(node.size).toEqual(size);
 });
 
-test("where ComfyUI leaves the text of the running node nothing is added", async () => {
-  const node = nodeOf("QMovePark");
-  node.widgets.push({ name: "$$node-text-preview", value: "Parked Flux" });
-  node.onExecuted({ text: ["Parked Flux"] });
-  await end();
-  expect(node.widgets).toHaveLength(1);
-  expect(node.size).toEqual([240, 80]);
+test("the text of a running node of ours is taken from ComfyUI, which would add a widget; that of others is left", () => {
+  const ours = Object.assign(nodeOf("QMoveFreeVRAM"), { id: 7 });
+  app.rootGraph = graphOf([ours, { id: 8, comfyClass: "PreviewAny" }]);
+  const comfyui = vi.fn();
+  api.addEventListener("progress_text", comfyui);
+  api.send("progress_text", { nodeId: "7", text: "Waiting" });
+  expect(comfyui).not.toHaveBeenCalled();
+  expect(ours.widgets[0].value).toBe("Waiting");
+  api.send("progress_text", { nodeId: "8", text: "another pack's" });
+  expect(comfyui).toHaveBeenCalledOnce();
 });
 
-test("the nodes of others are left alone", async () => {
+test("the nodes of others are left alone", () => {
   const node = nodeOf("PreviewAny");
   expect(node.onExecuted).toBeUndefined();
+  expect(node.widgets).toEqual([]);
 });
 
-test("what the node did before it still does, and text is no HTML", async () => {
+test("what the node did before it still does, and text is no HTML", () => {
   /** @type {any} */
   const node = nodeOf("QMoveReport");
   const before = vi.fn();
@@ -70,7 +63,6 @@ test("what the node did before it still does, and text is no HTML", async () => 
   other.onExecuted({ images: [] });
   expect(before).toHaveBeenCalledWith({ images: [] });
   node.onExecuted({ text: ["<b>x</b>"] });
-  await end();
   expect(node.widgets[0].element.querySelector("b")).toBeNull();
   expect(node.widgets[0].value).toBe("<b>x</b>");
 });

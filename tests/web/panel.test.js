@@ -2,8 +2,8 @@ import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { Panel } from "../../web/js/panel.js";
 import { Store } from "../../web/js/store.js";
 import { api } from "./fake_host/api.js";
-import { app } from "./fake_host/app.js";
-import { GIB, model, move, parkedModel, run, snapshot } from "./samples.js";
+import { app, graphOf } from "./fake_host/app.js";
+import { failure, GIB, hostModel, model, move, parkedModel, run, snapshot, stage } from "./samples.js";
 
 // It draws on a canvas, which there is none of here; the browser tests look at what it draws.
 vi.mock("../../web/vendor/uplot/uPlot.esm.js", () => ({
@@ -154,6 +154,131 @@ describe("models", () => {
   });
 });
 
+describe("the list", () => {
+  const names = () => rows().map((row) => row.querySelector(".qmove-name").textContent);
+  /** @param {string} id @param {string} value @param {string} event */
+  const enter = (id, value, event) => {
+    part(id).value = value;
+    part(id).dispatchEvent(new Event(event));
+  };
+  const three = [
+    parkedModel({ id: 1, name: "b", nbytes: 9 * GIB, last_used: 3 }),
+    model({ id: 2, name: "c", nbytes: 2 * GIB, last_used: 1 }),
+    model({ id: 3, name: "a", nbytes: 4 * GIB, last_used: 2 }),
+  ];
+
+  test("has what is in VRAM first, and can be ordered otherwise", async () => {
+    await show(snapshot({ models: three }));
+    expect(names()).toEqual(["a", "c", "b"]);
+    for (const [order, expected] of /** @type {[string, string[]][]} */ ([
+      ["name", ["a", "b", "c"]],
+      ["size", ["b", "a", "c"]],
+      ["used", ["b", "a", "c"]],
+    ])) {
+      enter("order", order, "change");
+      expect(names()).toEqual(expected);
+    }
+  });
+
+  test("is searched when it has more than ten, by name, class and kind", async () => {
+    const many = Array.from({ length: 12 }, (_unused, id) => model({ id, name: `model ${id}`, class: id ? "Blob" : "Sampler" }));
+    await show(snapshot({ models: many.slice(0, 10) }));
+    expect(part("search").hidden).toBe(true);
+    send(snapshot({ models: many }));
+    expect(part("search").hidden).toBe(false);
+    enter("search", "MODEL 11", "input");
+    expect(names()).toEqual(["model 11"]);
+    enter("search", "sampler", "input");
+    expect(names()).toEqual(["model 0"]);
+    enter("search", "none such", "input");
+    expect(names()).toEqual([]);
+    expect(document.querySelector(".qmove-content")?.textContent).toContain("No model has this name.");
+  });
+
+  test("has ComfyUI's own models, marked, with their own unload", async () => {
+    await show(snapshot({ models: [], comfyui_models: [hostModel(), hostModel({ id: 4, name: "VAE", resident: { "cuda:0": 0 } })] }));
+    api.answers["/qmove/unload"] = { report: "Unloaded." };
+    expect(part("empty").hidden).toBe(true);
+    expect(rows().map((row) => row.dataset.managedBy)).toEqual(["comfyui", "comfyui"]);
+    expect(rows()[0].textContent).toContain("managed by ComfyUI");
+    for (const unload of parts("unload")) unload.click();
+    await vi.waitFor(() => expect(app.toasts).toHaveLength(1));
+    expect(api.posted("/qmove/unload")).toEqual([{ comfyui_models: [3] }]);
+  });
+
+  test("says of one whose weights were destroyed that they were", async () => {
+    await show(snapshot({ models: [model({ lost: ["0.weight", "1.weight"] })] }));
+    expect(rows()[0].textContent).toContain("2 weights have no bytes any more");
+  });
+
+  test("a row opens to say where its model is, and stays open", async () => {
+    await show(snapshot());
+    const where = () => rows()[0].querySelector(".qmove-model-where");
+    expect(where().hidden).toBe(true);
+    part("model-name").click();
+    send(snapshot({ models: [parkedModel()] }));
+    expect([where().hidden, part("model-name").getAttribute("aria-expanded")]).toEqual([false, "true"]);
+  });
+});
+
+describe("what went wrong", () => {
+  beforeEach(() => {
+    app.rootGraph = Object.assign(graphOf([]), { id: "w1" });
+  });
+
+  test("is told with its reason and with what helps: it parks what is idle and runs again", async () => {
+    await show(snapshot({ failures: [failure()] }));
+    api.answers["/qmove/park"] = { report: "Parked." };
+    expect(part("failure").textContent).toContain("Out of VRAM in “VAE Decode”");
+    expect(part("failure").textContent).toContain("Tried to allocate 8.0 GiB.");
+    expect(part("failure").textContent).toContain("Flux: 20.0 GiB");
+    expect(part("failure-act").textContent).toBe("Park idle models and run again");
+    part("failure-act").click();
+    await vi.waitFor(() => expect(app.queued).toBe(1));
+    expect(api.posted("/qmove/park")).toEqual([{ models: "all" }]);
+  });
+
+  test("in another workflow does not run this one", async () => {
+    await show(snapshot({ failures: [failure({ stage: stage({ workflow: "w2" }) })] }));
+    api.answers["/qmove/park"] = { report: "Parked." };
+    expect(part("failure-act").textContent).toBe("Park idle models (unload to RAM)");
+    part("failure-act").click();
+    await vi.waitFor(() => expect(app.toasts).toHaveLength(1));
+    expect(app.queued).toBe(0);
+  });
+
+  test("may be that another node has destroyed weights", async () => {
+    await show(snapshot({ failures: [failure({ kind: "lost", devices: [], models: [{ name: "Flux", tensors: 8 }] })] }));
+    expect(part("failure").textContent).toContain("Flux: 8 weights have no bytes any more");
+    expect(part("failure").textContent).toContain("Load the model again");
+    expect(part("failure-act").hidden).toBe(true);
+  });
+
+  test("is gone with the next run", async () => {
+    await show(snapshot({ failures: [failure()] }));
+    api.send("qmove.history", run({ id: 2, running: true }));
+    panel.update();
+    expect(part("failure")).toBeNull();
+  });
+});
+
+describe("what the run has gained", () => {
+  const summary = { device: "cuda:0", used: 23 * GIB, wanted: 61 * GIB, models: ["Flux", "T5"], seconds: 3.1 };
+
+  test("is one line", async () => {
+    await show(snapshot(), run({ summary }));
+    expect(part("line").textContent).toBe("Ran in 23.0 GiB instead of 61.0 GiB: 2 models stepped aside for 3.1 s");
+  });
+
+  test("is not told while it runs, nor where it is nothing", async () => {
+    await show(snapshot(), run());
+    expect(part("line").textContent).toBe("Nothing moves.");
+    api.send("qmove.history", run({ id: 2, running: true }));
+    panel.update();
+    expect(part("line").textContent).toBe("Nothing moves.");
+  });
+});
+
 describe("pins", () => {
   /** @param {any} select @param {string} choice */
   const choose = (select, choice) => {
@@ -212,7 +337,7 @@ describe("moves", () => {
   });
 
   test("one that runs shows bytes, speed and time left, also to a screen reader", () => {
-    expect(part("progress-text").textContent).toBe("2.0 GiB of 6.0 GiB · 2.1 GB/s · 2.0 s left");
+    expect(part("progress-text").textContent).toBe("2.0 GiB of 6.0 GiB · 2.0 GiB/s · 2.0 s left");
     const bar = part("progress");
     expect(bar.getAttribute("role")).toBe("progressbar");
     expect([bar.getAttribute("aria-valuenow"), bar.getAttribute("aria-valuemax")]).toEqual([`${2 * GIB}`, `${6 * GIB}`]);
@@ -227,6 +352,19 @@ describe("moves", () => {
     expect(part("cancel").textContent).toBe("Cancelling…");
   });
 
+  test("where it stops the workflow it says so", () => {
+    api.send("qmove.move", move({ id: 8, cancel: "prompt" }));
+    panel.update();
+    const [, cancel] = parts("cancel");
+    expect([cancel.textContent, cancel.getAttribute("aria-label")]).toEqual(["Stop workflow", "Stop the workflow: Parking Flux"]);
+  });
+
+  test("one that failed says why", () => {
+    api.send("qmove.move", move({ state: "failed", reason: "RAM is short." }));
+    panel.update();
+    expect(document.querySelector(".qmove-past")?.textContent).toContain("the move failed: RAM is short.");
+  });
+
   test("one that the host needs has no Cancel", () => {
     api.send("qmove.move", move({ cancel: null }));
     panel.update();
@@ -234,8 +372,8 @@ describe("moves", () => {
   });
 
   test("what has moved is told to a screen reader and stays in the list, with the reason", () => {
-    app.rootGraph.nodes.push({ id: 8, title: "Upscale" });
-    api.send("qmove.move", move({ state: "done", done: 6 * GIB, nbytes: 6 * GIB, seconds: 3, node: "8" }));
+    const done = { state: "done", done: 6 * GIB, nbytes: 6 * GIB, seconds: 3, node: "8", stage: stage({ title: "Upscale" }) };
+    api.send("qmove.move", move(done));
     panel.update();
     expect(part("progress")).toBeNull();
     expect(part("status").textContent).toBe("Flux went to RAM: 6.0 GiB in 3.0 s");
@@ -287,6 +425,15 @@ describe("controls", () => {
     expect(part("auto-park").checked).toBe(true);
   });
 
+  test("all VRAM is lent and taken back", async () => {
+    api.answers["/qmove/release"] = { report: "Lent.", devices: [] };
+    api.answers["/qmove/take_back"] = { report: "Comes home.", began: [], stays: [] };
+    part("release").click();
+    part("take-back").click();
+    await vi.waitFor(() => expect(app.toasts.map((toast) => toast.detail)).toEqual(["Lent.", "Comes home."]));
+    expect([api.posted("/qmove/release"), api.posted("/qmove/take_back")]).toEqual([[{}], [{}]]);
+  });
+
   test("Free asks for as many GiB as the field says", async () => {
     api.answers["/qmove/free"] = { report: "Freed." };
     part("free-gib").value = "2.5";
@@ -315,8 +462,8 @@ test("the last run is drawn, described, and listed by stage with what was in use
     "VRAM over time. The most on cuda:0 was 8.0 GiB, in stage KSampler."
   );
   expect([...document.querySelectorAll(".qmove-stages li")].map((item) => item.textContent)).toEqual([
-    "KSampler2.0 s · 7.0 GiB in use after it",
-    "VAE Decode1.0 s · 2.0 GiB in use after it",
+    "KSampler2.0 s · peak 9.0 GiB",
+    "VAE Decode1.0 s · peak 2.0 GiB",
   ]);
 });
 
@@ -325,4 +472,5 @@ test("another language holds at once", async () => {
   app.settings.values.set("Comfy.Locale", "ja");
   panel.update();
   expect(parts("park")[0].textContent).toBe("退避");
+  expect(parts("park")[0].getAttribute("aria-label")).toContain("RAM へアンロード");
 });

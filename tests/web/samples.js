@@ -25,6 +25,34 @@ export const parkedModel = (parts = {}) =>
   model({ state: "parked", resident: {}, parked: { "cuda:0": 6 * GIB }, ...parts });
 
 /** @param {object} [parts] */
+export const hostModel = (parts = {}) => ({
+  id: 3,
+  name: "SDXL",
+  nbytes: 2 * GIB,
+  resident: { "cuda:0": 2 * GIB },
+  device: "cuda:0",
+  dynamic: false,
+  pin: "unpin",
+  ...parts,
+});
+
+/** @param {object} [parts] */
+export const stage = (parts = {}) => ({ node: "8", class: "VAEDecode", title: "VAE Decode", workflow: "w1", ...parts });
+
+/** @param {object} [parts] */
+export const failure = (parts = {}) => ({
+  id: 1,
+  run: 1,
+  at: 1_700_000_000,
+  kind: "shortage",
+  stage: stage(),
+  reason: "Tried to allocate 8.0 GiB.",
+  devices: [{ name: "cuda:0", free: GIB, total: 24 * GIB, holders: [{ name: "Flux", nbytes: 20 * GIB, kind: "" }] }],
+  models: [],
+  ...parts,
+});
+
+/** @param {object} [parts] */
 export const move = (parts = {}) => ({
   id: 7,
   verb: "park",
@@ -37,6 +65,9 @@ export const move = (parts = {}) => ({
   bytes_per_second: 2 * GIB,
   seconds_left: 2,
   node: null,
+  stage: null,
+  reason: "",
+  advice: "",
   cancel: "move",
   state: "running",
   ...parts,
@@ -53,7 +84,9 @@ export const snapshot = (parts = {}) => ({
   ram: { total: 64 * GIB, free: 40 * GIB, parked: 0, mirrors: 0, spare: 0 },
   done: { parks: 0, restores: 0, moves: 0, copied_bytes: 0 },
   moves: [],
+  failures: [],
   nodes: [],
+  menus: [],
   pins: ["unpin", "pin", "cuda:0", "forget"],
   ...parts,
 });
@@ -67,12 +100,14 @@ export const run = (parts = {}) => ({
   devices: ["cuda:0"],
   totals: { "cuda:0": 24 * GIB },
   stages: [
-    { node: "4", class: "KSampler", name: "KSampler", begin: 0, end: 2 },
-    { node: "8", class: "VAEDecode", name: "VAE Decode", begin: 2, end: 3 },
+    { ...stage({ node: "4", class: "KSampler", title: "KSampler" }), name: "KSampler", begin: 0, end: 2, peak: { "cuda:0": 9 * GIB } },
+    { ...stage(), name: "VAE Decode", begin: 2, end: 3 },
   ],
   from: 0,
   times: [0, 1, 2, 3],
   used: { "cuda:0": [GIB, 8 * GIB, 7 * GIB, 2 * GIB] },
   parked: [0, 0, 0, 6 * GIB],
+  now: null,
+  summary: /** @type {any} */ (null),
   ...parts,
 });

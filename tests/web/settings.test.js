@@ -124,6 +124,43 @@ test("what the backend has holds when the page loads and when the server is back
   expect(api.posted(PATH)).toEqual([]);
 });
 
+test("the words that people search for find the settings", () => {
+  const words = settings.definitions().map(({ name, category }) => [name, ...category].join(" ").toLowerCase());
+  for (const wanted of ["vram", "gpu", "memory", "offload", "unload"]) {
+    expect(words.filter((text) => text.includes(wanted)).length, wanted).toBeGreaterThan(3);
+  }
+});
+
+test("the chip is a setting of the page: the backend is not asked", async () => {
+  await app.settings.set("qmove.chip", false);
+  expect(api.posted(PATH)).toEqual([]);
+  expect(app.settings.get("qmove.chip")).toBe(false);
+});
+
+test.each([
+  ["qmove.ramLimit", "automatic"],
+  ["qmove.keepLoadedLimit", "automatic"],
+  ["qmove.vramToKeepFree", "none"],
+  ["qmove.idleMinutes", "never"],
+])("0 of %s is said as %s", (id, word) => {
+  const { attrs } = settings.definitions().find((definition) => definition.id === id);
+  expect(attrs.pt.root({ props: { modelValue: 0 } })["data-qmove-zero"]).toBe(word);
+  expect(attrs.pt.root({ props: { modelValue: 4 } })["data-qmove-zero"]).toBeNull();
+});
+
+test("whoever shows a setting hears at once of a change, here and in another tab", async () => {
+  const told = vi.fn();
+  const others = new Settings(told);
+  for (const definition of others.definitions()) app.settings.add(definition);
+  await others.start();
+  told.mockClear();
+  await app.settings.set("qmove.autoPark", false);
+  expect(told).toHaveBeenCalled();
+  told.mockClear();
+  api.send("qmove.settings", { ...backend, "qmove.autoPark": true });
+  await vi.waitFor(() => expect(told).toHaveBeenCalled());
+});
+
 test("each setting has its place, a tooltip and a default", () => {
   const definitions = settings.definitions();
   expect(definitions.map((definition) => definition.id)).toEqual([
@@ -138,6 +175,7 @@ test("each setting has its place, a tooltip and a default", () => {
     "qmove.keepMirrors",
     "qmove.ramLimit",
     "qmove.verify",
+    "qmove.chip",
     "qmove.notifications",
   ]);
   for (const definition of definitions) {

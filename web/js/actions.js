@@ -7,14 +7,23 @@ import { texts } from "./texts.js";
 
 /** @typedef {import("./server.js").Target} Target */
 
-const DEFAULT_GIB = 8;
 export const LEAST_GIB = 0.1;
 export const MOST_GIB = 1024; // what the route takes
 
-/** How many GiB "Free" is for: what the user has entered last. */
-let gibToFree = DEFAULT_GIB;
+/** How many GiB are to be free: what the user has entered last. @type {number | null} */
+let entered = null;
 
-export const currentGib = () => gibToFree;
+/**
+ * How many GiB "Free" offers: what was entered last, else half of the largest GPU.
+ *
+ * @param {import("./types").Snapshot | null} snapshot
+ */
+export function gibToFree(snapshot) {
+  if (entered !== null) return entered;
+  const largest = Math.max(0, ...(snapshot?.devices ?? []).map((device) => device.total ?? 0)) / 2 ** 30;
+  const half = largest >= 4 ? Math.round(largest / 2) : Math.round(largest * 5) / 10;
+  return Math.max(half, LEAST_GIB);
+}
 
 /** @param {Target} target */
 export const park = (target) => act(() => server.park(target), texts().notParked);
@@ -30,26 +39,42 @@ export const pin = (target, pin) => act(() => server.pin(target, pin), texts().n
 
 export const parkAll = () => park("all");
 
-/** @param {number} gib */
+/** @param {number} model one of ComfyUI's own */
+export const unload = (model) => act(() => server.unload(model), texts().notUnloaded);
+
+export const release = () => act(() => server.release(), texts().notReleased);
+
+export const takeBack = () => act(() => server.takeBack(), texts().notRestored);
+
+/** For a run that lacked VRAM: parks what is idle, and queues the workflow that is open once more. */
+export async function parkAllAndRun() {
+  if (await parkAll()) await app.queuePrompt(0);
+}
+
+/** @param {number} gib that are to be free on each GPU */
 export async function freeVram(gib) {
   if (!isGib(gib)) {
     notify.failed(texts().notFreed, new Error(texts().notGib));
     return false;
   }
-  gibToFree = gib;
-  return act(() => server.freeVram(gib), texts().notFreed);
+  entered = gib;
+  return act(() => server.freeVram(gib), texts().lessFreed, notify.lacking);
 }
 
-/** Asks how many GiB, where the frontend can ask, and frees them. */
-export async function askAndFreeVram() {
+/**
+ * Asks how many GiB, where the frontend can ask, and frees them.
+ *
+ * @param {import("./types").Snapshot | null} snapshot
+ */
+export async function askAndFreeVram(snapshot) {
   const prompt = app.extensionManager.dialog?.prompt;
-  if (!prompt) return freeVram(gibToFree);
-  const entered = await prompt({
+  if (!prompt) return freeVram(gibToFree(snapshot));
+  const answer = await prompt({
     title: texts().freeVram,
     message: texts().howManyGib,
-    defaultValue: String(gibToFree),
+    defaultValue: String(gibToFree(snapshot)),
   });
-  return entered === null ? false : freeVram(Number(entered.replace(",", ".")));
+  return answer === null ? false : freeVram(Number(answer.replace(",", ".")));
 }
 
 /** @param {number} move */
@@ -71,9 +96,10 @@ export const isGib = (gib) => Number.isFinite(gib) && gib >= LEAST_GIB && gib <=
 /**
  * @param {() => Promise<string>} request
  * @param {string} otherwise says what failed
+ * @param {typeof notify.failed} [tell] how a refusal is told
  * @returns {Promise<boolean>} whether it was done, or will be
  */
-async function act(request, otherwise) {
+async function act(request, otherwise, tell = notify.failed) {
   try {
     notify.done(await request());
     return true;
@@ -82,7 +108,7 @@ async function act(request, otherwise) {
     if (failure.cancelled) {
       notify.done(texts().cancelled);
     } else {
-      notify.failed(otherwise, failure);
+      (failure.status === 409 ? tell : notify.failed)(otherwise, failure);
     }
     return false;
   }

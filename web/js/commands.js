@@ -6,11 +6,17 @@ import * as actions from "./actions.js";
 export const TAB = "qmove";
 const TOGGLE_PANEL = `Workspace.ToggleSidebarTab.${TAB}`; // ComfyUI makes it for each tab
 
+/** @type {import("./store.js").Store | null} */
+let store = null;
+
+/** @param {import("./store.js").Store} known what the commands act on */
+export const use = (known) => (store = known);
+
 export const commands = [
   {
     id: "qmove.parkAll",
-    label: "Park all models",
-    tooltip: "Moves every model that qmove knows out of VRAM into RAM.",
+    label: "Park all models (unload to RAM)",
+    tooltip: "Unloads every model that qmove knows from VRAM to RAM. They come back when they are used.",
     icon: "pi pi-arrow-circle-down",
     function: async () => {
       await actions.parkAll();
@@ -19,16 +25,16 @@ export const commands = [
   {
     id: "qmove.freeVram",
     label: "Free VRAM",
-    tooltip: "Parks the least useful models until as much VRAM is free as you say.",
+    tooltip: "Unloads idle models from GPU memory to RAM until as much VRAM is free as you say.",
     icon: "pi pi-eraser",
     function: async () => {
-      await actions.askAndFreeVram();
+      await actions.askAndFreeVram(store?.snapshot ?? null);
     },
   },
   {
     id: "qmove.showPanel",
-    label: "Show GPU memory",
-    tooltip: "Opens and closes qmove's panel: which model lies where, and the last run.",
+    label: "Show VRAM (GPU memory)",
+    tooltip: "Opens and closes the VRAM tab: which model lies where, and the last run.",
     icon: "pi pi-chart-bar",
     function: async () => {
       await app.extensionManager.command.execute(TOGGLE_PANEL);

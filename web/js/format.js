@@ -1,6 +1,7 @@
-/** Numbers as people read them. Sizes are in powers of 1024, as GPUs are sold. */
+/** Numbers as people read them. Sizes are in powers of 1024, as GPUs are sold, and so are speeds. */
 
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+const GIB = 2 ** 30;
 
 /**
  * @param {number} nbytes
@@ -18,12 +19,20 @@ export function bytes(nbytes) {
 }
 
 /**
- * @param {number} bytesPerSecond
- * @returns {string} "12.3 GB/s": link speeds are given in powers of 1000
+ * @param {number} nbytes
+ * @returns {string} GiB without the unit: "18.2", and "24" for what is as good as whole
  */
-export function speed(bytesPerSecond) {
-  return `${(bytesPerSecond / 1e9).toFixed(bytesPerSecond < 1e8 ? 3 : 1)} GB/s`;
+export function gib(nbytes) {
+  const value = Math.max(0, nbytes) / GIB;
+  const whole = Math.round(value);
+  return whole > 0 && Math.abs(value - whole) < 0.05 ? String(whole) : value.toFixed(value < 99.95 ? 1 : 0);
 }
+
+/**
+ * @param {number} bytesPerSecond
+ * @returns {string} "12.3 GiB/s"
+ */
+export const speed = (bytesPerSecond) => `${bytes(bytesPerSecond)}/s`;
 
 /**
  * @param {number} seconds

@@ -1,14 +1,28 @@
-/** Nodes of the graph that is open, by the ids that the backend tells. */
+/** Nodes of the graph that is open, by the ids that the backend tells, and whether it is their workflow. */
 
 import { app } from "../../../scripts/app.js";
+
+/** @typedef {import("./types").NodeName} NodeName */
+
+/** Old frontends have no rootGraph, and no other graph open. @returns {any} */
+const root = () => app.rootGraph ?? app.graph;
+
+/**
+ * Whether the workflow that is open now is the one of a node. The same id in another workflow is another node.
+ *
+ * @param {string | null | undefined} workflow its id; null where the backend does not know it
+ */
+export function isOpen(workflow) {
+  const open = root()?.id;
+  return workflow === null || workflow === undefined || !open || workflow === String(open);
+}
 
 /**
  * @param {string} id as the backend knows it: "5", or "3:5" for node 5 in the subgraph of node 3
  * @returns {import("./types").GraphNode | null}
  */
 export function findNode(id) {
-  /** @type {any} */
-  let graph = app.rootGraph ?? app.graph; // old frontends have no rootGraph, and no other graph open
+  let graph = root();
   let node = null;
   for (const part of id.split(":")) {
     node = graph?.getNodeById(Number(part)) ?? null;
@@ -18,15 +32,13 @@ export function findNode(id) {
 }
 
 /**
- * What the user has called a node.
+ * What the user calls a node now, if its workflow is open; else what it was called when it ran.
  *
- * @param {string} id
- * @param {{class: string, name: string}} [stage] what it is; a node of another workflow may have the same id
+ * @param {NodeName} stage
  */
-export function nodeTitle(id, stage) {
-  const node = findNode(id);
-  if (node?.title && (!stage || node.comfyClass === stage.class)) return node.title;
-  return stage ? stage.name : `#${id}`;
+export function nodeTitle(stage) {
+  const node = isOpen(stage.workflow) ? findNode(stage.node) : null;
+  return node?.title && node.comfyClass === stage.class ? node.title : stage.title;
 }
 
 /**
@@ -39,7 +51,7 @@ export function idOf(node) {
   /** @type {any} */
   let graph = node.graph;
   const path = [String(node.id)];
-  while (graph && graph !== (app.rootGraph ?? app.graph)) {
+  while (graph && graph !== root()) {
     const users = usersOf(graph);
     if (users.length !== 1) return null;
     path.unshift(String(users[0].id));
@@ -53,8 +65,6 @@ export function idOf(node) {
  * @returns {any[]} the nodes, anywhere in the workflow, that stand for this subgraph
  */
 function usersOf(subgraph) {
-  /** @type {any} */
-  const root = app.rootGraph ?? app.graph;
-  const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
+  const graphs = [root(), ...(root()?.subgraphs?.values() ?? [])];
   return graphs.flatMap((graph) => graph.nodes.filter((/** @type {any} */ node) => node.subgraph === subgraph));
 }

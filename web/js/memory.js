@@ -7,6 +7,7 @@
  */
 
 export const COLORS = 8; // classes qmove-color-0 and so on
+const SMALLEST_SHARE = 1 / 90; // of a memory: less is under 2 pixels wide in a narrow panel, and is shown with its like
 const SMALLEST = 2000; // of what others use: a smaller share of a memory is not worth a line
 
 /** @param {number} id of a model */
@@ -35,20 +36,37 @@ function gpu(device, snapshot, words) {
     nbytes: model.resident[device.name] ?? 0,
     color: colorOf(model.id),
   }));
+  // What has come of a model that is on its way; it counts as parked until all of it is there.
+  const arriving = snapshot.moves
+    .filter(({ verb, state }) => verb === "restore" && state === "running")
+    .filter(({ model }) => snapshot.models.some(({ id, parked }) => id === model && parked[device.name]))
+    .map(({ model, name, done }) => ({
+      key: `arriving-${model}`,
+      name: `${name} (${words.arriving})`,
+      nbytes: done,
+      color: `${colorOf(model)} qmove-arriving`,
+    }));
   const hosts = snapshot.comfyui_models.map((model, index) => ({
-    key: `comfyui-${index}`,
-    name: model.name,
+    key: `comfyui-${model.id ?? index}`,
+    name: words.managedByComfyui(model.name),
     nbytes: model.resident[device.name] ?? 0,
     color: "qmove-color-host",
   }));
-  const others = (device.others ?? []).map(({ name, nbytes, kind }, index) => ({
-    key: `other-${index}`,
-    name: words.others[kind ?? ""] ?? name,
-    nbytes,
-    color: "qmove-color-other",
-  }));
+  let inFlight = arriving.reduce((sum, part) => sum + part.nbytes, 0); // nobody else explains these bytes
+  const others = (device.others ?? []).map(({ name, nbytes, kind }, index) => {
+    const moving = kind === "unexplained" ? Math.min(nbytes, inFlight) : 0;
+    inFlight -= moving;
+    return {
+      key: `other-${index}`,
+      name: words.others[kind ?? ""] ?? name,
+      nbytes: nbytes - moving,
+      color: "qmove-color-other",
+    };
+  });
   const title = device.title === device.name ? device.name : `${device.name} · ${device.title}`;
-  return [filled(device.name, title, device.total, device.free, [...own, ...hosts, ...others], words)];
+  const least = device.total / SMALLEST;
+  const worthALine = others.filter((part) => part.nbytes >= least);
+  return [filled(device.name, title, device.total, device.free, [...own, ...arriving, ...hosts, ...worthALine], words)];
 }
 
 /**
@@ -86,7 +104,7 @@ function ram({ ram, models }, words) {
  * @returns {Memory}
  */
 function filled(id, title, total, free, parts, words) {
-  const named = parts.filter((part) => part.nbytes > 0);
+  const named = merged(parts.filter((part) => part.nbytes > 0), total, words);
   const known = named.reduce((sum, part) => sum + part.nbytes, 0);
   const left = Math.max(0, Math.min(free, total - known));
   const other = { key: "other", name: words.other, nbytes: Math.max(0, total - known - left), color: "qmove-color-other" };
@@ -94,4 +112,21 @@ function filled(id, title, total, free, parts, words) {
   const tooLittle = other.nbytes < total / SMALLEST;
   if (tooLittle) unused.nbytes += other.nbytes;
   return { id, title, total, free: left, parts: [...named, ...(tooLittle ? [] : [other]), unused] };
+}
+
+/**
+ * Puts together what would be too narrow to be seen, and would look like a hole: several small parts are one.
+ *
+ * @param {Part[]} parts
+ * @param {number} total
+ * @param {import("./texts.js").Texts} words
+ * @returns {Part[]}
+ */
+function merged(parts, total, words) {
+  const small = parts.filter((part) => part.nbytes < total * SMALLEST_SHARE);
+  if (small.length < 2) return parts;
+  const nbytes = small.reduce((sum, part) => sum + part.nbytes, 0);
+  const large = parts.filter((part) => !small.includes(part));
+  const name = words.smallParts(small.length, small.map((part) => part.name).join(", "));
+  return [...large, { key: "small", name, nbytes, color: "qmove-color-small" }];
 }

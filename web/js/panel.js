@@ -2,13 +2,15 @@
 
 import { app } from "../../../scripts/app.js";
 import * as actions from "./actions.js";
-import { make, setAttribute, setText } from "./dom.js";
+import { make, reconcile, setAttribute, setText } from "./dom.js";
+import * as failures from "./failures.js";
 import { bytes, duration } from "./format.js";
 import { updateBars } from "./panel_bars.js";
 import { Chart } from "./panel_chart.js";
-import { button, updateModels } from "./panel_models.js";
+import { button, ModelList } from "./panel_models.js";
 import { updatePastMoves, updateRunningMoves, whatHappened } from "./panel_moves.js";
 import { AUTO_PARK } from "./setting_ids.js";
+import { inOneLine } from "./summary.js";
 import { texts } from "./texts.js";
 
 const BETWEEN_CLOCKS = 30_000; // milliseconds; "used 3 min ago" grows older
@@ -69,20 +71,46 @@ export class Panel {
     setText(parts.autoParkHint, autoPark ? words.autoParkOn : words.autoParkOff);
     setAttribute(parts.gib, "aria-label", words.gibField);
     setAttribute(parts.gib, "title", words.gibField);
-    updateRunningMoves(parts.running, this._store.moves.values());
+    this._updateNow();
     updateBars(parts.bars, snapshot);
     parts.noGpu.hidden = snapshot.devices.some((device) => device.total !== null);
     const pool = snapshot.pool;
     parts.pool.hidden = !pool?.limit;
     setText(parts.pool, pool ? aboutPool(pool) : "");
-    updateModels(parts.models, snapshot, this._store.moves.values());
-    parts.empty.hidden = snapshot.models.length > 0;
+    parts.models.update(snapshot, this._store.moves.values());
+    parts.empty.hidden = snapshot.models.length + snapshot.comfyui_models.length > 0;
+    if (document.activeElement !== parts.gib && !parts.gib.dataset.entered) {
+      parts.gib.value = String(actions.gibToFree(snapshot));
+    }
     const canPark = snapshot.models.some((model) => Object.keys(model.resident).length > 0);
     setAttribute(parts.parkAll, "aria-disabled", String(!canPark));
+    for (const [element, tip] of parts.tips) setAttribute(element, "title", /** @type {string} */ (words[tip]));
     this._chart.update(this._store.run);
     parts.past.hidden = this._store.past.length === 0;
     updatePastMoves(parts.pastList, this._store.past);
     this._announce();
+  }
+
+  /**
+   * What moves now, always in the same place; else what the last run has gained, or what moved last. And what went wrong.
+   */
+  _updateNow() {
+    const { past, moves, run } = this._store;
+    const words = texts();
+    const parts = this._parts;
+    updateRunningMoves(parts.running, moves.values());
+    const summary = run && !run.running ? run.summary : null;
+    parts.idle.hidden = moves.size > 0;
+    setText(parts.idle, summary ? inOneLine(summary) : past[0] ? whatHappened(past[0]) : words.nothingMoves);
+    setAttribute(parts.idle, "data-summary", summary !== null && summary !== undefined);
+    setAttribute(parts.idle, "title", summary ? words.steppedAside(summary.models.join(", ")) : null);
+    reconcile(
+      parts.failures,
+      this._store.failures,
+      (failure) => String(failure.id),
+      createFailure,
+      updateFailure
+    );
   }
 
   /** Says to screen readers what has moved. */
@@ -100,6 +128,32 @@ function aboutPool(pool) {
   const words = texts();
   const saved = words.loadsSaved(String(pool.hits), duration(pool.seconds_saved), String(pool.misses));
   return words.stayLoaded(String(pool.models), bytes(pool.in_ram), bytes(pool.limit), saved);
+}
+
+/** @param {import("./types").Failure} failure */
+function createFailure(failure) {
+  const act = button("qmove-failure-act", () => failures.tell(failure).offer?.act());
+  act.classList.add("qmove-main");
+  return make("li", { class: "qmove-notice qmove-error", "data-testid": "qmove-failure" }, make("strong"), make("ul"), act);
+}
+
+/**
+ * @param {HTMLElement} element
+ * @param {import("./types").Failure} failure
+ */
+function updateFailure(element, failure) {
+  const { title, lines, offer } = failures.tell(failure);
+  const [strong, list, act] = /** @type {HTMLElement[]} */ ([...element.children]);
+  setText(strong, title);
+  reconcile(
+    list,
+    lines,
+    (line) => line,
+    () => make("li", { class: "qmove-hint" }),
+    setText
+  );
+  act.hidden = offer === null;
+  setText(act, offer?.label ?? "");
 }
 
 /** @param {import("./store.js").Store} store */
@@ -141,30 +195,64 @@ function build(store) {
   );
 
   const running = make("ul", { class: "qmove-moves" });
+  const idle = make("p", { class: "qmove-idle", "data-testid": "qmove-line" });
+  const now = make("div", { class: "qmove-now" }, running, idle);
+  const failed = make("ul", { class: "qmove-failures" });
   const bars = make("ul", { class: "qmove-memories" });
   const pool = make("p", { class: "qmove-hint", "data-testid": "qmove-pool" });
   const noGpu = labelled(make("p", { class: "qmove-hint" }), "noGpu");
 
-  const models = make("ul", { class: "qmove-models" });
+  const models = new ModelList();
+  /** Explanations, set anew when the language changes. @type {[HTMLElement, keyof import("./texts.js").Texts][]} */
+  const tips = [];
+  /**
+   * @param {HTMLElement} element
+   * @param {keyof import("./texts.js").Texts} key
+   */
+  const explained = (element, key) => {
+    tips.push([element, key]);
+    return element;
+  };
   const empty = make(
     "div",
     { class: "qmove-notice", "data-testid": "qmove-empty" },
     labelled(make("strong"), "empty"),
     labelled(make("p", { class: "qmove-hint" }), "emptyHint")
   );
-  const parkAll = labelled(
-    button("qmove-park-all", () => actions.parkAll()),
-    "parkAll"
+  const parkAll = explained(
+    labelled(
+      button("qmove-park-all", () => actions.parkAll()),
+      "parkAll"
+    ),
+    "parkAllTip"
+  );
+  const release = explained(
+    labelled(
+      button("qmove-release", () => actions.release()),
+      "release"
+    ),
+    "releaseTip"
+  );
+  const takeBack = explained(
+    labelled(
+      button("qmove-take-back", () => actions.takeBack()),
+      "takeBack"
+    ),
+    "takeBackTip"
   );
   const gib = make("input", {
     type: "number",
     min: actions.LEAST_GIB,
     max: actions.MOST_GIB,
     step: "any",
-    value: actions.currentGib(),
+    value: actions.gibToFree(store.snapshot),
     "data-testid": "qmove-free-gib",
+    input: () => (gib.dataset.entered = "yes"),
   });
-  const free = labelled(make("button", { type: "submit", class: "qmove-button", "data-testid": "qmove-free" }), "freeButton");
+  const free = explained(
+    labelled(make("button", { type: "submit", class: "qmove-button", "data-testid": "qmove-free" }), "freeButton"),
+    "gibField"
+  );
   /** @param {SubmitEvent} event */
   const submit = (event) => {
     event.preventDefault();
@@ -179,9 +267,17 @@ function build(store) {
     "div",
     { class: "qmove-content" },
     make("section", {}, autoParkRow, autoParkHint),
-    running,
+    now,
+    failed,
     make("section", {}, heading("memory"), bars, pool, noGpu),
-    make("section", {}, heading("models"), make("div", { class: "qmove-toolbar" }, parkAll, freeForm), models, empty),
+    make(
+      "section",
+      {},
+      heading("models"),
+      make("div", { class: "qmove-toolbar" }, parkAll, freeForm, release, takeBack),
+      models.element,
+      empty
+    ),
     lastRun,
     past
   );
@@ -196,6 +292,7 @@ function build(store) {
   );
   return {
     ...{ root, title, live, loading, error, errorText, retry, content, labels },
-    ...{ autoPark, autoParkHint, running, bars, pool, noGpu, models, empty, parkAll, gib, lastRun, past, pastList },
+    ...{ autoPark, autoParkHint, running, idle, failures: failed, bars, pool, noGpu, models, empty, parkAll, gib, tips },
+    ...{ lastRun, past, pastList },
   };
 }

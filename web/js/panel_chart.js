@@ -23,8 +23,9 @@ export class Chart {
     this._canvas = make("div", { class: "qmove-chart", role: "img", "data-testid": "qmove-chart" });
     this._legend = make("ul", { class: "qmove-legend" });
     this._stages = make("ol", { class: "qmove-stages" });
+    this._tip = make("div", { class: "qmove-chart-tip", "data-testid": "qmove-chart-tip", hidden: true });
     this._empty = make("p", { class: "qmove-hint", "data-testid": "qmove-chart-empty" });
-    container.append(this._empty, this._canvas, this._legend, this._stages);
+    container.append(this._empty, make("div", { class: "qmove-chart-place" }, this._canvas, this._tip), this._legend, this._stages);
     /** @type {uPlot | null} */
     this._plot = null;
     this._outline = "";
@@ -117,7 +118,7 @@ export class Chart {
           })),
           { label: words.parkedRam, stroke: PARKED, dash: [5, 4], width: 2, points: { show: false } },
         ],
-        hooks: { drawClear: [(plot) => shadeStages(plot, this._run?.stages ?? [], text)] },
+        hooks: { setCursor: [(plot) => this._point(plot)], drawClear: [(plot) => shadeStages(plot, this._run?.stages ?? [], text)] },
       },
       dataOf(run),
       this._canvas
@@ -130,6 +131,30 @@ export class Chart {
 
   _width() {
     return Math.max(NARROWEST_CHART, this._canvas.clientWidth);
+  }
+
+  /** Shows the figures under the mouse. @param {uPlot} plot */
+  _point(plot) {
+    const index = plot.cursor.idx;
+    const run = this._run;
+    this._tip.hidden = index === null || index === undefined || run === null;
+    if (this._tip.hidden || run === null) return;
+    const words = texts();
+    const [times, ...lines] = dataOf(run);
+    const time = /** @type {number[]} */ (times)[/** @type {number} */ (index)];
+    const stage = run.stages.find((one) => one.begin <= time && (one.end ?? Infinity) >= time);
+    const names = [...run.devices, words.parkedRam];
+    const figures = lines.map((line, at) => `${names[at]}: ${bytes(Number(line[/** @type {number} */ (index)] ?? 0))}`);
+    const said = [duration(time), ...(stage ? [nodeTitle(stage)] : []), ...figures];
+    reconcile(
+      this._tip,
+      said,
+      (line) => line,
+      () => make("div"),
+      setText
+    );
+    const left = plot.valToPos(time, "x") + Number(plot.over.style.left.replace("px", ""));
+    this._tip.style.left = `${Math.max(0, Math.min(left + 8, this._width() - this._tip.offsetWidth))}px`;
   }
 
   /** @param {Run} run */
@@ -157,12 +182,11 @@ export class Chart {
       ({ index }) => String(index),
       () => make("li", {}, make("span", { class: "qmove-name" }), make("span", { class: "qmove-hint" })),
       (item, { stage }) => {
-        setText(item.children[0], nodeTitle(stage.node, stage));
+        setText(item.children[0], nodeTitle(stage));
         const parts = [];
-        if (stage.end !== null) {
-          parts.push(duration(stage.end - stage.begin));
-          parts.push(words.after(run.devices.map((device) => bytes(usedAt(run, device, stage.end ?? 0))).join(" / ")));
-        }
+        if (stage.end !== null) parts.push(duration(stage.end - stage.begin));
+        const peaks = run.devices.map((device) => stage.peak?.[device] ?? usedAt(run, device, stage.end ?? Infinity));
+        parts.push(words.peak(peaks.map(bytes).join(" / ")));
         setText(item.children[1], parts.join(" · "));
       }
     );
@@ -174,7 +198,14 @@ export class Chart {
  * @returns {uPlot.AlignedData}
  */
 function dataOf(run) {
-  return [run.times, ...run.devices.map((device) => run.used[device]), run.parked];
+  const { now, times } = run;
+  const isNewer = run.running && now && now.time > (times.at(-1) ?? -1);
+  const add = (/** @type {number[]} */ points, /** @type {number} */ latest) => (isNewer ? [...points, latest] : points);
+  return [
+    add(times, now?.time ?? 0),
+    ...run.devices.map((device) => add(run.used[device], now?.used[device] ?? 0)),
+    add(run.parked, now?.parked ?? 0),
+  ];
 }
 
 /**
@@ -211,7 +242,7 @@ function describe(run) {
   const peak = used.reduce((best, nbytes, index) => (nbytes > used[best] ? index : best), 0);
   const time = run.times[peak];
   const stage = run.stages.find((one) => one.begin <= time && (one.end ?? Infinity) >= time);
-  return texts().chartLabel(device, bytes(used[peak] ?? 0), stage ? nodeTitle(stage.node, stage) : "–");
+  return texts().chartLabel(device, bytes(used[peak] ?? 0), stage ? nodeTitle(stage) : "–");
 }
 
 /**

@@ -1,4 +1,4 @@
-/** Moves: those that run, with their progress and Cancel; and the last ones, with what they were for. */
+/** Moves: those that run, in a place of fixed height, and the last ones, with what they were for. */
 
 import * as actions from "./actions.js";
 import { make, reconcile, setAttribute, setText } from "./dom.js";
@@ -31,18 +31,13 @@ function createMove(move) {
   return make(
     "li",
     { class: "qmove-move" },
-    make("div", { class: "qmove-move-title" }),
+    make("div", { class: "qmove-move-head" }, make("div", { class: "qmove-move-title" }), cancel),
     make(
       "div",
       { class: "qmove-progress", role: "progressbar", "aria-valuemin": "0", "data-testid": "qmove-progress" },
       make("span", { class: "qmove-progress-done" })
     ),
-    make(
-      "div",
-      { class: "qmove-move-foot" },
-      make("span", { class: "qmove-move-figures", "data-testid": "qmove-progress-text" }),
-      cancel
-    )
+    make("div", { class: "qmove-move-figures", "data-testid": "qmove-progress-text" })
   );
 }
 
@@ -52,9 +47,10 @@ function createMove(move) {
  */
 function updateMove(element, move) {
   const words = texts();
-  const [title, bar, foot] = /** @type {HTMLElement[]} */ ([...element.children]);
+  const [head, bar, figures_] = /** @type {HTMLElement[]} */ ([...element.children]);
   const what = `${words.moving[move.verb]} ${move.name}`;
-  setText(title, what);
+  setText(head.children[0], what);
+  setAttribute(head.children[0], "title", move.stage ? `${what} ${reason(move)}` : what);
   const figures = [words.doneOf(bytes(move.done), bytes(move.total))];
   if (move.bytes_per_second) figures.push(speed(move.bytes_per_second));
   if (move.seconds_left !== null) figures.push(words.timeLeft(duration(move.seconds_left)));
@@ -64,14 +60,15 @@ function updateMove(element, move) {
   setAttribute(bar, "aria-valuenow", move.done);
   setAttribute(bar, "aria-valuetext", text);
   /** @type {HTMLElement} */ (bar.children[0]).style.width = `${move.total ? (100 * move.done) / move.total : 0}%`;
-  setText(foot.children[0], text);
-  const cancel = /** @type {HTMLElement} */ (foot.children[1]);
+  setText(figures_, text);
+  const cancel = /** @type {HTMLElement} */ (head.children[1]);
   const isCancelling = cancelling.has(move.id);
+  const stops = move.cancel === "prompt";
   setAttribute(cancel, "hidden", move.cancel === null);
-  setText(cancel, isCancelling ? words.cancelling : words.cancel);
+  setText(cancel, isCancelling ? words.cancelling : stops ? words.stopWorkflow : words.cancel);
   setAttribute(cancel, "aria-disabled", String(isCancelling));
-  setAttribute(cancel, "aria-label", words.cancelLabel(what));
-  setAttribute(cancel, "title", move.cancel === "prompt" ? words.cancelsPrompt : null);
+  setAttribute(cancel, "aria-label", stops ? words.stopLabel(what) : words.cancelLabel(what));
+  setAttribute(cancel, "title", stops ? words.cancelsPrompt : null);
 }
 
 /**
@@ -99,7 +96,7 @@ export function whatHappened(move) {
     return move.state === "done" ? words.hasWaited(move.name, duration(move.seconds)) : words.hasNotWaited(move.name);
   }
   if (move.state === "cancelled") return words.wasCancelled(move.name);
-  if (move.state === "failed") return words.hasFailed(move.name);
+  if (move.state === "failed") return [words.hasFailed(move.name), move.reason].filter(Boolean).join(": ");
   const say = move.verb === "park" ? words.hasParked : words.hasRestored;
   const nbytes = bytes(move.nbytes ?? move.total);
   return say(move.name, move.done ? nbytes : `${nbytes}, ${words.copiedNothing}`, duration(move.seconds));
@@ -108,5 +105,5 @@ export function whatHappened(move) {
 /** @param {Move} move */
 function reason(move) {
   const words = texts();
-  return move.node === null ? words.becauseHost : words.because(nodeTitle(move.node));
+  return move.stage ? words.because(nodeTitle(move.stage)) : words.becauseHost;
 }

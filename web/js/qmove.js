@@ -2,18 +2,21 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { commands, keybindings, menuCommands, TAB } from "./commands.js";
+import { Chip } from "./chip.js";
+import { commands, keybindings, menuCommands, TAB, use } from "./commands.js";
+import * as failures from "./failures.js";
 import { nodeMenuItems } from "./node_menu.js";
 import { followRuns, keepResultOf } from "./node_result.js";
 import { fitSize } from "./node_size.js";
 import * as notify from "./notify.js";
 import { Panel } from "./panel.js";
+import { ServerError } from "./server.js";
 import { Settings } from "./settings.js";
 import { Store } from "./store.js";
 import { texts } from "./texts.js";
 
 const store = new Store();
-const settings = new Settings();
+const settings = new Settings(() => store.changed());
 /** Filled once the backend has told its version. @type {{label: string, url: string, icon: string}[]} */
 const badges = [];
 /** @type {Panel | null} */
@@ -41,7 +44,7 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab({
       id: TAB,
       type: "custom",
-      title: "qmove",
+      title: "VRAM",
       icon: "pi pi-microchip",
       tooltip: texts().panelTooltip,
       render: showPanel,
@@ -49,6 +52,9 @@ app.registerExtension({
     });
     listenForResults();
     followRuns();
+    use(store);
+    new Chip(store, openPanel).start();
+    store.follow(sayFailure);
     store.subscribe(addBadge);
     void store.start();
     void settings.start();
@@ -60,6 +66,17 @@ function showPanel(container) {
   if (panel?.isIn(container)) return;
   hidePanel();
   panel = new Panel(container, store);
+}
+
+function openPanel() {
+  if (panel) return;
+  void app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
+}
+
+/** @param {import("./store.js").Happened} happened */
+function sayFailure({ failure, move }) {
+  if (failure) notify.offer(failures.tell(failure));
+  if (move) notify.offer(failures.tellMove(move));
 }
 
 function hidePanel() {
@@ -78,8 +95,8 @@ function addBadge() {
 /** What a button asked for while a node ran is done later; this says what came of it. */
 function listenForResults() {
   /** @type {EventTarget} */ (api).addEventListener("qmove.result", (event) => {
-    const { report, error, cancelled } = /** @type {CustomEvent} */ (event).detail;
-    if (error && !cancelled) notify.failed(texts().notDone, new Error(error));
+    const { report, error, cancelled, advice } = /** @type {CustomEvent} */ (event).detail;
+    if (error && !cancelled) notify.failed(texts().notDone, new ServerError(409, error, false, advice));
     else notify.done(report ?? texts().cancelled);
   });
 }

@@ -6,7 +6,7 @@ import { api } from "../../../scripts/api.js";
  * @typedef {import("./types").Snapshot} Snapshot
  * @typedef {import("./types").Run} Run
  * @typedef {import("./types").SettingValue} SettingValue
- * @typedef {number[] | "all" | {node: string, class: string}} Target models by id, all of them, or those of a node
+ * @typedef {number[] | "all" | {node: string, class: string, workflow?: string}} Target models by id, all of them, or those of a node
  */
 
 /** The server said no, or could not be reached (then `status` is 0). The message is its reason, if it gave one. */
@@ -15,12 +15,14 @@ export class ServerError extends Error {
    * @param {number} status
    * @param {string} reason
    * @param {boolean} [cancelled]
+   * @param {string} [advice] what helps: a key of the texts
    */
-  constructor(status, reason, cancelled = false) {
+  constructor(status, reason, cancelled = false, advice = "") {
     super(reason);
     this.name = "ServerError";
     this.status = status;
     this.cancelled = cancelled;
+    this.advice = advice;
   }
 
   get isAway() {
@@ -68,6 +70,20 @@ export const pin = async (target, pin) => (await ask("/qmove/pin", { ...bodyOf(t
  */
 export const freeVram = async (gib) => (await ask("/qmove/free", { gib })).report;
 
+/**
+ * Has ComfyUI unload one of its own models.
+ *
+ * @param {number} model
+ * @returns {Promise<string>} what was done
+ */
+export const unload = async (model) => (await ask("/qmove/unload", { comfyui_models: [model] })).report;
+
+/** Gives all VRAM to other programs. @returns {Promise<string>} what was done */
+export const release = async () => (await ask("/qmove/release", {})).report;
+
+/** Begins to bring home what the last run used. @returns {Promise<string>} what has begun */
+export const takeBack = async () => (await ask("/qmove/take_back", {})).report;
+
 /** @param {number} move */
 export const cancel = (move) => ask("/qmove/cancel", { move });
 
@@ -97,7 +113,7 @@ async function ask(path, body) {
   if (!response.ok || answer === null) {
     // A proxy in front of a server that is away answers for it.
     const away = [502, 503, 504].includes(response.status);
-    throw new ServerError(away ? 0 : response.status, answer?.error ?? `HTTP ${response.status}`, answer?.cancelled);
+    throw new ServerError(away ? 0 : response.status, answer?.error ?? `HTTP ${response.status}`, answer?.cancelled, answer?.advice);
   }
   return answer;
 }

@@ -9,71 +9,88 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import * as notify from "./notify.js";
 import * as server from "./server.js";
-import { AUTO_PARK, NOTIFICATIONS } from "./setting_ids.js";
+import { AUTO_PARK, CHIP, NOTIFICATIONS } from "./setting_ids.js";
 import { texts } from "./texts.js";
 
 /** @typedef {import("./types").SettingValue} SettingValue */
 
-/** A GiB field of the dialog: 0 is "none". @param {number} max */
-const gib = (max) => ({ min: 0, max, step: 0.5, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
+/**
+ * A field for a number whose 0 means something that is said instead of it ("automatic"), while the field is not edited.
+ *
+ * @param {object} attributes
+ * @param {"automatic" | "none" | "never"} zero a key of the texts
+ */
+const number = (attributes, zero) => ({
+  ...{ min: 0, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true, ...attributes },
+  pt: {
+    root: (/** @type {any} */ { props }) => ({
+      "data-qmove-zero": props?.modelValue ? null : texts()[zero],
+    }),
+  },
+});
 
-/** A field for minutes: 0 is "never". @param {number} max */
-const minutes = (max) => ({ min: 0, max, step: 1, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
+/** A field for GiB. @param {number} max @param {"automatic" | "none"} zero */
+const gib = (max, zero) => number({ max, step: 0.5 }, zero);
+
+const PARKING = "Unload and offload idle models from VRAM and GPU memory";
+const LOADED = "Models that stay loaded in memory";
+const COPIES = "RAM for models unloaded from VRAM";
+const SHOWN = "What is shown of VRAM and GPU memory";
 
 /** What the dialog shows, in this order. The locales have the translations of names, tooltips and options. */
 const DEFINITIONS = [
   {
     id: AUTO_PARK,
-    name: "Auto-parking",
+    name: "Unload idle models from VRAM automatically (auto-parking)",
     type: "boolean",
     defaultValue: true,
-    group: "Auto-parking",
+    group: PARKING,
     tooltip:
-      "Models that stand idle leave the VRAM when another node needs it, and come home before they are used. " +
-      "Costs RAM for what is parked, and the time of the copies.",
+      "Models that stand idle are parked (unloaded to RAM) when another node needs the VRAM, and are loaded back before they are " +
+      "used. Costs RAM for what is parked, and the time of the copies.",
   },
   {
     id: "qmove.autoParkWhen",
-    name: "When to park",
+    name: "When to unload idle models",
     type: "combo",
     defaultValue: "needed",
     options: [
       { text: "When needed", value: "needed" },
       { text: "At each stage", value: "stage" },
     ],
-    group: "Auto-parking",
+    group: PARKING,
     tooltip:
       "When needed: only what a node lacks is freed, so little is copied. At each stage: everything that a node does not use " +
       "is parked before it; leaves the most VRAM, costs the most copies.",
   },
   {
     id: "qmove.vramToKeepFree",
-    name: "VRAM to keep free (GiB)",
+    name: "VRAM to keep free for other programs (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(1024),
-    group: "Auto-parking",
+    attrs: gib(1024, "none"),
+    group: PARKING,
     tooltip:
-      "So much VRAM of each GPU is left to other programs: auto-parking parks idle models until it is free. 0: none. " +
+      "So much VRAM of each GPU is left to other programs: auto-parking parks idle models until it is free. " +
       "Costs more copies the higher it is. Holds from the next node on.",
   },
   {
     id: "qmove.idleMinutes",
-    name: "Free VRAM after idle minutes",
+    name: "Free all VRAM after idle minutes",
     type: "number",
     defaultValue: 0,
-    attrs: minutes(10080),
-    group: "Auto-parking",
+    attrs: number({ max: 10080, step: 1 }, "never"),
+    group: PARKING,
     tooltip:
       "When nothing was used for so many minutes, all VRAM goes back to the system, for other programs and to save power. " +
-      "0: never. Costs a copy out, and one home when the models are used again.",
+      "Costs a copy out, and one home when the models are used again.",
   },
   {
     id: "qmove.runAgain",
     name: "Run a node again when it was out of memory",
     type: "boolean",
     defaultValue: true,
-    group: "Auto-parking",
+    group: PARKING,
     tooltip:
       "A node that ran out of VRAM while idle models could make room runs once more by itself. Nodes that save or show " +
       "something never do. Costs the time of its first try.",
@@ -83,7 +100,7 @@ const DEFINITIONS = [
     name: "Keep models loaded between workflows",
     type: "boolean",
     defaultValue: true,
-    group: "Models that stay loaded",
+    group: LOADED,
     tooltip:
       "A model whose workflow is left stays in RAM, and comes back where its loader is asked for again with the same inputs " +
       "and the same files, instead of being loaded from disk. Needs auto-parking. Costs RAM up to the limit below.",
@@ -93,10 +110,10 @@ const DEFINITIONS = [
     name: "RAM for models that stay loaded (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(65536),
-    group: "Models that stay loaded",
+    attrs: gib(65536, "automatic"),
+    group: LOADED,
     tooltip:
-      "The most RAM that they may take; what was used longest ago and loads the quickest goes first. 0: half of the RAM. " +
+      "The most RAM that they may take; what was used longest ago and loads the quickest goes first. Automatic: half of the RAM. " +
       "Costs that much RAM; less as soon as other programs need it.",
   },
   {
@@ -104,18 +121,18 @@ const DEFINITIONS = [
     name: "Keep ComfyUI's own models loaded too",
     type: "boolean",
     defaultValue: false,
-    group: "Models that stay loaded",
+    group: LOADED,
     tooltip:
       "Also what ComfyUI's own loaders give (MODEL, CLIP, VAE). Costs RAM: they count with their whole size.",
   },
   {
     id: "qmove.keepMirrors",
-    name: "Keep host copies for instant re-parking",
+    name: "Keep copies in RAM, so that models unload at once",
     type: "boolean",
     defaultValue: true,
-    group: "Copies in RAM",
+    group: COPIES,
     tooltip:
-      "The copy in RAM is kept after a model has come home, so that parking it again copies only what has changed. " +
+      "The copy in RAM is kept after a model was loaded back, so that parking it again copies only what has changed. " +
       "Costs as much RAM as the models take VRAM; it is given back when RAM gets short.",
   },
   {
@@ -123,34 +140,47 @@ const DEFINITIONS = [
     name: "RAM limit (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(65536),
-    group: "Copies in RAM",
+    attrs: gib(65536, "automatic"),
+    group: COPIES,
     tooltip:
-      "The most RAM that parked models and host copies may take. 0: as much as the system allows. " +
+      "The most RAM that parked models and their copies may take. Automatic: as much as the system allows. " +
       "Costs nothing; but what would not fit is not parked, and stays in VRAM.",
   },
   {
     id: "qmove.verify",
-    name: "Verify after restore",
+    name: "Verify models after they were loaded back",
     type: "boolean",
     defaultValue: false,
-    group: "Copies in RAM",
+    group: COPIES,
     tooltip:
       "Compares a checksum of every weight when a model has come home, before it is used. Costs one more pass over its bytes on the " +
       "GPU for each park and restore.",
+  },
+  {
+    id: CHIP,
+    name: "Show VRAM in the top bar",
+    type: "boolean",
+    defaultValue: true,
+    group: SHOWN,
+    tooltip: "A chip that says how much VRAM is in use and how many models are parked. Costs nothing.",
   },
   {
     id: NOTIFICATIONS,
     name: "Show notifications",
     type: "boolean",
     defaultValue: true,
-    group: "Notifications",
-    tooltip: "Says what a button or a command has done. Errors are always shown. Costs nothing.",
+    group: SHOWN,
+    tooltip: "Says what a button or a command has done, and what parking has gained in a run. Errors are always shown. Costs nothing.",
   },
 ];
 
+/** Settings of this page only: the backend does not know them. */
+const ONLY_HERE = new Set([CHIP]);
+
 export class Settings {
-  constructor() {
+  /** @param {() => void} [changed] is called as a value changes, here or in another tab */
+  constructor(changed = () => {}) {
+    this._tell = changed;
     /** What the backend has, as far as it has told. @type {Record<string, SettingValue>} */
     this._confirmed = {};
     /** How many changes of each setting are on their way. @type {Map<string, number>} */
@@ -200,6 +230,8 @@ export class Settings {
    * @returns {Promise<void> | undefined} new frontends wait for it before they store the value
    */
   _changed(id, value, before) {
+    this._tell();
+    if (ONLY_HERE.has(id)) return undefined;
     if (before === undefined || value === this._confirmed[id]) return undefined;
     this._pending.set(id, (this._pending.get(id) ?? 0) + 1);
     this._last = this._last.then(() => this._send(id, value, before));

@@ -11,6 +11,8 @@ import * as server from "./server.js";
  * @typedef {import("./types").Snapshot} Snapshot
  * @typedef {import("./types").Run} Run
  * @typedef {import("./types").Move} Move
+ * @typedef {import("./types").Failure} Failure
+ * @typedef {{failure?: Failure, move?: Move, summary?: import("./types").Summary}} Happened
  * @typedef {"loading" | "ready" | "failed" | "away"} Status
  */
 
@@ -30,8 +32,14 @@ export class Store {
     this.moves = new Map();
     /** The last moves that have ended, the newest first. @type {Move[]} */
     this.past = [];
+    /** What went wrong in the last run, the newest last. @type {Failure[]} */
+    this.failures = [];
     /** @type {Set<() => void>} */
     this._listeners = new Set();
+    /** @type {Set<(happened: Happened) => void>} */
+    this._followers = new Set();
+    /** The run whose end was told. */
+    this._told = 0;
     this._asked = 0;
     this._scheduled = false;
   }
@@ -41,6 +49,7 @@ export class Store {
     listen("qmove.state", (snapshot) => this._takeSnapshot(snapshot));
     listen("qmove.move", (move) => this._takeMove(move));
     listen("qmove.history", (run) => this._takePoints(run));
+    listen("qmove.failure", (failure) => this._takeFailure(failure));
     listen("reconnecting", () => {
       this.status = "away";
       this._tell();
@@ -80,9 +89,26 @@ export class Store {
     return () => this._listeners.delete(listener);
   }
 
+  /**
+   * Calls `follower` once for each thing that happens: a failure, a move that failed, a run that has gained something.
+   *
+   * @param {(happened: Happened) => void} follower
+   * @returns {() => void} ends it
+   */
+  follow(follower) {
+    this._followers.add(follower);
+    return () => this._followers.delete(follower);
+  }
+
+  /** Something that this picture does not have has changed: the panel is to be drawn anew. */
+  changed() {
+    this._tell();
+  }
+
   /** @param {Snapshot} snapshot */
   _takeSnapshot(snapshot) {
     this.snapshot = snapshot;
+    this.failures = snapshot.failures ?? this.failures;
     const running = new Map(snapshot.moves.map((move) => [move.id, move]));
     for (const [id, move] of this.moves) if (running.has(id)) running.set(id, move); // the event is as new, or newer
     this.moves = running;
@@ -98,6 +124,8 @@ export class Store {
     } else {
       this.moves.delete(move.id);
       this.past = [move, ...this.past.filter((other) => other.id !== move.id)].slice(0, MOST_PAST_MOVES);
+      // What a button asked for is answered to it; what is pinned stays as the user wants.
+      if (move.state === "failed" && move.node !== null && move.advice !== "unpin") this._happened({ move });
     }
     this._tell();
   }
@@ -105,6 +133,11 @@ export class Store {
   /** @param {Run} run points that are new; from another run, or with a gap, the whole run is asked for */
   _takePoints(run) {
     const known = this.run;
+    if (known?.id !== run.id) this.failures = this.failures.filter((failure) => failure.run === run.id);
+    if (!run.running && run.summary && run.id !== this._told) {
+      this._told = run.id;
+      this._happened({ summary: run.summary });
+    }
     if (run.from === 0) {
       this.run = run;
     } else if (known && known.id === run.id && known.revision === run.revision && known.times.length >= run.from) {
@@ -119,6 +152,19 @@ export class Store {
       );
     }
     this._tell();
+  }
+
+  /** @param {Failure} failure */
+  _takeFailure(failure) {
+    const earlier = this.failures.filter((known) => known.run === failure.run && known.id !== failure.id);
+    this.failures = [...earlier, failure];
+    this._happened({ failure });
+    this._tell();
+  }
+
+  /** @param {Happened} happened */
+  _happened(happened) {
+    for (const follower of this._followers) follower(happened);
   }
 
   _tell() {

@@ -20,6 +20,61 @@ export interface ModelEntry {
   same?: { id: number; name: string; nbytes: number }[];
   /** "unpin" where it is not pinned, "pin", "forget", or the device that it is kept on. */
   pin: string;
+  /** Its class, where its user calls it something else. */
+  class?: string;
+  /** Names of tensors whose bytes another node has taken away. */
+  lost?: string[];
+}
+
+/** A model that ComfyUI moves itself. */
+export interface HostModel {
+  id: number;
+  name: string;
+  class?: string;
+  nbytes: number;
+  resident: Record<string, number>;
+  device: string;
+  dynamic: boolean;
+  pin: string;
+}
+
+/** A node of a prompt. */
+export interface NodeName {
+  node: string;
+  class: string;
+  /** What its user called it as it ran. */
+  title: string;
+  /** The id of its workflow; null where the one who queued the prompt did not say. */
+  workflow: string | null;
+}
+
+/** What can be done with the models of a node: "park", "restore", "pin", "unpin". */
+export type NodeMenu = NodeName & { can: string[] };
+
+/** What parking has gained in a run. Bytes, and seconds in which something moved. */
+export interface Summary {
+  device: string;
+  used: number;
+  wanted: number;
+  models: string[];
+  seconds: number;
+}
+
+export interface Failure {
+  id: number;
+  run: number;
+  at: number;
+  /** "shortage": a node ran out of memory; "lost": somebody has emptied weights. */
+  kind: "shortage" | "lost";
+  stage: NodeName | null;
+  reason: string;
+  devices: {
+    name: string;
+    free: number | null;
+    total: number | null;
+    holders: { name: string; nbytes: number; kind: string }[];
+  }[];
+  models: { name: string; tensors: number }[];
 }
 
 export interface Move {
@@ -36,6 +91,11 @@ export interface Move {
   bytes_per_second: number | null;
   seconds_left: number | null;
   node: string | null;
+  /** That node, where it was staged. */
+  stage?: NodeName | null;
+  /** Why it failed, and what helps: a key of the texts. */
+  reason?: string;
+  advice?: string;
   cancel: "move" | "prompt" | null;
   state: "running" | "done" | "cancelled" | "failed";
 }
@@ -54,14 +114,16 @@ export interface Snapshot {
   url: string | null;
   settings: Record<string, SettingValue>;
   models: ModelEntry[];
-  comfyui_models: { name: string; resident: Record<string, number> }[];
+  comfyui_models: HostModel[];
   devices: Device[];
   ram: { total: number; free: number; parked: number; mirrors: number; spare: number; shared?: number };
   /** Models that stay loaded between workflows; null where ComfyUI has no way to ask for them. */
   pool?: PoolFigures | null;
   done: { parks: number; restores: number; moves: number; copied_bytes: number };
   moves: Move[];
+  failures?: Failure[];
   nodes: string[];
+  menus?: NodeMenu[];
   /** What a model's `pin` can be on this machine. */
   pins: string[];
 }
@@ -77,12 +139,12 @@ export interface PoolFigures {
   seconds_saved: number;
 }
 
-export interface Stage {
-  node: string;
-  class: string;
+export interface Stage extends NodeName {
   name: string;
   begin: number;
   end: number | null;
+  /** The most in use while it ran, by device. */
+  peak?: Record<string, number>;
 }
 
 export interface Run {
@@ -97,6 +159,9 @@ export interface Run {
   times: number[];
   used: Record<string, number[]>;
   parked: number[];
+  /** The newest reading, while it runs. */
+  now?: { time: number; used: Record<string, number>; parked: number } | null;
+  summary?: Summary | null;
 }
 
 /** A node of the graph; ComfyUI's types do not export it by name, and leave out what the frontend adds to it. */

@@ -59,7 +59,9 @@ in_use = NodeInputs()  # of the node that runs now
 
 def has_nothing_to_do() -> bool:
     """Whether qmove can leave this node alone without a look at it."""
-    return not settings.auto_park() and not adopted_models() and for_hosts.nothing_away()
+    if settings.auto_park() or not for_hosts.nothing_away():
+        return False
+    return all(adopted.only_shown for adopted in adopted_models())
 
 
 def prepare(nodes: ExecutionList, node_id: str) -> Measurement | None:

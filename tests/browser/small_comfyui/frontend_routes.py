@@ -233,7 +233,10 @@ class FrontendRoutes:
             }
             return web.json_response({"error": error, "node_errors": {}}, status=400)
         prompt_id = self._host.queue.put(
-            body["prompt"], body.get("client_id"), body.get("prompt_id")
+            body["prompt"],
+            body.get("client_id"),
+            body.get("prompt_id"),
+            body.get("extra_data", {}),
         )
         return web.json_response({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
 

@@ -86,9 +86,15 @@ class PromptQueue:
     def remaining(self) -> int:
         return self._waiting.qsize() + len(self.currently_running)
 
-    def put(self, prompt: Mapping[str, Any], client_id: str | None, prompt_id: str | None) -> str:
+    def put(
+        self,
+        prompt: Mapping[str, Any],
+        client_id: str | None,
+        prompt_id: str | None,
+        extra: Mapping[str, Any],
+    ) -> str:
         prompt_id = prompt_id or str(uuid.uuid4())
-        self._waiting.put((0, prompt_id, prompt, {"client_id": client_id}, list(prompt)))
+        self._waiting.put((0, prompt_id, prompt, {**extra, "client_id": client_id}, list(prompt)))
         self._tell_length()
         return prompt_id
 

@@ -24,7 +24,7 @@ class Server:
         self.last_node_id: str | None = None
         self.prompt_queue: Any = None
         self._loop = loop
-        self._sockets: dict[str, web.WebSocketResponse] = {}
+        self.sockets: dict[str, web.WebSocketResponse] = {}
 
     def add_to(self, application: web.Application) -> None:
         """Adds the websocket and all routes that packs have added, bare and under /api, as ComfyUI
@@ -53,9 +53,9 @@ class Server:
 
     async def _send(self, message: str | bytes, sid: str | None) -> None:
         sockets = (
-            list(self._sockets.values())
+            list(self.sockets.values())
             if sid is None
-            else [s for s in [self._sockets.get(sid)] if s]
+            else [s for s in [self.sockets.get(sid)] if s]
         )
         for socket in sockets:
             if not socket.closed:
@@ -69,7 +69,7 @@ class Server:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         sid = request.query.get("clientId") or uuid.uuid4().hex
-        self._sockets[sid] = socket
+        self.sockets[sid] = socket
         status = {"exec_info": {"queue_remaining": self.prompt_queue.remaining()}}
         await socket.send_json({"type": "status", "data": {"status": status, "sid": sid}})
         try:
@@ -77,8 +77,8 @@ class Server:
                 if message.type == WSMsgType.TEXT and message.json().get("type") == "feature_flags":
                     await socket.send_json({"type": "feature_flags", "data": FEATURES})
         finally:
-            if self._sockets.get(sid) is socket:
-                del self._sockets[sid]
+            if self.sockets.get(sid) is socket:
+                del self.sockets[sid]
         return socket
 
 

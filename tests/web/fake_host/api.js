@@ -3,20 +3,20 @@
 class FakeApi extends EventTarget {
   constructor() {
     super();
-    /** @type {[string, any][]} */
+    /** @type {[string, any, any][]} */
     this.listeners = [];
     this.reset();
   }
 
-  /** @param {string} event @param {any} listener */
-  addEventListener(event, listener) {
-    this.listeners.push([event, listener]);
-    super.addEventListener(event, listener);
+  /** @param {string} event @param {any} listener @param {any} [options] */
+  addEventListener(event, listener, options) {
+    this.listeners.push([event, listener, options]);
+    super.addEventListener(event, listener, options);
   }
 
   /** As a page that was loaded anew. */
   reset() {
-    for (const [event, listener] of this.listeners) this.removeEventListener(event, listener);
+    for (const [event, listener, options] of this.listeners) this.removeEventListener(event, listener, options);
     this.listeners = [];
     /** What was asked, in order. @type {{path: string, body: any}[]} */
     this.requests = [];
@@ -38,7 +38,7 @@ class FakeApi extends EventTarget {
 
   /** Sends an event as the websocket does. @param {string} event @param {any} [detail] */
   send(event, detail) {
-    this.dispatchEvent(new CustomEvent(event, { detail }));
+    this.dispatchEvent(new CustomEvent(event, { detail, cancelable: true }));
   }
 
   /** Bodies that were posted to a path. @param {string} path */

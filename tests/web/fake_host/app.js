@@ -56,6 +56,10 @@ class FakeApp {
     /** @type {string[]} */
     this.executed = [];
     this.rootGraph = graphOf([]);
+    /** How often a workflow was queued. */
+    this.queued = 0;
+    /** The top bar. @type {any} */
+    this.menu = undefined;
     const setting = new FakeSettings();
     this.settings = setting;
     this.extensionManager = {
@@ -65,6 +69,10 @@ class FakeApp {
       dialog: /** @type {any} */ ({}),
       registerSidebarTab: (/** @type {any} */ tab) => this.tabs.push(tab),
     };
+  }
+
+  async queuePrompt() {
+    this.queued += 1;
   }
 
   /** @param {any} extension */

@@ -1,15 +1,14 @@
 /** English. Functions take the parts that vary. */
 
 export const en = {
-  panelTitle: "GPU memory",
-  panelTooltip: "qmove: models in GPU memory",
+  panelTitle: "VRAM",
+  panelTooltip: "qmove: VRAM (GPU memory), and which models are in it",
   loading: "Asking ComfyUI which models it holds…",
   failed: "qmove's part of ComfyUI did not answer.",
   away: "ComfyUI is not reachable. The panel goes on by itself once it is back.",
   retry: "Try again",
   empty: "No model is known yet.",
-  emptyHint:
-    "Run a workflow: the models that its nodes use show here. They leave the VRAM while they stand idle, and come back before they are used.",
+  emptyHint: "Run a workflow: the models that its nodes use show here. They are unloaded to RAM while they stand idle, and loaded back before they are used.",
   noGpu: "This machine has no GPU whose memory could be shown.",
   memory: "Memory",
   models: "Models",
@@ -33,19 +32,19 @@ export const en = {
   barLabel: (name, used, total, parts) => `${name}: ${used} of ${total} in use. ${parts}`,
   /** @param {string} free @param {string} total */
   freeOf: (free, total) => `${free} of ${total} free`,
-  autoPark: "Auto-parking",
-  autoParkOn: "Idle models leave the VRAM by themselves when another node needs it.",
+  autoPark: "Unload idle models automatically (auto-parking)",
+  autoParkOn: "Idle models go to RAM when another node needs the VRAM, and come back before they are used.",
   autoParkOff: "Off: models leave the VRAM only when you park them.",
   park: "Park",
   restore: "Restore",
   /** @param {string} name */
-  parkLabel: (name) => `Park ${name}: move it from VRAM to RAM`,
+  parkLabel: (name) => `Park ${name} (unload to RAM)`,
   /** @param {string} name */
-  restoreLabel: (name) => `Restore ${name}: bring it back to its GPU`,
-  parkAll: "Park all",
+  restoreLabel: (name) => `Restore ${name} (load back)`,
+  parkAll: "Park all (unload to RAM)",
   freeVram: "Free VRAM",
-  freeButton: "Free",
-  gibField: "GiB to free on each GPU",
+  freeButton: "Have free:",
+  gibField: "GiB that are to be free on each GPU: idle models are unloaded until they are",
   howManyGib: "How many GiB should be free on each GPU?",
   notGib: "Enter a number of GiB from 0.1 to 1024.",
   states: {
@@ -77,7 +76,7 @@ export const en = {
   cancelling: "Cancelling…",
   /** @param {string} what */
   cancelLabel: (what) => `Cancel: ${what}`,
-  cancelsPrompt: "Stops the workflow, which needs this model. Nothing is lost.",
+  cancelsPrompt: "The workflow needs this model: it stops. Nothing is lost.",
   cancelled: "Cancelled. The model is where it was.",
   lastRun: "Last run",
   noRun: "Run a workflow to see here how its stages use the VRAM.",
@@ -88,8 +87,6 @@ export const en = {
   /** @param {string} device @param {string} peak @param {string} stage */
   chartLabel: (device, peak, stage) => `VRAM over time. The most on ${device} was ${peak}, in stage ${stage}.`,
   stages: "Stages",
-  /** @param {string} nbytes */
-  after: (nbytes) => `${nbytes} in use after it`,
   moves: "What moved",
   /** @param {string} name @param {string} nbytes @param {string} time */
   hasParked: (name, nbytes, time) => `${name} went to RAM: ${nbytes} in ${time}`,
@@ -107,8 +104,8 @@ export const en = {
   because: (node) => `for “${node}”`,
   becauseHost: "asked for by ComfyUI or by you",
   copiedNothing: "nothing to copy",
-  parkNode: "Park this model now",
-  restoreNode: "Restore",
+  parkNode: "Park this model now (unload to RAM)",
+  restoreNode: "Restore this model (load back)",
   pins: /** @type {Record<string, string>} */ ({ unpin: "not pinned", pin: "pinned: never parked", forget: "left alone by qmove" }),
   /** @param {string} device */
   keptOn: (device) => `kept on ${device}`,
@@ -124,4 +121,70 @@ export const en = {
   notDone: "Not done",
   settingNotChanged: "Setting not changed",
   serverAway: "ComfyUI is not reachable.",
+  /** @param {number} count @param {string} names */
+  smallParts: (count, names) => `${count} small ones: ${names}`,
+  arriving: "arriving",
+  /** @param {string} name */
+  managedByComfyui: (name) => `${name} (managed by ComfyUI)`,
+  ownNote: "managed by ComfyUI: it loads and unloads this one itself",
+  /** @param {string} loaded @param {string} total */
+  loadedOf: (loaded, total) => `${loaded} of ${total} in VRAM`,
+  unload: "Unload",
+  /** @param {string} name */
+  unloadLabel: (name) => `Have ComfyUI unload ${name}`,
+  notUnloaded: "Not unloaded",
+  search: "Search models",
+  noneFound: "No model has this name.",
+  orderLabel: "Order of the models",
+  orders: { place: "in VRAM first", name: "by name", size: "by size", used: "last used first" },
+  parkAllTip: "Unloads every model that qmove knows from VRAM to RAM. They come back when they are used.",
+  release: "Lend all VRAM",
+  releaseTip: "Gives all VRAM to other programs: parks all models, has ComfyUI unload its own, and empties the caches.",
+  takeBack: "Take it back",
+  takeBackTip: "Brings back what the last run used, as far as there is room.",
+  notReleased: "Not all VRAM was given away",
+  lessFreed: "Less VRAM is free than asked for",
+  stopWorkflow: "Stop workflow",
+  /** @param {string} what */
+  stopLabel: (what) => `Stop the workflow: ${what}`,
+  nothingMoves: "Nothing moves.",
+  /** @param {string} nbytes */
+  peak: (nbytes) => `peak ${nbytes}`,
+  /** @param {string} used @param {string} wanted @param {number} models @param {string} time */
+  ranIn: (used, wanted, models, time) =>
+    `Ran in ${used} instead of ${wanted}: ${models} ${models === 1 ? "model" : "models"} stepped aside for ${time}`,
+  /** @param {string} models */
+  steppedAside: (models) => `Stepped aside: ${models}`,
+  /** @param {string} node */
+  shortageTitle: (node) => `Out of VRAM${node ? ` in “${node}”` : ""}`,
+  /** @param {string} node */
+  lostTitle: (node) => `Weights were destroyed by another node${node ? `: “${node}” cannot run` : ""}`,
+  /** @param {string} name @param {number} count */
+  lostTensors: (name, count) => `${name}: ${count} weights have no bytes any more`,
+  /** @param {string} device @param {string} free @param {string} total */
+  freeOn: (device, free, total) => `${device}: ${free} of ${total} free now`,
+  parkAndRun: "Park idle models and run again",
+  parkIdle: "Park idle models (unload to RAM)",
+  advice: /** @type {Record<string, string>} */ ({
+    vram: "Park idle models, then try again.",
+    ram: "Close other programs, let models go that stay loaded, or raise the RAM limit in the settings.",
+    unpin: "Unpin it first.",
+    wait: "Try again when the node has ended.",
+    restart: "Restart ComfyUI.",
+    reload: "Load the model again: change an input of its loader, or use ComfyUI's Unload Models and Clear Cache.",
+    materialize: "Put the node Materialize Model before it.",
+    graph: "Try again when the training step has ended.",
+  }),
+  close: "Close",
+  /** @param {number} count */
+  countParked: (count) => `${count} parked`,
+  /** @param {string} device @param {string} used @param {string} total */
+  inUse: (device, used, total) => `${device}: ${used} of ${total} in use`,
+  chipTip: "Click: the VRAM tab. Right click: more.",
+  openPanel: "Open the VRAM tab",
+  settings: "Settings…",
+  hideChip: "Hide this",
+  automatic: "automatic",
+  none: "none",
+  never: "never",
 };
