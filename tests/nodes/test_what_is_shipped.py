@@ -78,7 +78,7 @@ def test_translations_are_of_things_that_exist(language: str) -> None:
         assert translated["inputs"].keys() == inputs_of(name).keys()
         assert len(translated["outputs"]) == len(NODE_CLASS_MAPPINGS[name].RETURN_NAMES)  # type: ignore[attr-defined]
     assert translations(language, "settings").keys() == {
-        name.replace(".", "_") for name in settings.DEFAULTS
+        name.replace(".", "_") for name in (*settings.DEFAULTS, "qmove.chip")
     }
 
 

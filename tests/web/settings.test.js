@@ -137,15 +137,12 @@ test("the chip is a setting of the page: the backend is not asked", async () => 
   expect(app.settings.get("qmove.chip")).toBe(false);
 });
 
-test.each([
-  ["qmove.ramLimit", "automatic"],
-  ["qmove.keepLoadedLimit", "automatic"],
-  ["qmove.vramToKeepFree", "none"],
-  ["qmove.idleMinutes", "never"],
-])("0 of %s is said as %s", (id, word) => {
-  const { attrs } = settings.definitions().find((definition) => definition.id === id);
-  expect(attrs.pt.root({ props: { modelValue: 0 } })["data-qmove-zero"]).toBe(word);
-  expect(attrs.pt.root({ props: { modelValue: 4 } })["data-qmove-zero"]).toBeNull();
+test("the style sheet has the words that are shown instead of 0, in the language that is set", () => {
+  const word = (/** @type {string} */ name) => document.documentElement.style.getPropertyValue(`--qmove-${name}`);
+  expect(["automatic", "none", "never"].map(word)).toEqual(['"automatic"', '"none"', '"never"']);
+  app.settings.values.set("Comfy.Locale", "ja");
+  settings.sayZeros();
+  expect(word("automatic")).toBe('"自動"');
 });
 
 test("whoever shows a setting hears at once of a change, here and in another tab", async () => {

@@ -10,6 +10,8 @@ import { texts } from "./texts.js";
  * @typedef {import("./memory.js").Part} Part
  */
 
+const MOST_NAMED = 4; // parts of a bar; the list of models has all of them
+
 /**
  * @param {HTMLElement} list
  * @param {import("./types").Snapshot} snapshot
@@ -62,13 +64,29 @@ function updateBar(element, memory) {
   );
   reconcile(
     legend,
-    memory.parts.filter((part) => part.key !== "free"),
+    named(memory.parts.filter((part) => part.key !== "free")),
     (part) => part.key,
     () => make("li", {}, make("span", { "aria-hidden": "true" }), make("span", { class: "qmove-name" }), make("span")),
     (item, part) => {
       setAttribute(item.children[0], "class", `qmove-swatch ${part.color}`);
       setText(item.children[1], part.name);
+      setAttribute(item.children[1], "title", part.name);
       setText(item.children[2], bytes(part.nbytes));
     }
   );
+}
+
+/**
+ * The largest parts, in their order, and one that stands for all others.
+ *
+ * @param {Part[]} parts
+ * @returns {Part[]}
+ */
+function named(parts) {
+  if (parts.length <= MOST_NAMED + 1) return parts;
+  const large = [...parts].sort((one, other) => other.nbytes - one.nbytes).slice(0, MOST_NAMED);
+  const others = parts.filter((part) => !large.includes(part));
+  const nbytes = others.reduce((sum, part) => sum + part.nbytes, 0);
+  const rest = { key: "more", name: texts().more(others.length), nbytes, color: "qmove-color-more" };
+  return [...parts.filter((part) => large.includes(part)), rest];
 }

@@ -56,6 +56,7 @@ app.registerExtension({
     new Chip(store, openPanel).start();
     store.follow(sayFailure);
     store.subscribe(addBadge);
+    store.subscribe(() => settings.sayZeros());
     void store.start();
     void settings.start();
   },

@@ -14,23 +14,14 @@ import { texts } from "./texts.js";
 
 /** @typedef {import("./types").SettingValue} SettingValue */
 
-/**
- * A field for a number whose 0 means something that is said instead of it ("automatic"), while the field is not edited.
- *
- * @param {object} attributes
- * @param {"automatic" | "none" | "never"} zero a key of the texts
- */
-const number = (attributes, zero) => ({
-  ...{ min: 0, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true, ...attributes },
-  pt: {
-    root: (/** @type {any} */ { props }) => ({
-      "data-qmove-zero": props?.modelValue ? null : texts()[zero],
-    }),
-  },
-});
+/** A number field. @param {number} max @param {number} step */
+const number = (max, step) => ({ min: 0, max, step, minFractionDigits: 0, maxFractionDigits: 1, showButtons: true });
 
-/** A field for GiB. @param {number} max @param {"automatic" | "none"} zero */
-const gib = (max, zero) => number({ max, step: 0.5 }, zero);
+/** @param {number} max */
+const gib = (max) => number(max, 0.5);
+
+/** What 0 means in a number field: a key of the texts. qmove.css shows it instead of the 0 while the field is not edited. */
+const ZEROS = /** @type {const} */ (["automatic", "none", "never"]);
 
 const PARKING = "Unload and offload idle models from VRAM and GPU memory";
 const LOADED = "Models that stay loaded in memory";
@@ -68,7 +59,7 @@ const DEFINITIONS = [
     name: "VRAM to keep free for other programs (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(1024, "none"),
+    attrs: gib(1024),
     group: PARKING,
     tooltip:
       "So much VRAM of each GPU is left to other programs: auto-parking parks idle models until it is free. " +
@@ -79,7 +70,7 @@ const DEFINITIONS = [
     name: "Free all VRAM after idle minutes",
     type: "number",
     defaultValue: 0,
-    attrs: number({ max: 10080, step: 1 }, "never"),
+    attrs: number(10080, 1),
     group: PARKING,
     tooltip:
       "When nothing was used for so many minutes, all VRAM goes back to the system, for other programs and to save power. " +
@@ -110,7 +101,7 @@ const DEFINITIONS = [
     name: "RAM for models that stay loaded (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(65536, "automatic"),
+    attrs: gib(65536),
     group: LOADED,
     tooltip:
       "The most RAM that they may take; what was used longest ago and loads the quickest goes first. Automatic: half of the RAM. " +
@@ -140,7 +131,7 @@ const DEFINITIONS = [
     name: "RAM limit (GiB)",
     type: "number",
     defaultValue: 0,
-    attrs: gib(65536, "automatic"),
+    attrs: gib(65536),
     group: COPIES,
     tooltip:
       "The most RAM that parked models and their copies may take. Automatic: as much as the system allows. " +
@@ -206,11 +197,21 @@ export class Settings {
 
   /** Takes over what the backend has now, and follows it from here on. */
   start() {
+    this.sayZeros();
     /** @type {EventTarget} */ (api).addEventListener("qmove.settings", (event) =>
       this._take(/** @type {CustomEvent} */ (event).detail)
     );
     /** @type {EventTarget} */ (api).addEventListener("reconnected", () => this.ask());
     return this.ask();
+  }
+
+  /** Gives the style sheet the words for 0, in the language that is set now. */
+  sayZeros() {
+    const { style } = document.documentElement;
+    for (const key of ZEROS) {
+      const word = JSON.stringify(texts()[key]);
+      if (style.getPropertyValue(`--qmove-${key}`) !== word) style.setProperty(`--qmove-${key}`, word);
+    }
   }
 
   async ask() {

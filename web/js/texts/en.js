@@ -187,4 +187,6 @@ export const en = {
   automatic: "automatic",
   none: "none",
   never: "never",
+  /** @param {number} count */
+  more: (count) => `${count} more`,
 };

@@ -147,4 +147,5 @@ export const ja = {
   automatic: "自動",
   none: "なし",
   never: "しない",
+  more: (count) => `ほか ${count} 個`,
 };

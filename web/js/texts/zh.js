@@ -147,4 +147,5 @@ export const zh = {
   automatic: "自动",
   none: "无",
   never: "从不",
+  more: (count) => `另外 ${count} 个`,
 };
