@@ -23,6 +23,10 @@ OVERFLOWING = """panel => {
     const inside = [...panel.querySelectorAll('*')].filter(e => getComputedStyle(e).overflowX !== 'hidden')
     return [...sidebar, ...inside].filter(cut).map(e => `${e.scrollWidth} > ${e.clientWidth}: ${e.outerHTML.slice(0, 200)}`)
 }"""
+# What is cut off in a panel that was made narrow, though it is not meant to be.
+CUT = """panel => [...panel.querySelectorAll('*')]
+    .filter(e => getComputedStyle(e).overflowX !== 'hidden' && e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+    .map(e => `${e.scrollWidth} > ${e.clientWidth}: ${e.outerHTML.slice(0, 200)}`)"""
 # Whether the labels of the chart's axis, which stand left of its lines, are light (on a dark theme)
 # or dark.
 LABELS_STAND_OUT = """dark => {
@@ -79,7 +83,7 @@ def test_the_panel_while_a_model_moves_in_both_themes(themed_tab: Tab) -> None:
     tab.server.hold_copies(after_bytes=HALF)
 
     tab.row("DiffusionTransformer").get_by_test_id("qmove-park").click()
-    expect(tab.part("progress-text")).to_contain_text("GB/s")
+    expect(tab.part("progress-text")).to_contain_text("iB/s")
 
     in_both_themes(tab, "panel-moving")
     tab.server.let_copies_go()
@@ -128,6 +132,75 @@ def test_the_settings_in_both_themes(themed_tab: Tab) -> None:
 
     expect(dialog.get_by_role("switch").first).to_be_visible()
     in_both_themes(themed_tab, "settings", accessible=False)  # the dialog is the frontend's
+
+
+TWENTY = tuple(
+    (f"{family}-a-name-as-long-as-people-give-them-{n:02d}.Q4_K_M.safetensors", "fp16", 17)
+    for n, family in enumerate(("flux-dev", "wan-2.2-t2v", "t5-xxl", "qwen-image") * 5)
+)
+HEIGHT_OF_A_LINE = 40  # pixels, at most
+
+
+@pytest.mark.parametrize("width", [210, 360])
+def test_twenty_models_with_long_names_have_one_line_each(themed_tab: Tab, width: int) -> None:
+    tab = themed_tab
+    tab.open_panel()
+    tab.page.set_viewport_size({"width": 1280, "height": 1500})
+    tab.server.load(*TWENTY)
+    expect(tab.part("model-row")).to_have_count(20)
+    panel = tab.part("panel")
+    panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
+
+    assert panel.evaluate(CUT) == []
+    for row in tab.part("model-row").all():
+        box = row.bounding_box()
+        assert box is not None
+        assert box["height"] <= HEIGHT_OF_A_LINE
+        for control in ("model-name", "park", "restore", "pin"):
+            inside = row.get_by_test_id(f"qmove-{control}").bounding_box()
+            assert inside is not None, control
+            assert inside["width"] >= 24, control
+            assert inside["x"] + inside["width"] <= box["x"] + box["width"] + 1, control
+    narrowest = tab.part("bar-cuda:0").evaluate(
+        "bar => Math.min(...[...bar.children].slice(0, -1).map(part => part.getBoundingClientRect().width))"
+    )
+    assert narrowest >= 2
+    tab.part("search").fill("t5-xxl")
+    expect(tab.part("model-row")).to_have_count(5)
+    tab.part("search").fill("")
+    panel.evaluate("panel => { panel.style.background = 'var(--comfy-menu-bg)' }")
+    in_both_themes(tab, f"panel-twenty-{width}")
+    panel.evaluate("panel => panel.removeAttribute('style')")
+
+
+def test_a_move_shifts_nothing(tab: Tab) -> None:
+    tab.open_panel()
+    tab.server.load(BIG)
+    expect_state(tab, "DiffusionTransformer", "resident")
+
+    places = """() => [...document.querySelectorAll('.qmove-panel h3, .qmove-panel .qmove-bar')]
+        .map(part => part.getBoundingClientRect().top - document.querySelector('.qmove-panel h2').getBoundingClientRect().top)"""
+    before = tab.run(places)
+    tab.server.hold_copies(after_bytes=HALF)
+    tab.row("DiffusionTransformer").get_by_test_id("qmove-park").click()
+    expect(tab.part("progress")).to_be_visible()
+    assert len(before) >= 5
+    assert tab.run(places)[:4] == before[:4]  # below them is what is listed
+    tab.server.let_copies_go()
+    expect_state(tab, "DiffusionTransformer", "parked")
+    assert tab.run(places)[:2] == before[:2]
+
+
+def test_the_chart_says_the_figures_under_the_mouse(tab: Tab) -> None:
+    tab.open_panel()
+    tab.server.load(ENCODER, TRANSFORMER, use=True)
+    over = tab.part("chart").locator(".u-over")
+    over.scroll_into_view_if_needed()
+    over.hover()
+    expect(tab.part("chart-tip")).to_contain_text(re.compile(r"cuda:0: [\d.]+ MiB"))
+    tab.screenshot("panel-chart-hover")
+    tab.page.mouse.move(700, 5)
+    expect(tab.part("chart-tip")).to_be_hidden()
 
 
 def test_the_panel_fits_a_screen_of_360_pixels(tab: Tab) -> None:

@@ -55,7 +55,8 @@ def test_the_menu_of_a_node_parks_and_restores_its_model(tab: Tab) -> None:
     expect_state(tab, "TextEncoder", "parked")
 
     open_node_menu(tab, 1)
-    tab.page.get_by_text("Restore", exact=True).last.click()
+    expect(tab.page.get_by_text("Park this model now")).to_have_count(0)  # nothing is left to park
+    tab.page.get_by_text("Restore this model (load back)").click()
     expect_state(tab, "TextEncoder", "resident")
 
 
@@ -97,6 +98,8 @@ def test_a_key_frees_vram(tab: Tab) -> None:
     tab.page.keyboard.press("Enter")
 
     expect_state(tab, "DiffusionTransformer", "parked")
+    expect(tab.toasts.filter(has_text="Less VRAM is free than asked for")).to_be_visible()
+    tab.expect_problems(re.compile(r"409 POST .*/qmove/free"))  # less was freed: no success
 
 
 @pytest.mark.every_frontend

@@ -36,16 +36,22 @@ test("a node has its place for results from the beginning, not saved, and no run
   expect(node.size).toEqual(size);
 });
 
-test("the text of a running node of ours is taken from ComfyUI, which would add a widget; that of others is left", () => {
+test("the text of a running node of ours shows in its place, and ComfyUI's widget for it is taken away; that of others is left", () => {
   const ours = Object.assign(nodeOf("QMoveFreeVRAM"), { id: 7 });
-  app.rootGraph = graphOf([ours, { id: 8, comfyClass: "PreviewAny" }]);
-  const comfyui = vi.fn();
-  api.addEventListener("progress_text", comfyui);
-  api.send("progress_text", { nodeId: "7", text: "Waiting" });
-  expect(comfyui).not.toHaveBeenCalled();
-  expect(ours.widgets[0].value).toBe("Waiting");
-  api.send("progress_text", { nodeId: "8", text: "another pack's" });
-  expect(comfyui).toHaveBeenCalledOnce();
+  const other = Object.assign(nodeOf("PreviewAny"), { id: 8 });
+  app.graph = app.rootGraph = graphOf([ours, other]);
+  const size = [...ours.size];
+  const onRemove = vi.fn();
+  api.send("execution_start");
+  for (const node of [ours, other]) {
+    node.widgets.push({ name: "$$node-text-preview", onRemove });
+    node.size = [300, 300];
+    api.send("progress_text", { nodeId: String(node.id), text: "Waiting" });
+  }
+  expect(ours.widgets.map((/** @type {any} */ widget) => [widget.name, widget.value])).toEqual([["qmove_result", "Waiting"]]);
+  expect(ours.size).toEqual(size);
+  expect(onRemove).toHaveBeenCalledOnce();
+  expect([other.widgets.length, other.size]).toEqual([1, [300, 300]]);
 });
 
 test("the nodes of others are left alone", () => {

@@ -238,6 +238,16 @@ describe("what went wrong", () => {
     expect(api.posted("/qmove/park")).toEqual([{ models: "all" }]);
   });
 
+  test("with auto-parking off turns it on first, as else the next run would end in the same way", async () => {
+    await app.settings.set("qmove.autoPark", false);
+    await show(snapshot({ failures: [failure()] }));
+    api.answers["/qmove/park"] = { report: "Parked." };
+    expect(part("failure-act").textContent).toBe("Turn auto-parking on and run again");
+    part("failure-act").click();
+    await vi.waitFor(() => expect(app.queued).toBe(1));
+    expect(app.settings.get("qmove.autoPark")).toBe(true);
+  });
+
   test("in another workflow does not run this one", async () => {
     await show(snapshot({ failures: [failure({ stage: stage({ workflow: "w2" }) })] }));
     api.answers["/qmove/park"] = { report: "Parked." };

@@ -3,6 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import * as notify from "./notify.js";
 import * as server from "./server.js";
+import { AUTO_PARK } from "./setting_ids.js";
 import { texts } from "./texts.js";
 
 /** @typedef {import("./server.js").Target} Target */
@@ -49,6 +50,12 @@ export const takeBack = () => act(() => server.takeBack(), texts().notRestored);
 /** For a run that lacked VRAM: parks what is idle, and queues the workflow that is open once more. */
 export async function parkAllAndRun() {
   if (await parkAll()) await app.queuePrompt(0);
+}
+
+/** The same where idle models do not leave by themselves: from now on they do. */
+export async function turnOnAndRun() {
+  await app.extensionManager.setting.set(AUTO_PARK, true);
+  await parkAllAndRun();
 }
 
 /** @param {number} gib that are to be free on each GPU */

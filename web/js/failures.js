@@ -1,8 +1,10 @@
 /** What was lacking, destroyed or refused: in words, with the action that helps. */
 
+import { app } from "../../../scripts/app.js";
 import * as actions from "./actions.js";
 import { bytes } from "./format.js";
 import { isOpen, nodeTitle } from "./graph.js";
+import { AUTO_PARK } from "./setting_ids.js";
 import { texts } from "./texts.js";
 
 /**
@@ -27,10 +29,13 @@ export function tell(failure) {
     ...device.holders.map((holder) => `${words.others[holder.kind] ?? holder.name}: ${bytes(holder.nbytes)}`),
   ]);
   const canRun = failure.stage !== null && isOpen(failure.stage.workflow);
+  const isOff = app.extensionManager.setting.get(AUTO_PARK) === false; // to park once does not last for the next run
   return {
     title: words.shortageTitle(node),
     lines: [failure.reason, ...lines],
-    offer: canRun
+    offer: canRun && isOff
+      ? { label: words.turnOnAndRun, act: actions.turnOnAndRun }
+      : canRun
       ? { label: words.parkAndRun, act: actions.parkAllAndRun }
       : { label: words.parkIdle, act: actions.parkAll },
   };

@@ -2,10 +2,11 @@
  * What a node of qmove does and has done, shown on it. The nodes of others get nothing.
  *
  * The text has its place on the node from the beginning, so that no run changes the node's size, and the saved workflow with it.
- * ComfyUI's own text for a running node would: for our nodes it is taken here, before ComfyUI adds a widget for it.
+ * ComfyUI's own text for a running node would: on our nodes its widget is taken away again, before anything is drawn.
  */
 
 import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
 import { make, setText } from "./dom.js";
 import { findNode } from "./graph.js";
 
@@ -13,21 +14,36 @@ import { findNode } from "./graph.js";
 
 const OWN = "QMove";
 const WIDGET = "qmove_result";
+const LIVE_TEXT = "$$node-text-preview"; // ComfyUI's name for the text of a running node
 const HEIGHT = 44; // pixels; longer reports scroll
+
+/** Sizes of our nodes as the run began. @type {WeakMap<GraphNode, [number, number]>} */
+const sizes = new WeakMap();
 
 /** Starts to follow the texts of running nodes. */
 export function followRuns() {
-  // Before all others, who would show it on the node in a widget of their own.
-  /** @type {any} */ (api).addEventListener("progress_text", takeText, { capture: true });
+  const events = /** @type {EventTarget} */ (api);
+  events.addEventListener("execution_start", noteSizes);
+  events.addEventListener("progress_text", (event) => takeText(/** @type {CustomEvent} */ (event).detail));
 }
 
-/** @param {CustomEvent<{nodeId?: string, text?: string}>} event */
-function takeText(event) {
-  const { nodeId, text } = event.detail ?? {};
+function noteSizes() {
+  /** @type {any} */
+  const graph = app.graph;
+  for (const node of graph?.nodes ?? graph?._nodes ?? []) if (isOwn(node)) sizes.set(node, [node.size[0], node.size[1]]);
+}
+
+/** ComfyUI has its listener for longer, and has shown the text by now. @param {{nodeId?: string, text?: string}} detail */
+function takeText({ nodeId, text }) {
   const node = nodeId ? findNode(String(nodeId)) : null;
   if (!node || !isOwn(node)) return;
-  event.stopImmediatePropagation();
   show(node, text ?? "");
+  const index = node.widgets?.findIndex((widget) => widget.name === LIVE_TEXT) ?? -1;
+  const [live] = index < 0 ? [] : (node.widgets?.splice(index, 1) ?? []);
+  if (!live) return;
+  /** @type {any} */ (live).onRemove?.();
+  const size = sizes.get(node);
+  if (size) node.setSize([...size]);
 }
 
 /**

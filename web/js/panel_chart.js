@@ -22,7 +22,7 @@ export class Chart {
   constructor(container) {
     this._canvas = make("div", { class: "qmove-chart", role: "img", "data-testid": "qmove-chart" });
     this._legend = make("ul", { class: "qmove-legend" });
-    this._stages = make("ol", { class: "qmove-stages" });
+    this._stages = make("ol", { class: "qmove-stages", tabindex: 0 });
     this._tip = make("div", { class: "qmove-chart-tip", "data-testid": "qmove-chart-tip", hidden: true });
     this._empty = make("p", { class: "qmove-hint", "data-testid": "qmove-chart-empty" });
     container.append(this._empty, make("div", { class: "qmove-chart-place" }, this._canvas, this._tip), this._legend, this._stages);
@@ -60,6 +60,7 @@ export class Chart {
       this._plot.setData(dataOf(run));
     }
     setAttribute(this._canvas, "aria-label", describe(run));
+    setAttribute(this._stages, "aria-label", words.stages);
     this._explain(run);
     this._list(run);
   }

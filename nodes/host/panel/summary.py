@@ -15,6 +15,8 @@ from ..models.adopted import adopted_models
 
 log = logging.getLogger("qmove")
 
+LEAST_SHARE = 0.02  # of what a run would have taken: less is not worth a line
+
 
 class Gains:
     """The highest readings of a run, and the moves that it took."""
@@ -63,7 +65,7 @@ class Gains:
                         self._wanted[home] -= nbytes
         gained = {d: wanted - self._used.get(d, 0) for d, wanted in self._wanted.items()}
         device = max(gained, key=lambda each: gained[each], default=None)
-        if device is None or gained[device] <= 0:
+        if device is None or gained[device] < LEAST_SHARE * self._wanted[device]:
             return None
         used, wanted = self._used[device], self._wanted[device]
         models, seconds = list(self._aside.values()), _covered(self._times)

@@ -249,7 +249,8 @@ class _Room:
 
     @never_fails("make room for a second try", None)
     def make(self, node_id: str) -> None:
-        auto_parking.make_room_again(self._full)
+        with progress.for_node(node_id):
+            auto_parking.make_room_again(self._full)
         residency.register_woken()  # what moves from here on is the node's doing
         run = _run_of(node_id)
         if run is not None and run.measurement is not None:

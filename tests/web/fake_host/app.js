@@ -56,6 +56,8 @@ class FakeApp {
     /** @type {string[]} */
     this.executed = [];
     this.rootGraph = graphOf([]);
+    /** @type {any} */
+    this.graph = this.rootGraph;
     /** How often a workflow was queued. */
     this.queued = 0;
     /** The top bar. @type {any} */

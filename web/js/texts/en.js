@@ -189,4 +189,5 @@ export const en = {
   never: "never",
   /** @param {number} count */
   more: (count) => `${count} more`,
+  turnOnAndRun: "Turn auto-parking on and run again",
 };

@@ -148,4 +148,5 @@ export const ja = {
   none: "なし",
   never: "しない",
   more: (count) => `ほか ${count} 個`,
+  turnOnAndRun: "自動退避をオンにして再実行",
 };

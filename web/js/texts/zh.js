@@ -148,4 +148,5 @@ export const zh = {
   none: "无",
   never: "从不",
   more: (count) => `另外 ${count} 个`,
+  turnOnAndRun: "打开自动停放并重新运行",
 };
