@@ -68,6 +68,11 @@ $(KINDS_STAMP): pyproject.toml tools/setup_env.py tools/constraints.txt tools/co
 	$(PYTHON) tools/setup_env.py $(KINDS_VENV) --torch $(TORCH) --kinds
 	@touch $@
 
+# Environments for other releases take 30 GB and half an hour, once.
+MATRIX_ARGS ?=
+matrix: $(STAMP) ## Run tests with each release that people run, and write docs/releases.md (MATRIX_ARGS="--only torch")
+	$(BIN)/python -m tools.matrix $(MATRIX_ARGS)
+
 check: $(STAMP) $(BROWSER_STAMP) ## Check format, lint, types and which room imports which
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)

@@ -36,10 +36,18 @@ def tiny_llama(precision: str, folder: Any, device: Any = "cuda:0", **options: A
     LlamaForCausalLM(config).half().save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float16,
+        **dtype_of_load(torch.float16),
         device_map={"": device},
         quantization_config=quantization_config(precision, **options),
     ).eval()
+
+
+def dtype_of_load(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of `from_pretrained` for it: `dtype` since transformers 4.56."""
+    import transformers
+
+    is_old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+    return {"torch_dtype" if is_old else "dtype": dtype}
 
 
 def llama_inputs(device: Any = "cuda:0") -> torch.Tensor:

@@ -13,7 +13,7 @@ import qmove_core as qmove
 from qmove_core.errors import ChangesNotKept, MetaTensorsPresent, OffloadedDataError
 from tests.builders.device import GPU
 from tests.builders.dispatched_models import objects_of
-from tests.builders.models import llama_inputs, tiny_llama
+from tests.builders.models import dtype_of_load, llama_inputs, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("avx512_bf16")
 
@@ -124,7 +124,7 @@ def test_what_transformers_leaves_unquantized_outside_the_gpu(tmp_path: Path, gp
         "lm_head": 0,
     }
     model = LlamaForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float16, device_map=places,
+        tmp_path, **dtype_of_load(torch.float16), device_map=places,
         quantization_config=quantization_config("int8", llm_int8_enable_fp32_cpu_offload=True),
     ).requires_grad_(False)  # fmt: skip
     inputs = llama_inputs()

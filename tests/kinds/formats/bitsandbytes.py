@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import bitsandbytes as bnb
 import torch
 from torch import nn
@@ -38,6 +40,68 @@ def linear_4bit(quant_type: str, nested: bool, storage: torch.dtype = torch.uint
     return quantized(layer)
 
 
+def int8_by_bytes(after_a_forward: bool) -> Callable[[], nn.Module]:
+    """Codes and scales where a release without kernels for this machine would have put them."""
+
+    def build() -> nn.Module:
+        layer = bnb.nn.Linear8bitLt(WIDTH, WIDTH, has_fp16_weights=False).half()
+        layer.bias.data = layer.bias.data.cuda()
+        codes = torch.randint(-127, 127, (WIDTH, WIDTH), dtype=torch.int8).cuda()
+        weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+        scales = torch.rand(WIDTH).cuda()
+        layer._parameters["weight"] = weight
+        if after_a_forward:
+            weight.CB = weight.SCB = None
+            layer.state.CB, layer.state.SCB = weight.data, scales
+        else:
+            weight.CB, weight.SCB = weight.data, scales
+        return layer.eval()
+
+    return build
+
+
+def nf4_by_bytes(nested: bool) -> Callable[[], nn.Module]:
+    """The same with 4 bits; the scales of a nested one are codes with scales of their own."""
+
+    def build() -> nn.Module:
+        from bitsandbytes.functional import QuantState
+
+        layer = bnb.nn.Linear4bit(WIDTH, WIDTH, compute_dtype=torch.float16, quant_type="nf4").half()
+        layer.bias.data = layer.bias.data.cuda()
+        blocks = WIDTH * WIDTH // 64
+        inner = QuantState(
+            absmax=torch.rand(1).cuda(), code=torch.rand(256).cuda(), blocksize=256, dtype=torch.float32
+        )
+        state = QuantState(
+            absmax=(
+                torch.randint(0, 255, (blocks,), dtype=torch.uint8) if nested else torch.rand(blocks)
+            ).cuda(),
+            shape=torch.Size((WIDTH, WIDTH)),
+            code=torch.rand(16).cuda(),
+            blocksize=64,
+            quant_type="nf4",
+            dtype=torch.float16,
+            offset=torch.tensor(0.5).cuda() if nested else None,
+            state2=inner if nested else None,
+        )
+        codes = torch.randint(0, 255, (WIDTH * WIDTH // 2, 1), dtype=torch.uint8).cuda()
+        weight = bnb.nn.Params4bit(
+            codes,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=64,
+            compress_statistics=nested,
+            quant_type="nf4",
+            bnb_quantized=True,
+            module=layer,
+        )
+        layer._parameters["weight"] = weight
+        layer.quant_state = state
+        return layer.eval()
+
+    return build
+
+
 class Table(nn.Module):
     """An embedding that looks a row up for each number of its input, and adds it."""
 
@@ -55,9 +119,8 @@ def kind(name: str, build: object, in_sample: bool = False, **options: object) -
         build,  # type: ignore[arg-type]
         dtype=torch.float16,
         package="bitsandbytes",
-        cpu="close",
         in_sample=in_sample,
-        **options,  # type: ignore[arg-type]
+        **{"cpu": "close", **options},  # type: ignore[arg-type]
     )
 
 
@@ -73,4 +136,13 @@ KINDS = (
     kind("embedding int8", lambda: Table(bnb.nn.Embedding8bit(WIDTH, WIDTH))),
     kind("embedding nf4", lambda: Table(bnb.nn.EmbeddingNF4(WIDTH, WIDTH))),
     kind("embedding fp4", lambda: Table(bnb.nn.EmbeddingFP4(WIDTH, WIDTH))),
+    *(
+        kind(name, build, kernels="laid out by hand: its kernels are not asked", cpu="bytes")
+        for name, build in (
+            ("int8 laid out by hand", int8_by_bytes(False)),
+            ("int8 laid out by hand, after a forward", int8_by_bytes(True)),
+            ("nf4 laid out by hand", nf4_by_bytes(False)),
+            ("nf4 double laid out by hand", nf4_by_bytes(True)),
+        )
+    ),
 )
