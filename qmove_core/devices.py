@@ -25,9 +25,11 @@ DeviceMap = Mapping[str, Device]
 def accelerator() -> torch.device | None:
     """The type of accelerator that PyTorch works with, without an index; None without one."""
     try:
-        return torch.accelerator.current_accelerator()
+        found = torch.accelerator.current_accelerator()
     except RuntimeError:  # torch 2.6 raises where there is none; 2.7 returns None
         return None
+    # A build for CUDA names it also where there is no driver.
+    return found if found is not None and torch.accelerator.device_count() else None
 
 
 def resolve(device: Device) -> torch.device:

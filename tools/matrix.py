@@ -85,7 +85,11 @@ class Cell:
 
 def _torch(release: str, *beside: str) -> Cell:
     return Cell(
-        "torch", release, (f"torch=={release}", *BASE, *BESIDE_TORCH, *beside), alone=True, note=NO_DEVICE
+        "torch",
+        release,
+        (f"torch=={release}", *BASE, *BESIDE_TORCH, *beside),
+        alone=True,
+        note=NO_DEVICE,
     )
 
 
@@ -106,11 +110,25 @@ CELLS = (
     _torch("2.10.0"),
     Cell("torch", "newest CPU build", tests=("tests/releases", *KINDS)),
     *(
-        _beside("bitsandbytes", release, KINDS, keyword="bitsandbytes and hand", every_kind=True, note=NO_KERNELS)
+        _beside(
+            "bitsandbytes",
+            release,
+            KINDS,
+            keyword="bitsandbytes and hand",
+            every_kind=True,
+            note=NO_KERNELS,
+        )
         for release in ("0.44.1", "0.45.5")
     ),
     _beside("bitsandbytes", "newest", KINDS, keyword="bitsandbytes", every_kind=True),
-    _beside("transformers", "4.46.3", TRANSFORMERS, "tokenizers<0.21", "huggingface_hub<1", "diffusers==0.32.2"),
+    _beside(
+        "transformers",
+        "4.46.3",
+        TRANSFORMERS,
+        "tokenizers<0.21",
+        "huggingface_hub<1",
+        "diffusers==0.32.2",
+    ),
     _beside(
         "transformers",
         "4.56.2",
@@ -176,13 +194,20 @@ def try_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     own = ["--confcutdir=tests/releases"] if cell.alone else []
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *own]
-    command += [f"--junitxml={report}", *cell.tests, *(["-k", cell.keyword] if cell.keyword else [])]
+    command += [
+        f"--junitxml={report}",
+        *cell.tests,
+        *(["-k", cell.keyword] if cell.keyword else []),
+    ]
     began = time.monotonic()
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     (folder / f"{cell.name}.log").write_text(ended.stdout + ended.stderr, encoding="utf-8")
     result["minutes"] = round((time.monotonic() - began) / 60, 1)
     if not report.exists():
-        return {**result, "absent": f"its tests did not run: {_last_line(ended.stderr or ended.stdout)}"}
+        return {
+            **result,
+            "absent": f"its tests did not run: {_last_line(ended.stderr or ended.stdout)}",
+        }
     return result | counted(report)
 
 
@@ -210,7 +235,9 @@ def _prepare(cell: Cell, folder: Path) -> tuple[Path, dict[str, str]]:
     python = place / "bin" / "python"
     if not done.exists():
         base = shutil.which(f"python{cell.python}") if cell.python else sys.executable
-        made = base and subprocess.run([base, "-m", "venv", str(place)], capture_output=True, text=True)
+        made = base and subprocess.run(
+            [base, "-m", "venv", str(place)], capture_output=True, text=True
+        )
         if not made or made.returncode:
             raise CannotBeHad(f"there is no Python {cell.python} on this machine")
         _pip(python, *cell.packages)
@@ -232,7 +259,9 @@ def _versions(python: Path, environment: dict[str, str]) -> str:
         "there = {d.metadata['Name']: d.version for d in reversed(list(m.distributions())) if d.metadata['Name'] in names}\n"
         "print('Python ' + sys.version.split()[0], *(f'{n} {there[n]}' for n in names if n in there), sep=', ')"
     )
-    done = subprocess.run([str(python), "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python), "-c", code], env=environment, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
@@ -254,7 +283,9 @@ def counted(report: Path) -> dict[str, Any]:
 
 def _write(cells: Mapping[str, Any]) -> None:
     cells = {cell.name: cells[cell.name] for cell in CELLS if cell.name in cells}
-    failures = [f"{name}: {failure}" for name, cell in cells.items() for failure in cell.get("failed", ())]
+    failures = [
+        f"{name}: {failure}" for name, cell in cells.items() for failure in cell.get("failed", ())
+    ]
     whole = {
         "date": _today(),
         "commit": _commit(),
@@ -283,7 +314,9 @@ def render(cells: Mapping[str, Any]) -> str:
     for cell in cells.values():
         when = f"{cell['date']}, {cell['commit']}"
         if "absent" in cell:
-            lines.append(f"| {cell['axis']} | {cell['release']} | not run: {_plain(cell['absent'])} | | | | | {when} |")
+            lines.append(
+                f"| {cell['axis']} | {cell['release']} | not run: {_plain(cell['absent'])} | | | | | {when} |"
+            )
             continue
         name = f"**{cell['axis']} {cell['release']}**"
         if cell["note"]:
@@ -300,11 +333,20 @@ def render(cells: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace(str(ROOT), "").replace(str(Path.home()), "~")
+    return (
+        re.sub(r"\s+", " ", text)
+        .replace("|", "\\|")
+        .replace(str(ROOT), "")
+        .replace(str(Path.home()), "~")
+    )
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip() and not line.startswith("WARNING")]
+    lines = [
+        line
+        for line in text.strip().splitlines()
+        if line.strip() and not line.startswith("WARNING")
+    ]
     wanted = [line for line in lines if "ERROR" in line or "Error" in line]
     return (wanted or lines or ["no word"])[-1].strip()
 

@@ -334,6 +334,7 @@ def test_a_managed_component_gets_its_hook_back(gpu: GPU) -> None:
 def test_group_offload_of_any_module_by_blocks(tmp_path: Path, gpu: GPU) -> None:
     from tests.builders.dispatched_models import tokens
 
+    needs("hooks")
     expected = tower().to(gpu.device)(tokens()).cpu()
     model = tower()
     diffusers.hooks.apply_group_offloading(

@@ -185,8 +185,7 @@ def test_bytes_move_under_the_same_objects(name: str) -> None:
         old = [holding.storage for holding in held.holdings]
         new = [storage.clone() for storage in old]
         rebind_all(
-            (holding.tensors, storage)
-            for holding, storage in zip(held.holdings, new, strict=True)
+            (holding.tensors, storage) for holding, storage in zip(held.holdings, new, strict=True)
         )
         kinds.refresh(held)
     assert [use_count(storage) for storage in old] == [1] * len(old), "somebody holds the old bytes"
@@ -212,7 +211,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
         qmove.move(plain(), "cuda")
 
 
-@pytest.mark.parametrize("name", ["fp8 with a scale in an attribute", "bitsandbytes nf4", "torchao int8"])
+@pytest.mark.parametrize(
+    "name", ["fp8 with a scale in an attribute", "bitsandbytes nf4", "torchao int8"]
+)
 def test_casts_of_quantized_weights_are_refused(name: str) -> None:
     model = qmove.enable_to(model_of(name))
     before = snapshot(model)
@@ -253,7 +254,9 @@ def test_a_saved_model_is_listed_from_its_header(tmp_path: Path) -> None:
 
     from qmove_core.saved_tensors import open_safetensors
 
-    save_file({"weight": torch.arange(6, dtype=torch.float16).reshape(2, 3)}, tmp_path / "a.safetensors")
+    save_file(
+        {"weight": torch.arange(6, dtype=torch.float16).reshape(2, 3)}, tmp_path / "a.safetensors"
+    )
     reader, header = open_safetensors(tmp_path / "a.safetensors")
     assert (header["weight"].dtype, header["weight"].shape) == (torch.float16, (2, 3))
     assert reader.get_tensor("weight")[1, 2] == 5

@@ -35,6 +35,11 @@ def test_no_two_kinds_have_one_name() -> None:
     assert {check for kind in KINDS for check in kind.cannot} <= set(CHECKS)
 
 
+def test_contributing_shows_the_smallest_file_of_a_kind_as_it_is() -> None:
+    smallest = (kinds.ROOT / "tests/kinds/formats/hqq.py").read_text(encoding="utf-8")
+    assert smallest.strip() in (kinds.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_what_failed_was_left_out_and_could_not_be_built_is_told_apart() -> None:
     lines = kinds.render(RUN).splitlines()
     rows = {

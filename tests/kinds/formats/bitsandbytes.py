@@ -66,15 +66,22 @@ def nf4_by_bytes(nested: bool) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from bitsandbytes.functional import QuantState
 
-        layer = bnb.nn.Linear4bit(WIDTH, WIDTH, compute_dtype=torch.float16, quant_type="nf4").half()
+        layer = bnb.nn.Linear4bit(
+            WIDTH, WIDTH, compute_dtype=torch.float16, quant_type="nf4"
+        ).half()
         layer.bias.data = layer.bias.data.cuda()
         blocks = WIDTH * WIDTH // 64
         inner = QuantState(
-            absmax=torch.rand(1).cuda(), code=torch.rand(256).cuda(), blocksize=256, dtype=torch.float32
+            absmax=torch.rand(1).cuda(),
+            code=torch.rand(256).cuda(),
+            blocksize=256,
+            dtype=torch.float32,
         )
         state = QuantState(
             absmax=(
-                torch.randint(0, 255, (blocks,), dtype=torch.uint8) if nested else torch.rand(blocks)
+                torch.randint(0, 255, (blocks,), dtype=torch.uint8)
+                if nested
+                else torch.rand(blocks)
             ).cuda(),
             shape=torch.Size((WIDTH, WIDTH)),
             code=torch.rand(16).cuda(),
