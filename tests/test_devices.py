@@ -122,6 +122,10 @@ def test_an_accelerator_without_devices_is_a_cpu_only_machine(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
 
     assert devices.known() == ["cpu"]
+    for device in ("cuda", 0):  # a build for CUDA without a driver, where asking for one raises
+        monkeypatch.setattr(torch.accelerator, "current_device_index", raises)
+        with pytest.raises(qmove.UnknownDevice):
+            devices.resolve(device)
 
 
 def test_the_host_sleeps_while_copies_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
