@@ -32,7 +32,8 @@ from .digest_tree import (
 
 STAGING = 64 << 20
 LEAST_STAGING = 1 << 20
-# Reading a smaller storage where it lies saves less than launching a kernel for it costs.
+# Reading a smaller storage where it lies saves less than launching a kernel for it costs; but where
+# there is little room to gather, it would take several.
 IN_PLACE = 8 << 20
 FIXED = 128 << 10  # of it: numbers, zeros, and what is multiplied only since 17 rows are the fewest
 FEW = 512  # storages gathered by one call, whose cost on the host grows faster than their number
@@ -54,7 +55,7 @@ def queue(
         torch.OutOfMemoryError: there is no room for LEAST_STAGING bytes.
         RuntimeError: what the device or its library says.
     """
-    plan = _plan(contents)
+    plan = _plan(contents, min(IN_PLACE, at_most // 2))
     staging = _staging(products, plan, device, min(STAGING, at_most))
     for rows in plan.in_place:
         for some in rows.split(staging.tree.capacity):
@@ -122,14 +123,17 @@ class _Plan:
             yield batch
 
 
-def _plan(contents: list[torch.Tensor]) -> _Plan:
+def _plan(contents: list[torch.Tensor], least: int) -> _Plan:
+    """Args:
+    least: bytes from which on it is read where it lies.
+    """
     in_place, pieces = [], []
     places: list[list[int]] = []
     used = 0
     for owner, content in enumerate(contents):
         nbytes, whole = content.numel(), 0
         is_aligned = (content.data_ptr() | int(content.storage_offset())) % 16 == 0
-        if is_aligned and nbytes >= IN_PLACE:
+        if is_aligned and nbytes >= max(least, PIECE):
             whole = nbytes // PIECE
             in_place.append(content[: whole * PIECE].view(torch.int8).view(-1, ROW))
         places.append([*range(used, used + whole), *[0] * (-(-nbytes // PIECE) - whole)])

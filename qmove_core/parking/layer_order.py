@@ -70,6 +70,17 @@ def groups_of(held: Inventory) -> list[LayerGroup]:
     return [loose, *found] if loose.holdings else found
 
 
+def by_module(group: LayerGroup, held: Inventory) -> list[LayerGroup]:
+    """The modules of a group that have tensors of their own, each as a group. What several use is
+    in each of them."""
+    names = {id(module): name for name, module in held.modules.items()}
+    parts = {names[id(m)]: LayerGroup(names[id(m)], [m], [], True) for m in group.modules}
+    for holding in group.holdings:
+        for owner in {_prefix_in(name, parts) for name in holding.names} - {None}:
+            parts[owner].holdings.append(holding)  # type: ignore[index]
+    return [part for part in parts.values() if part.holdings]
+
+
 def holdings_in_order(held: Inventory) -> list[Holding]:
     """The holdings of a model, those first that it needs first."""
     found = {

@@ -105,7 +105,10 @@ def restore_streaming(
         with MoveTransaction(plan) as transaction:
             transaction.allocate_on_host()
             with Transfer(
-                plan.nbytes, wait=False, digests=rolls or settings.keep_mirrors
+                plan.nbytes,
+                wait=False,
+                digests=rolls or settings.keep_mirrors,
+                digests_at_end=rolls,
             ) as transfer:
                 transaction.start(transfer, plan.moves)
                 with interrupts_deferred():

@@ -102,6 +102,8 @@ class Transfer:
         wait: `copy` returns when every byte has arrived; otherwise when all is queued, and only an
             error makes the `with` wait.
         digests: take the digest of what arrives on a device before anybody can change it.
+        digests_at_end: of all of it at once, for which it takes LEAST_STAGING bytes of VRAM at
+            most; otherwise as it arrives, so that no byte more than the model is held there.
         ring: for what does not lie in page-locked memory; the caller ends it. None: one of its
             own.
         staging: bytes of VRAM for a batch of small storages; None: STAGING.
@@ -114,11 +116,14 @@ class Transfer:
         *,
         wait: bool = True,
         digests: bool = False,
+        digests_at_end: bool = False,
         ring: Ring | None = None,
         staging: int | None = None,
     ) -> None:
         self._copied = 0
         self._total, self._progress, self._wait, self._digests = total, progress, wait, digests
+        self._digests_at_end = digests_at_end
+        self._without_digest: dict[torch.device, list[CopyJob]] = defaultdict(list)
         self._under_way: deque[tuple[Any, int]] = deque()  # event after a copy, bytes
         self._streams: dict[int, Any] = {}
         self._staging = STAGING if staging is None else staging
@@ -174,6 +179,7 @@ class Transfer:
                 else:
                     self._copy_batch(batch)
                 self._let_finish(IN_FLIGHT)
+            self._queue_digests_at_end()
             self._let_finish(0)
         self._ring.wait()
 
@@ -364,10 +370,20 @@ class Transfer:
         complete with it."""
         if is_last:
             if self._digests and jobs[0].device.type != "cpu":
-                event = self._queue_digests(event, jobs)
+                if self._digests_at_end:
+                    self._without_digest[jobs[0].device] += jobs
+                else:
+                    event = self._queue_digests(event, jobs)
             for job in jobs:
                 job.arrival = event
         self._under_way.append((event, nbytes))
+
+    def _queue_digests_at_end(self) -> None:
+        for jobs in self._without_digest.values():
+            event = self._queue_digests(jobs[-1].arrival, jobs)
+            for job in jobs:
+                job.arrival = event
+        self._without_digest.clear()
 
     def _queue_digests(self, event: Any, jobs: Sequence[CopyJob]) -> Any:
         """On a stream of their own, so that the link does not wait for them.
@@ -381,7 +397,7 @@ class Transfer:
         with devices.on_stream(stream, device):
             # No byte more than the model is to be held there, or a little for a large one.
             room = self._unallocated[device]
-            if all(job.nbytes >= IN_PLACE for job in jobs):
+            if self._digests_at_end or all(job.nbytes >= IN_PLACE for job in jobs):
                 room = max(room, LEAST_STAGING)
             targets = [job.target for job in jobs if job.target is not None]
             pending = queue_digests(targets, at_most=room)

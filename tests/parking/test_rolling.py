@@ -217,6 +217,70 @@ def test_with_room_for_one_layer_it_runs_one_layer_at_a_time(gpu: GPU) -> None:
         assert gpu.peak() < 2 * LAYER
 
 
+class Block(nn.Module):
+    """A layer of four weights, each of which runs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(
+            {name: layers(1, width=WIDTH)[0] for name in ("q", "k", "v", "out")}
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts.values():
+            x = part(x)
+        return x
+
+
+@pytest.mark.simulated
+def test_a_layer_larger_than_the_limit_comes_module_by_module(gpu: GPU) -> None:
+    model, x = nn.Sequential(Block(), Block()), inputs(WIDTH)
+    expected, computing = model(x), peak_of_computing(gpu, model, x)
+    before, limit = snapshot(model), 2 * LAYER + LAYER // 2
+    qmove.park(model)
+    with qmove.resident(model, at_most=limit):
+        gpu.reset_peak()
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        assert gpu.peak() - x.nbytes - expected.nbytes - computing <= limit
+    with (
+        pytest.raises(qmove.NotEnoughMemory, match=r"layer '0\.parts\.q'"),
+        qmove.resident(model, at_most=LAYER - 1),
+    ):
+        pass
+    qmove.restore(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.simulated
+def test_many_small_layers_come_and_go_a_batch_at_a_time(gpu: GPU) -> None:
+    """Each time costs the host some milliseconds: half of the room for layers that do not fit goes,
+    and comes, in one move."""
+    model, x = layers(240, width=256), inputs(256)
+    layer = 4 * (256 * 256 + 256)
+    expected, computing = model(x), peak_of_computing(gpu, model, x)
+    qmove.park(model)
+    with qmove.resident(model, at_most=80 * layer):
+        (running,) = rolling._running
+        units, room = len(running._units), running._room[gpu.device]
+        model(x)
+        moves: list[list[str]] = []
+        bring = rolling.Rolling._bring
+
+        def noting(self: rolling.Rolling, units: list[Any]) -> None:
+            moves.append([unit.name for unit in units])
+            bring(self, units)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rolling.Rolling, "_bring", noting)
+            gpu.reset_peak()
+            assert torch.equal(model(x), expected)
+        assert units == 240 - 56, "a quarter of the limit is for those that come and go"
+        assert sum(map(len, moves)) >= units - room // layer
+        assert len(moves) <= units // (room // layer // 2) + 1
+        assert gpu.peak() - x.nbytes - expected.nbytes - computing <= 80 * layer
+
+
 def test_what_its_layers_have_on_the_host_stays_there(gpu: GPU) -> None:
     """On a model that was never parked before, too: nothing has said yet what is home there."""
     model = layers(3)

@@ -14,7 +14,7 @@ from torch import nn
 
 import qmove_core as qmove
 import simcuda
-from qmove_core.parking import rolling, streaming
+from qmove_core.parking import rolling, rolling_units, streaming
 from tests.builders.device import GPU
 from tests.builders.link import copies
 from tests.builders.models import (
@@ -212,7 +212,7 @@ def test_a_model_over_two_gpus_has_the_limit_on_each(gpu: GPU, second_gpu: GPU) 
                 assert qmove.inventory(model).by_device.get(f"cuda:{index}", 0) <= 5 * LAYER
                 on_device = sum(
                     h.nbytes for h in rolling._running[0]._held.holdings
-                    if rolling._storage(h).device == torch.device("cuda", index)
+                    if rolling_units.storage(h).device == torch.device("cuda", index)
                 )  # fmt: skip
                 assert on_device <= ROOM
 
