@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from tests.nodes.builders.comfyui_process import ComfyUI
@@ -42,13 +43,23 @@ CACHES = {
 }
 
 
-def workflow(number: int, run: int) -> dict[str, Any]:
-    """The workflow with the model `number`, with node ids and a seed of its own for each run."""
+def workflow(number: int, run: int, file: Path | None = None) -> dict[str, Any]:
+    """The workflow with the model `number`, from its file where one is given, with node ids and a
+    seed of its own for each run."""
+    loader = load(MIB, seed=number) if file is None else node("CarelessFileLoader", path=str(file))
     return {
-        f"{run}load": load(MIB, seed=number),
+        f"{run}load": loader,
         f"{run}use": use(f"{run}load", seed=run),
         f"show{run}": show(f"{run}use"),
     }
+
+
+def weights(number: int, folder: Path) -> Path:
+    """A file with the weights of the model `number`, as `load` makes them."""
+    values = (numpy.arange(8, dtype=numpy.float32) + number) / 1024
+    path = folder / f"{number}.weights"
+    numpy.repeat(values, model_bytes(MIB) // 4 // 8).tofile(path)
+    return path
 
 
 def digest(history: dict[str, Any]) -> str:
@@ -94,17 +105,25 @@ def run_sampled(comfyui: ComfyUI, prompt: dict[str, Any]) -> tuple[dict[str, Any
 def test_two_workflows_that_take_turns_load_each_model_once(
     tmp_path: Path, expected: dict[tuple[int, int], str], cache: str
 ) -> None:
+    files = {number: weights(number, tmp_path) for number in (1, 2)}
     with start(tmp_path, VRAM, arguments=CACHES[cache]) as comfyui:
+        read = []
         for run in range(PROMPTS):
             number = 1 + run % 2
             if run == 6:
                 status, _ = comfyui.post("/free", {"unload_models": True, "free_memory": True})
                 assert status == 200
-            history = comfyui.run(workflow(number, run))
+            history = comfyui.run(workflow(number, run, files[number]))
             assert_passed(comfyui, history)
             assert digest(history) == expected[number, run]
+            read.append(comfyui.get("/careless/reads"))
 
-        assert [comfyui.times_noted(f"load {MIB} {number}") for number in (1, 2)] == [1, 1]
+        assert [comfyui.times_noted(f"load {file.name}") for file in files.values()] == [1, 1]
+        # Bytes from disk, and from the page cache: from the third prompt on none of a file. What
+        # the process reads besides (its own state in /proc) is less than a layer takes.
+        assert [each["opened"] for each in read] == [1, *[2] * (PROMPTS - 1)]
+        assert read[1]["bytes"] - read[0]["bytes"] >= model_bytes(MIB)
+        assert read[-1]["bytes"] - read[1]["bytes"] < model_bytes(MIB) // 8 // 2
         pool = comfyui.get("/qmove/state")["pool"]
         assert (pool["models"], pool["misses"]) == (2, 2)
         # A cache that keeps both itself (LRU, and RAM pressure up to 0.18) asks only after /free.

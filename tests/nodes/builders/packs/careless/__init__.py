@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import nn
 
-from . import counting, harmless, hiding, purging  # noqa: F401 (counting adds routes)
+from . import counting, files, harmless, hiding, purging  # noqa: F401 (counting adds routes)
 from .notes import note
 
 
@@ -180,6 +180,7 @@ NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
         *(CarelessLoader, CarelessInt8Loader, CarelessRun, CarelessSlow, CarelessShow),
+        *files.NODES,
         *harmless.NODES,
         *hiding.NODES,
         *purging.NODES,
