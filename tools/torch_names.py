@@ -22,6 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "torch_releases.json"
 OURS = ("qmove_core", "nodes")
+# Of these the table also says what came later than the oldest release: all else that is public
+# there was always there, so that most new uses need no new table.
+PUBLIC = (
+    "torch",
+    "torch.Tensor",
+    "torch.accelerator",
+    "torch.cuda",
+    "torch.nn.functional",
+    "torch.nn",
+)
 _ABSENT = ("AttributeError", "ImportError", "ModuleNotFoundError")
 
 
@@ -200,6 +210,23 @@ class Release:
                 return self._inside(module, parts[count:])
         return None
 
+    def public_names(self, namespace: str) -> set[str]:
+        """What is public in one of PUBLIC."""
+        names = set[str]()
+        if namespace == "torch.Tensor":
+            for module_name, cls in (("torch._C", "TensorBase"), ("torch._tensor", "Tensor")):
+                module = self._module(module_name)
+                assert module is not None
+                for node in module.names[cls]:
+                    assert isinstance(node, ast.ClassDef)
+                    names |= set(_names_in(node.body, module_name, is_package=False))
+        else:
+            module = self._module(namespace)
+            assert module is not None
+            stars = [star for each in module.stars if (star := self._module(each)) is not None]
+            names = {name for each in (module, *stars) for name in each.names}
+        return {name for name in names if not name.startswith("_")}
+
     def _inside(self, module: _Module, path: list[str]) -> Parameters | None:
         if not path:
             return []
@@ -351,6 +378,7 @@ def table(wheels: Iterable[Path]) -> dict[str, object]:
     """The names that our code uses, and what each release has of them."""
     sources = dict[str, dict[str, str]]()
     names = dict[str, dict[str, Parameters | None]]()
+    public = dict[str, dict[str, set[str]]]()
     wanted = sorted({use.name for use in uses()})
     for wheel in wheels:
         version = wheel.name.split("-")[1]
@@ -363,7 +391,13 @@ def table(wheels: Iterable[Path]) -> dict[str, object]:
             release = Release(Path(folder) / "torch")
             for name in wanted:
                 names.setdefault(name, {})[version] = release.find(name)
-    return {"sources": sources, "names": names}
+            for namespace in PUBLIC:
+                public.setdefault(namespace, {})[version] = release.public_names(namespace)
+    later = {
+        namespace: {version: sorted(set().union(*of.values()) - of[version]) for version in of}
+        for namespace, of in public.items()
+    }
+    return {"sources": sources, "later": later, "names": names}
 
 
 def main() -> None:
@@ -375,8 +409,12 @@ def as_text(found: dict[str, object]) -> str:
     names = found["names"]
     assert isinstance(names, dict)
     lines = [f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in names.items()]
+    later = found["later"]
+    assert isinstance(later, dict)
+    lacking = [f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in later.items()]
     sources = json.dumps(found["sources"], indent=1).replace("\n", "\n ")
-    return '{\n "sources": ' + sources + ',\n "names": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    parts = ['{\n "sources": ' + sources, ' "later": {\n' + ",\n".join(lacking) + "\n }"]
+    return ",\n".join([*parts, ' "names": {\n' + ",\n".join(lines) + "\n }\n}\n"])
 
 
 if __name__ == "__main__":
