@@ -4,6 +4,7 @@ of its models would have taken at once."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ class Gains:
     """The highest readings of a run, and the moves that it took."""
 
     def __init__(self) -> None:
+        self._parked = Counter(for_hosts.parked_bytes())  # as the run began
+        self._parked_of = {
+            adopted.number: Counter({str(d): n for d, n in adopted.parked.items()})
+            for adopted in adopted_models()
+        }
         self._used: dict[torch.device, int] = {}  # at most
         self._wanted: dict[torch.device, int] = {}  # at most, with all that was parked then
         self._aside: dict[int, str] = {}  # models that have left for a node, by number
@@ -58,28 +64,28 @@ class Gains:
         """
         if self._failed or not self._aside:
             return None
-        for adopted in adopted_models():  # what was away all the time would not have been there
-            if adopted.number not in self._moved:
-                for home, nbytes in adopted.parked.items():
-                    if home in self._wanted:
-                        self._wanted[home] -= nbytes
-        gained = {d: wanted - self._used.get(d, 0) for d, wanted in self._wanted.items()}
+        # What was away before, and was not asked for, would not have been there.
+        away = self._parked.copy()
+        for number in self._moved & self._parked_of.keys():
+            away.subtract(self._parked_of[number])
+        wanted = {d: nbytes - away[str(d)] for d, nbytes in self._wanted.items()}
+        gained = {d: nbytes - self._used.get(d, 0) for d, nbytes in wanted.items()}
         device = max(gained, key=lambda each: gained[each], default=None)
-        if device is None or gained[device] < LEAST_SHARE * self._wanted[device]:
+        if device is None or gained[device] < LEAST_SHARE * wanted[device]:
             return None
-        used, wanted = self._used[device], self._wanted[device]
+        used, all_at_once = self._used[device], wanted[device]
         models, seconds = list(self._aside.values()), _covered(self._times)
         log.info(
             "ran in %s instead of %s: %s stepped aside for %.1f s",
             readable_bytes(used),
-            readable_bytes(wanted),
+            readable_bytes(all_at_once),
             "1 model" if len(models) == 1 else f"{len(models)} models",
             seconds,
         )
         return {
             "device": str(device),
             "used": used,
-            "wanted": wanted,
+            "wanted": all_at_once,
             "models": models,
             "seconds": round(seconds, 3),
         }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from qmove_pack.nodes.host import browser, settings
+from qmove_pack.nodes.host.models import residency
 from qmove_pack.nodes.host.panel import history, summary
 
 from tests.builders.device import GPU
@@ -94,6 +95,14 @@ def test_what_was_away_all_the_time_is_no_gain() -> None:
     gains = summary.Gains()
     gains.note_use(torch.device("cuda:0"), 20 * MIB, 64 * MIB, is_quiet=True)
     assert gains.summary() is None
+
+
+def test_what_was_parked_before_the_run_and_stays_so_is_no_gain(host: FakeHost) -> None:
+    residency.take_in([_kept := careless_nodes.model_of(32)])
+    residency.park(residency.idle_models([]))
+    settings.change({settings.AUTO_PARK_WHEN: settings.STAGE})
+    host.run(two_models())
+    assert last_summary() is None
 
 
 def test_moves_at_once_take_their_time_once() -> None:
