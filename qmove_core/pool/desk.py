@@ -140,8 +140,8 @@ class Desk:
                 device,
                 needed,
                 budget,
-                "none of it will come free: raise the budget, unpin a model, or give a lease back "
-                "before you ask for the next one.",
+                "What is on lease or pinned there will not come free: raise the budget, unpin a "
+                "model, or give a lease back before you ask for the next one.",
             )
             raise error from next(iter(request.spared.values()), None)
 
@@ -174,7 +174,9 @@ class Desk:
     ) -> NotEnoughDeviceMemory:
         held = [f"{n} {readable_bytes(b)}" for n, b in self._queue.on_lease(device).items()]
         limit = f"VRAM budget of the pool; on lease: {first_of(held) or 'nothing'}"
-        action = Action("restore", request.pooled.model, f"{request.pooled.key!r}")
+        action = Action("restore", request.pooled.model)
+        action.infinitive = f"bring {request.pooled.key!r} home"
+        action.gerund = f"Bringing {request.pooled.key!r} home"
         return NotEnoughDeviceMemory(action, str(device), needed, free, limit, advice)
 
     def _abandon(self, request: Request) -> None:

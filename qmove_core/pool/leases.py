@@ -116,7 +116,8 @@ def current_owner() -> object:
 
 class Section:
     """The lock of a pool. Leases that come back while it is held, also from finalizers in the
-    middle of anything, are taken back by whoever holds it, when it lets it go."""
+    middle of anything, are taken back by whoever holds it when it lets it go, or by who has it
+    next: nobody is seen with a lease that was given back."""
 
     def __init__(self) -> None:
         self.returned: deque[Claim] = deque()
@@ -126,6 +127,7 @@ class Section:
     def __enter__(self) -> None:
         self._lock.acquire()
         self.holder = threading.get_ident()
+        self._take_all_back()
 
     def __exit__(self, *_raised: object) -> None:
         self.holder = 0
@@ -137,11 +139,14 @@ class Section:
         while self.returned and self._lock.acquire(blocking=False):
             self.holder = threading.get_ident()
             try:
-                while self.returned:
-                    self.take_back(self.returned.popleft())
+                self._take_all_back()
             finally:
                 self.holder = 0
                 self._lock.release()
+
+    def _take_all_back(self) -> None:
+        while self.returned:
+            self.take_back(self.returned.popleft())
 
     def take_back(self, claim: Claim) -> None:
         """Set by the pool; the lock is held."""

@@ -239,6 +239,18 @@ def test_those_who_would_wait_for_each_other_for_good_are_refused(
     assert sorted(one.result(DEADLINE) for one in results) == ["refused", "right"]
 
 
+def test_who_has_given_back_while_the_pool_was_locked_is_not_refused(make: Make) -> None:
+    pool = make("ab", vram=1)
+    lease = pool.use("a")
+    lease.acquire()
+    section = pool._section
+    section._lock.acquire()  # another thread is in the middle of a step
+    lease.release()
+    section._lock.release()  # and this one has the lock before that thread looks
+    with pool.use("b", timeout=0) as model:
+        assert is_right(model, "b")
+
+
 def test_a_thread_that_waits_for_itself_is_refused_at_once(make: Make) -> None:
     pool = make("ab", vram=1)
     with pool.use("a"), pytest.raises(qmove.NotEnoughMemory, match="give a lease back"):
