@@ -184,3 +184,37 @@ def test_a_process_that_ends_takes_its_temporary_files_along(tmp_path: Path) -> 
         str(tmp_path / "parked"),
     )
     assert files_in(tmp_path / "parked") == []
+
+
+def test_killed_in_the_middle_of_a_spill_what_stays_in_that_folder_is_whole(
+    gpu: GPU, tmp_path: Path
+) -> None:
+    """What a pool sends to disk are temporary files: after a restart none is left, and the models
+    that were parked to stay beside them are attached to every byte."""
+    folder = tmp_path / "pool"
+    statuses = run(
+        """
+        folder, number = Path(sys.argv[1]), 0
+        qmove.configure(disk_folder=folder)
+        folder.mkdir()
+        kept = lambda: qmove.park(model(1.0), to="disk", folder=folder / "kept")
+        assert in_a_fork(kept) == 0
+        while True:
+            number += 1
+            spill = lambda: killed_at(number, lambda: qmove.park(model(2.0), to="disk"))
+            print(in_a_fork(spill))
+            if number == 5:
+                break
+        """,
+        str(folder),
+    ).split()
+    assert set(statuses) == {str(int(signal.SIGKILL))}
+    assert len(files_in(folder)) > 1
+    model, other = filled(3.0), filled(4.0)
+    qmove.attach(model, folder / "kept", "cuda:0")
+    assert contents(model) == contents(filled(1.0))
+    qmove.configure(disk_folder=folder)
+    qmove.park(other, to="disk")
+    assert len([name for name in files_in(folder) if name != "kept"]) == 1, "its own"
+    qmove.restore(other)
+    assert contents(other) == contents(filled(4.0))

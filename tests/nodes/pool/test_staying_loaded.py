@@ -178,6 +178,31 @@ def runs_again(
     return "b load" in comfy.ran
 
 
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("how", ["in place", "through data"])
+def test_a_weight_that_was_changed_in_place_comes_back_changed(
+    comfy: FakeHost, how: str, parked: bool
+) -> None:
+    """As from ComfyUI's own cache: the same live object, with what a node has done to it."""
+    load = node("Load", mib=4)
+    comfy.run(workflow("a", load, 1))
+    model = model_in(comfy, "a load")
+    weight = next(model.parameters())
+    with torch.inference_mode():  # as in a node
+        (weight if how == "in place" else weight.data).mul_(3).add_(1)
+    expected = weight.detach().cpu().clone()
+    del weight
+    another(comfy)
+    if parked:
+        qmove.park(model)
+
+    comfy.run(workflow("b", load, 2))
+
+    assert not comfy.errors and model_in(comfy, "b load") is model
+    assert torch.equal(next(model.parameters()).detach().cpu(), expected)
+    assert "b load" not in comfy.ran
+
+
 @pytest.mark.parametrize("shape", ["plain", "list", "dict", "pipeline"])
 def test_the_same_live_object_comes_back_under_other_ids_and_the_loader_does_not_run(
     comfy: FakeHost, shape: str
