@@ -15,7 +15,7 @@ from . import history, state
 
 SHARE_OF_TIME = 0.05  # that looking between nodes may take
 SECONDS_BETWEEN_LOOKS = 0.4
-MOST_BETWEEN_LOOKS = 0.9
+MOST_BETWEEN_LOOKS = 0.6
 
 _changed = False
 _is_whole = True  # whether the last state that was sent had everything
