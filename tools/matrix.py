@@ -133,7 +133,9 @@ CELLS = (
         "transformers",
         "4.56.2",
         TRANSFORMERS,
-        *("tokenizers>=0.22,<=0.23", "huggingface_hub<1", "diffusers==0.35.2"),
+        *("tokenizers>=0.22,<=0.23", "huggingface_hub<1"),
+        keyword="not pipeline and not wrapper",
+        note="without diffusers: none fits both this release and the newest torchao",
     ),
     _beside("transformers", "newest", TRANSFORMERS),
     _beside(
