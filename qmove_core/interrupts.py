@@ -101,20 +101,20 @@ def all_or_nothing(step: Callable[[], T], undo: Callable[[], object] = lambda: N
 
 
 @contextmanager
-def cleaning_up_after(error: object) -> Iterator[None]:
+def cleaning_up(has_failed: bool) -> Iterator[None]:
     """For what must be done after an error, too: what fails in it then is logged, and the first
     error goes on.
 
     Args:
-        error: the one that is on its way; None where there is none.
+        has_failed: whether an error is on its way.
     """
     try:
         yield
     except Exception as another:
-        if error is None:
+        if not has_failed:
             raise
-        log.error("after an error, this failed, too", exc_info=another)
-        clear_own_frames(another)  # who keeps the log's record keeps no memory
+        # As text: who keeps the log's record keeps no memory.
+        log.error("after an error this failed, too: %s: %s", type(another).__name__, str(another))
 
 
 @contextmanager

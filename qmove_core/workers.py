@@ -31,10 +31,26 @@ def _submit(
 ) -> Future[T] | None:
     if name not in _executors:
         _executors[name] = ThreadPoolExecutor(count, name)
+    future: Future[T] = Future()
     try:
-        return _executors[name].submit(call, *arguments)
+        _executors[name].submit(_run, future, call, arguments)
     except RuntimeError:  # a limit on threads, or the interpreter ends
-        return None
+        # The executor keeps what it was given, for when a thread starts: nobody must do it then.
+        if future.cancel():
+            return None
+    return future
+
+
+def _run(future: Future[T], call: Callable[..., T], arguments: tuple[object, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call(*arguments)
+    except BaseException as error:
+        future.set_exception(error)
+        del future, call, arguments  # the error has this frame
+    else:
+        future.set_result(result)
 
 
 def forget() -> None:

@@ -31,7 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import devices, homes
 from ..digests.digest import Digest
 from ..errors import is_out_of_memory, readable_bytes
-from ..interrupts import interrupts_deferred
+from ..interrupts import cleaning_up, interrupts_deferred
 from ..settings import settings
 from ..storages import as_bytes, rebind, use_count
 from . import arena, mirrors, shared
@@ -134,8 +134,11 @@ def _awaited(stream: Any) -> Iterator[None]:
     """Ends when all is done that was queued: no memory is ever freed below a copy."""
     try:
         yield
-    finally:
-        stream.synchronize()
+    except BaseException:
+        with cleaning_up(has_failed=True):
+            stream.synchronize()
+        raise
+    stream.synchronize()
 
 
 def _candidates(sizes: set[int]) -> list[_Part]:

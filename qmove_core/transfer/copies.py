@@ -20,7 +20,7 @@ from .. import devices
 from ..digests.digest import Digest, Pending, queue_digests, read_together
 from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
-from ..interrupts import all_or_nothing, cleaning_up_after
+from ..interrupts import all_or_nothing, cleaning_up
 from ..memory import arena, blocks, giving_back, pages, pinning
 from ..memory.blocks import Block, HostBlock, place_of
 from ..memory.file_reading import ReadAhead
@@ -139,7 +139,7 @@ class Transfer:
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         try:
             if self._wait or kind is not None:
-                with cleaning_up_after(kind):
+                with cleaning_up(kind is not None):
                     self._wait_for(list(self._streams.values()))
         finally:
             if kind is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import devices
-from ..interrupts import all_or_nothing
+from ..interrupts import all_or_nothing, cleaning_up
 from ..memory.blocks import place_of
 from ..memory.file_reading import ReadAhead
 from ..memory.mapped_files import WINDOW, MappedFile
@@ -48,6 +48,7 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
     arriving = _FromDevices(nbytes_there)
     places = [place_of(storage) for storage in storages if storage.device.type == "cpu"]
     ring = Ring(sum(s.nbytes() for s in storages if s.device.type == "cpu"))
+    has_failed = False
     try:
         with (
             torch.no_grad(),
@@ -69,9 +70,14 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
             if waiting is not None:
                 waiting[1]()
                 yield waiting[0]
+    except BaseException:
+        has_failed = True
+        raise
     finally:
-        arriving.end()
-        ring.end()
+        try:
+            arriving.end(has_failed)
+        finally:
+            all_or_nothing(ring.end)
 
 
 def _begin(
@@ -116,11 +122,12 @@ class _FromDevices:
         with devices.on_stream(stream, device):
             return self._ring.show(stream, as_bytes(storage)[start:end])
 
-    def end(self) -> None:
+    def end(self, has_failed: bool) -> None:
         """Waits for all copies, and gives the memory back."""
         streams, self._streams = list(self._streams.values()), {}
         try:
-            for stream in streams:
-                stream.synchronize()
+            with cleaning_up(has_failed):
+                for stream in streams:
+                    stream.synchronize()
         finally:
             all_or_nothing(self._ring.end)

@@ -283,7 +283,7 @@ KNOBS = [
         "set_memory",
         "room on the device is not asked for first",
         lambda patch: patch.setattr(budget, "require", lambda *_: None),
-        lambda: setting(simcuda.set_memory, "30MiB", "4GiB"),
+        lambda: setting(simcuda.set_memory, "64MiB", "4GiB"),
         knobs.room_is_asked_for_before_the_first_byte,
     ),
 ]

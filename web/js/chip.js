@@ -45,7 +45,7 @@ export class Chip {
       },
     });
     this._said = make("span", { class: "qmove-unseen", role: "status", "aria-live": "polite" });
-    this.element = make("div", { class: "qmove-chip-place" }, this._button, this._line, this._said);
+    this.element = make("div", { class: "qmove-chip-place" }, this._button, this._said);
     /** @type {HTMLElement | null} */
     this._menu = null;
     /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -57,6 +57,7 @@ export class Chip {
     const group = app.menu?.settingsGroup?.element;
     if (!group) return;
     group.before(this.element);
+    document.body.append(this._line); // older frontends clip what hangs out of the top bar
     this._store.subscribe(() => this.update());
     this._store.follow(({ summary }) => summary && this._sayLine(inOneLine(summary)));
     document.addEventListener("pointerdown", (event) => {
@@ -98,6 +99,9 @@ export class Chip {
     setText(this._line, line);
     setText(this._said, line);
     this._line.hidden = false;
+    const { right, bottom } = this._button.getBoundingClientRect();
+    this._line.style.right = `${Math.max(4, innerWidth - right)}px`;
+    this._line.style.top = `${bottom + 6}px`;
     clearTimeout(this._timer);
     this._timer = setTimeout(() => this._hideLine(), SECONDS_OF_LINE * 1000);
   }

@@ -154,7 +154,7 @@ def note_move(move: progress.Move) -> None:
     with _lock:
         run = _last
         if run is not None and run.running and move.node_id is not None:
-            run.counts_peak = False  # its peak may be that of bytes that were under way
+            _count_peak(run, *run.open.values())  # later on it may be that of bytes under way
             if move.state == "done" and move.verb in ("park", "restore"):
                 run.gains.note_move(move.verb, move.model, move.name, move.began, move.seconds)
 
@@ -213,11 +213,11 @@ def _sample(run: _Run, ended: threading.Event) -> None:
             if run.nodes() is None:  # ComfyUI has dropped the prompt without completing it
                 _end(run)
                 return
-            used = {}
+            used, before = {}, _parked_at_rest()
             for device in run.devices:
                 allocated = meter.bytes_of(meter.stats_of(device), "allocated", "current")
                 used[device] = run.others.get(device, 0) + allocated
-            _note(run, used)
+            _note(run, used, before)
             if not run.times or _now(run) >= run.times[-1] + run.interval * 0.99:
                 _add(run, used)
             _send(run)
@@ -227,23 +227,32 @@ def _measure(run: _Run) -> None:
     started = time.perf_counter()
     if started < run.next_measurement_at:
         return
-    used = {}
+    used, before = {}, _parked_at_rest()
     for device in run.devices:
         reading = meter.read(device)
         if reading is not None:
             run.others[device] = reading.used - reading.allocated
         # Without a reading the card is not in use here: asking for one would take some of it.
         used[device] = 0 if reading is None else reading.used
-    _note(run, used)
+    _note(run, used, before)
     _add(run, used)
     done = time.perf_counter()
     run.next_measurement_at = done + (done - started) / SHARE_OF_TIME
 
 
-def _note(run: _Run, used: dict[torch.device, int]) -> None:
-    """Takes a reading: it is the newest one, and may be the highest of the stages that run."""
+def _parked_at_rest() -> dict[str, int] | None:
+    """What is parked, by device; None while something moves, and is counted in two places."""
+    return None if progress.running() else for_hosts.parked_bytes()
+
+
+def _note(run: _Run, used: dict[torch.device, int], before: dict[str, int] | None) -> None:
+    """Takes a reading: it is the newest one, and may be the highest of the stages that run.
+
+    Args:
+        before: what `_parked_at_rest` was before the reading.
+    """
     run.latest = used
-    is_quiet = not progress.running()  # what moves is counted in two places meanwhile
+    is_quiet = before is not None and before == _parked_at_rest()
     for device, nbytes in used.items():
         for stage in run.open.values():
             peak = stage["peak"]
@@ -251,7 +260,7 @@ def _note(run: _Run, used: dict[torch.device, int]) -> None:
         run.gains.note_use(device, nbytes, run.totals[str(device)], is_quiet=is_quiet)
 
 
-def _count_peak(run: _Run, stage: dict[str, Any]) -> None:
+def _count_peak(run: _Run, *stages: dict[str, Any]) -> None:
     """Takes what the allocator has counted: a node's highest moment is often a short one."""
     if not run.counts_peak:
         return
@@ -260,7 +269,8 @@ def _count_peak(run: _Run, stage: dict[str, Any]) -> None:
         highest = meter.bytes_of(meter.stats_of(device), "allocated", "peak")
         nbytes = run.others.get(device, 0) + highest
         name, total = str(device), run.totals[str(device)]
-        stage["peak"][name] = min(total, max(stage["peak"].get(name, 0), nbytes))
+        for stage in stages:
+            stage["peak"][name] = min(total, max(stage["peak"].get(name, 0), nbytes))
         run.gains.note_use(device, nbytes, total, is_quiet=not progress.running())
 
 

@@ -41,11 +41,13 @@ class FaultKind:
         inject: fails the n-th event of its block; yields whether it has struck.
         interrupts: the exception that must come out of the operation as it is: nobody may take it
             for a failure that can be handled. None for errors of the machine, which may be.
+        is_double: it strikes twice: only long runs try that, as they do two faults of any kinds.
     """
 
     counts: str
     inject: Callable[[int], Any]
     interrupts: type[BaseException] | None = None
+    is_double: bool = False
 
 
 # Faults of the simulated machine ------------------------------------------------------------------
@@ -197,7 +199,7 @@ def _at_a_line(
         with at_line(numbers, act) as lines:
             yield lambda: lines() >= nth
 
-    return FaultKind("line", inject, interrupts)
+    return FaultKind("line", inject, interrupts, is_double=twice)
 
 
 def _handle(_number: int, _frame: FrameType | None) -> None:

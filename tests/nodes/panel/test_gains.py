@@ -21,7 +21,7 @@ from tests.nodes.builders.fake_host import FakeHost
 @pytest.fixture(autouse=True)
 def _nodes(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "SECONDS_BETWEEN_SAMPLES", 3600.0)
-    monkeypatch.setattr(history, "SECONDS_BETWEEN_EVENTS", 0.0)
+    monkeypatch.setattr(history, "SECONDS_BETWEEN_EVENTS", 0.01)
     monkeypatch.setattr(history, "SHARE_OF_TIME", 1e9)
     monkeypatch.setattr(history, "_last", None)
     careless_nodes.forget_all()

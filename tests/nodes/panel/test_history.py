@@ -29,7 +29,7 @@ class Graph:
 def _no_samples_in_between(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is measured at the stages' ends, so that each test knows its points."""
     monkeypatch.setattr(history, "SECONDS_BETWEEN_SAMPLES", 3600.0)
-    monkeypatch.setattr(history, "SECONDS_BETWEEN_EVENTS", 0.0)
+    monkeypatch.setattr(history, "SECONDS_BETWEEN_EVENTS", 0.01)
     monkeypatch.setattr(history, "SHARE_OF_TIME", 1e9)
     careless_nodes.forget_all()
     monkeypatch.setattr(history, "_last", None)
