@@ -171,6 +171,24 @@ PROMISES = (
         ),
     ),
     Promise(
+        "On lease",
+        "A model of a `ModelPool` that is on lease is parked by nobody; budgets hold; first come, first served; a pool is whole "
+        "after whatever fails.",
+        _files("pool", "model_pool", "leases", "states"),
+    ),
+    Promise(
+        "Under other libraries' hooks",
+        "Models under the offload hooks of accelerate and diffusers, and those that transformers loads into RAM, keep every "
+        "promise above.",
+        _files("integrations", "accelerate_hook", "components_manager", "from_pretrained"),
+    ),
+    Promise(
+        "Every kind",
+        "What cannot be parked rightly is refused or rebuilt by name; all other kinds of quantized models pass the same checks "
+        "([which](kinds.md)).",
+        _files("kinds", "kinds"),
+    ),
+    Promise(
         "Hostile requests",
         "Whatever is sent to a route of the pack is answered or refused in JSON, with a reason; no page of another "
         "site and no GET changes anything; waiting requests take nothing from others.",
