@@ -304,6 +304,7 @@ def _of_the_error(
     reached: list[str],
 ) -> list[str]:
     interrupts = tuple(fault.interrupts for fault in struck if fault.interrupts is not None)
+    may_come_last = TimeOut in interrupts
     if len(struck) > 1 and interrupts == (TimeOut,):
         interrupts = ()  # an Exception as any other: that of the machine may take its place
     names = " or ".join(interrupt.__name__ for interrupt in interrupts)
@@ -318,7 +319,7 @@ def _of_the_error(
         return [f"{names} became {told}"]
     if not isinstance(raised, Exception) or isinstance(raised, MISTAKES):
         return [f"it raised {told}"]
-    if op.atomic and reached == ["after"]:
+    if op.atomic and reached == ["after"] and not may_come_last:
         return [f"it was done, and raised {told}"]
     return []
 
