@@ -312,7 +312,8 @@ def _at_exit() -> None:
     last = time.monotonic() + unlocking.EXIT_SECONDS
     unlocking.end()
     for thread in list(_preparers):
-        thread.join(max(0.0, last - time.monotonic()))
+        if thread.is_alive():  # it may be one that was about to start
+            thread.join(max(0.0, last - time.monotonic()))
 
 
 def _in_forked_child() -> None:

@@ -265,11 +265,12 @@ class TestProcesses:
         [
             "",
             "arena.prepare(40 * blocks.PIECE)",
+            "import threading; arena._preparers.append(threading.Thread())",
             "arena.prepare(blocks.PIECE); [thread.join() for thread in arena._preparers]",
             "del storage",
             "import weakref; keep.append(keep)",
         ],
-        ids=["parked", "preparing", "prepared", "spare", "in a cycle"],
+        ids=["parked", "preparing", "about to prepare", "prepared", "spare", "in a cycle"],
     )
     def test_end_without_a_word(self, body: str) -> None:
         script = f"""
