@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import devices
+from ..interrupts import all_or_nothing
 from . import blocks, pages
 from .blocks import Block
 
@@ -139,8 +140,11 @@ class Ring:
     def end(self) -> None:
         """Gives the slots back, with what nobody waited for. No copy may be under way.
 
-        What interrupts it leaves the rest to the next call.
+        What interrupts it, even twice, leaves the rest to the next call.
         """
+        all_or_nothing(self._end)
+
+    def _end(self) -> None:
         self.is_locked = False
         self._turns.clear()
         while self._slots:

@@ -20,7 +20,7 @@ from .. import devices
 from ..digests.digest import Digest, Pending, queue_digests, read_together
 from ..digests.gathering import IN_PLACE, LEAST_STAGING
 from ..errors import is_out_of_memory
-from ..interrupts import all_or_nothing, cleaning_up
+from ..interrupts import cleaning_up
 from ..memory import arena, blocks, giving_back, pages, pinning
 from ..memory.blocks import Block, HostBlock, place_of
 from ..memory.file_reading import ReadAhead
@@ -145,7 +145,7 @@ class Transfer:
             if kind is not None:
                 self._pending.clear()  # whoever keeps the traceback keeps no memory
             if self._ends_ring:
-                all_or_nothing(self._ring.end)
+                self._ring.end()
 
     def _wait_for(self, streams: Sequence[Any]) -> None:
         """Waits for every stream, also when one of them raises."""
@@ -417,10 +417,6 @@ class Transfer:
         self._copied += nbytes
         if self._progress is not None:
             self._progress(self._copied, self._total)
-
-
-def _accelerator_of(job: CopyJob) -> torch.device:
-    return job.source.device if job.device.type == "cpu" else job.device
 
 
 def bytes_of(jobs: Iterable[CopyJob]) -> int:

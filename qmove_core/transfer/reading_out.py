@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import devices
-from ..interrupts import all_or_nothing, cleaning_up
+from ..interrupts import cleaning_up
 from ..memory.blocks import place_of
 from ..memory.file_reading import ReadAhead
 from ..memory.mapped_files import WINDOW, MappedFile
@@ -77,7 +77,7 @@ def pieces_of(storages: Sequence[torch.UntypedStorage]) -> Generator[Piece, None
         try:
             arriving.end(has_failed)
         finally:
-            all_or_nothing(ring.end)
+            ring.end()
 
 
 def _begin(
@@ -130,4 +130,4 @@ class _FromDevices:
                 for stream in streams:
                     stream.synchronize()
         finally:
-            all_or_nothing(self._ring.end)
+            self._ring.end()
