@@ -275,9 +275,11 @@ def counted(report: Path) -> dict[str, Any]:
         left_out = case.find("skipped")
         if broken is not None:
             message = _last_line(broken.get("message") or "")
-            failed.append(f"{case.get('classname')}::{case.get('name')}: {message[:200]}")
+            told = _without_paths(message)[:200]
+            failed.append(f"{case.get('classname')}::{case.get('name')}: {told}")
         elif left_out is not None:
-            skipped[str(left_out.get("message")).removeprefix("Skipped: ")[:200]] += 1
+            why = str(left_out.get("message")).removeprefix("Skipped: ")
+            skipped[_without_paths(why)[:200]] += 1
         else:
             passed += 1
     return {"passed": passed, "failed": failed, "skipped": dict(skipped.most_common())}
@@ -334,13 +336,13 @@ def render(cells: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "## What a cell does not show", "", *notes]) + "\n"
 
 
+def _without_paths(text: str) -> str:
+    """Without the machine's folders: only the names of files stay."""
+    return re.sub(r"(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\()]+[/\\])+", "", text)
+
+
 def _plain(text: str) -> str:
-    return (
-        re.sub(r"\s+", " ", text)
-        .replace("|", "\\|")
-        .replace(str(ROOT), "")
-        .replace(str(Path.home()), "~")
-    )
+    return _without_paths(re.sub(r"\s+", " ", text)).replace("|", "\\|")
 
 
 def _last_line(text: str) -> str:
