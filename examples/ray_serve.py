@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MODELS = [f"model-{number}" for number in range(6)]
 WIDTH, LAYERS = 256, 4
-FOLDER = Path(os.environ.get("QMOVE_EXAMPLE_FOLDER", "/tmp/qmove-ray-example"))
+FOLDER = Path(os.environ.get("QMOVE_EXAMPLE_FOLDER") or Path(tempfile.gettempdir(), "qmove-ray"))
 REPLICAS = int(os.environ.get("QMOVE_REPLICAS", "2"))
 
 
